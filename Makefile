@@ -1,0 +1,52 @@
+# Every target below builds .venv by itself when it is missing or out of date.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Where test processes run in parallel, threads inside each only fight over the cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+ARGS   ?=
+
+.PHONY: help demo test test-slow check format clean
+
+help:
+	@echo "make demo       the main job: fine-tune a small Mixtral and print its routing verdict (about 5 minutes, 2 cores)"
+	@echo "make check      lint, format, types, import order"
+	@echo "make test       the fast tests      (ARGS='-k name' is passed on to pytest)"
+	@echo "make test-slow  the slow tests"
+	@echo "make format     rewrite the sources in the project's format"
+	@echo "make clean      remove builds and caches, keep .venv"
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/finetune_mixtral.py $(ARGS)
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) $(ARGS)
+
+# pytest leaves with 5 when nothing is selected; a project without slow tests is not a failure.
+test-slow: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS) || test $$? -eq 5
+
+# mypy cannot follow the mapped folder in an editable install, so it reads a copy laid out as installed.
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typecheck && mkdir -p build/typecheck
+	cp -R chronomoe_hf build/typecheck/chronomoe_hf
+	cp -R patches build/typecheck/chronomoe_hf/patches
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p chronomoe_hf
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

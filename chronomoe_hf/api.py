@@ -1,0 +1,359 @@
+"""wrap, unwrap and system_of: putting the wrapped classes in and taking them out again."""
+
+from __future__ import annotations
+
+import logging
+import types
+import warnings
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.errors import (
+    AlreadyWrappedError,
+    NoMoELayersError,
+    NotWrappedError,
+    UnsupportedArchitectureError,
+    WrapError,
+)
+from chronomoe_hf.expert_outputs import chrono_experts_class
+from chronomoe_hf.lens import ChronoLens
+from chronomoe_hf.observe import (
+    WINDOW,
+    Accumulators,
+    LayerRecorder,
+    RecordingWindow,
+    Switches,
+    close_window,
+    forward_parameters,
+    open_window,
+)
+from chronomoe_hf.patches import Adapter, chrono_class, match
+from chronomoe_hf.router import LINK, RouterLink, RouterState
+from chronomoe_hf.system import ChronoSystem, Layer
+
+logger = logging.getLogger("chronomoe_hf")
+
+SYSTEM = "_chrono_system"
+_WRAPPER_PREFIXES = ("_orig_mod", "base_model", "module", "_checkpoint_wrapped_module", "base_layer")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def wrap(model: Model, config: ChronoConfig | None = None) -> Model:
+    """Make the routing of `model` observable and governable, in place.
+
+    The classes of its routers (and of its experts, to read their outputs) are swapped for subclasses; no
+    parameter, buffer or state_dict key is added, and no number changes until something steers.
+
+    Args:
+        model: any module that contains MoE layers of Transformers; before FSDP or DeepSpeed `prepare`.
+        config: settings; None = ``ChronoConfig()``, the protect preset.
+
+    Returns:
+        `model` itself. A second call with the same config (or none) does nothing.
+
+    Raises:
+        AlreadyWrappedError: wrapped before, with another config.
+        NoMoELayersError: nothing routes tokens to experts.
+        UnsupportedArchitectureError: every router found is of an unsupported kind; the message says which and why.
+    """
+    system = find_system(model)
+    if system is not None:
+        if config is not None and config != system.config:
+            raise AlreadyWrappedError(
+                "this model is already wrapped with another config; call chronomoe_hf.unwrap(model) first "
+                f"(different: {', '.join(_differences(system.config, config))})"
+            )
+        return model
+    config = ChronoConfig() if config is None else config
+    found = _discover(model)
+    switches = Switches()
+    width = max(adapter.num_experts(router) for _, router, adapter in found)
+    windows: dict[nn.Module, RecordingWindow] = {}
+    layers = []
+    for layer_id, (name, router, adapter) in enumerate(found):
+        owner = _owner(model, name)
+        if owner not in windows:
+            windows[owner] = RecordingWindow(switches, forward_parameters(owner), _pad_token_id(owner))
+        layers.append(_make_layer(model, layer_id, name, router, adapter, windows[owner], width, config))
+    system = ChronoSystem(model, layers, config, switches)
+    for layer in layers:
+        _swap(layer)
+    for owner, window in windows.items():
+        owner.__dict__[WINDOW] = window
+        owner.register_forward_pre_hook(open_window, with_kwargs=True)
+        owner.register_forward_hook(close_window, always_call=True)
+    model.__dict__[SYSTEM] = system
+    return model
+
+
+def unwrap(model: Model, fold: bool = False) -> Model:
+    """Take everything out again: classes, hooks and attributes are as before `wrap`.
+
+    Args:
+        model: a wrapped model.
+        fold: first write what folds exactly into the router weights and biases.
+
+    Raises:
+        NotWrappedError: `model` carries no ChronoSystem.
+    """
+    system = system_of(model)
+    if fold:
+        system.fold()
+    for layer in system.layers:
+        _restore(layer.router)
+        if layer.experts is not None:
+            _restore(layer.experts)
+    for module in system.model.modules():
+        if module.__dict__.pop(WINDOW, None) is not None:
+            _remove_hooks(module)
+    system.close_telemetry()
+    del system.model.__dict__[SYSTEM]
+    return model
+
+
+def find_system(model: nn.Module) -> ChronoSystem | None:
+    """The ChronoSystem of `model` or of anything inside it (PEFT, DDP, torch.compile wrappers), or None."""
+    for module in model.modules():
+        system = module.__dict__.get(SYSTEM)
+        if system is not None:
+            assert isinstance(system, ChronoSystem)
+            return system
+    return None
+
+
+def system_of(model: nn.Module) -> ChronoSystem:
+    """The ChronoSystem of a wrapped model, through any wrapper around it.
+
+    Raises:
+        NotWrappedError: there is none; call ``chronomoe_hf.wrap(model)`` first.
+    """
+    system = find_system(model)
+    if system is None:
+        raise NotWrappedError(f"{type(model).__name__} is not wrapped; call chronomoe_hf.wrap(model) first")
+    return system
+
+
+# ---- finding routers ---------------------------------------------------------------------------------------------
+
+
+def _discover(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
+    """Every supported router by name, in module order; says what is refused, and raises if nothing is left."""
+    found: list[tuple[str, nn.Module, Adapter]] = []
+    refused: list[str] = []
+    known_routers = _declared_router_classes(model)
+    for name, module in model.named_modules():
+        adapter = match(module)
+        if adapter is None:
+            if known_routers and isinstance(module, tuple(known_routers)):
+                refused.append(f"{name}: {type(module).__name__} has no adapter in this version of chronomoe_hf")
+            continue
+        reason = adapter.refused("observe")
+        if reason is not None:
+            refused.append(f"{name}: {reason}")
+        else:
+            found.append((name, module, adapter))
+    if not found and refused:
+        raise UnsupportedArchitectureError(
+            f"no MoE layer of {type(model).__name__} can be wrapped:\n  "
+            + "\n  ".join(refused)
+            + "\nCONTRIBUTING.md shows how to add an architecture."
+        )
+    if not found:
+        raise NoMoELayersError(
+            f"{type(model).__name__} has no MoE layer that chronomoe_hf knows "
+            f"(searched {sum(1 for _ in model.modules())} modules); is this the model you meant to wrap?"
+        )
+    for line in refused:
+        warnings.warn(f"chronomoe_hf leaves a layer alone: {line}", stacklevel=3)
+    return found
+
+
+def _declared_router_classes(model: nn.Module) -> set[type]:
+    """Router classes that the model's own library says it records, so that an unknown family is named, not missed."""
+    classes: set[type] = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            recorders = getattr(module, "_can_record_outputs", None) or {}
+            entries = recorders.get("router_logits", [])
+            for entry in entries if isinstance(entries, list | tuple) else [entries]:
+                target = getattr(entry, "target_class", entry)
+                if isinstance(target, type):
+                    classes.add(target)
+    return classes
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """Innermost PreTrainedModel on the path to a router; the root itself when there is none."""
+    owner: nn.Module = model
+    module: nn.Module = model
+    for part in name.split(".")[:-1]:
+        module = getattr(module, part)
+        if isinstance(module, PreTrainedModel):
+            owner = module
+    return owner
+
+
+def _pad_token_id(owner: nn.Module) -> int | None:
+    config = getattr(owner, "config", None)
+    pad = getattr(config, "pad_token_id", None)
+    return pad if isinstance(pad, int) else None
+
+
+def _clean(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PREFIXES)
+
+
+def _block(model: nn.Module, name: str, experts: str | None) -> nn.Module:
+    """The router's parent; PEFT may have put wrappers between them."""
+    parts = name.split(".")[:-1]
+    path = [model]
+    for part in parts:
+        path.append(getattr(path[-1], part))
+    for module in reversed(path):
+        if experts is not None and experts in module._modules:
+            return module
+    return path[-1]
+
+
+def _make_layer(
+    model: nn.Module,
+    layer_id: int,
+    name: str,
+    router: nn.Module,
+    adapter: Adapter,
+    window: RecordingWindow,
+    width: int,
+    config: ChronoConfig,
+) -> Layer:
+    parent = _block(model, name, adapter.experts)
+    adapter.bind(router, parent)
+    num_experts = adapter.num_experts(router)
+    notes = []
+    recorder = LayerRecorder(layer_id, num_experts, width, window, config.coherence)
+    native = config.beta.law == "balance" and config.beta.native and adapter.native_bias(router, parent) is not None
+    if not native and config.beta.law != "none" and (reason := adapter.refused("beta")):
+        raise UnsupportedArchitectureError(f"{name}: beta is not supported: {reason}; use ChronoConfig.observe()")
+    state = RouterState.fresh(layer_id, num_experts, config.beta.k_max)
+    state.scope = "selection" if config.beta.law == "balance" else config.beta.scope
+    if config.beta.law == "balance":
+        state.k_max = config.beta.balance_cap
+    link = RouterLink(state=state, recorder=recorder)
+    if config.lens.enabled and config.control.enabled:
+        if reason := adapter.refused("lens"):
+            notes.append(f"no lens: {reason}")
+        else:
+            link.lens = ChronoLens(d_model=_input_width(adapter, router), rank=1, layer_id=layer_id)
+    input_width = link.lens.d_model if link.lens is not None else 0
+    recorder.train = Accumulators.zeros(width, input_width)
+    recorder.eval = Accumulators.zeros(width)
+    experts = _experts_module(parent, adapter)
+    if config.coherence.enabled:
+        reason = adapter.refused("coherence") or _unreadable(experts, adapter)
+        if reason is not None:
+            experts = None
+            notes.append(f"no coherence: {reason}")
+    else:
+        experts = None
+    return Layer(
+        layer_id=layer_id,
+        name=_clean(name),
+        adapter=adapter,
+        router=router,
+        experts=experts,
+        parent=parent,
+        num_experts=num_experts,
+        top_k=adapter.top_k(router),
+        link=link,
+        recorder=recorder,
+        native_bias=native,
+        notes=notes,
+    )
+
+
+def _input_width(adapter: Adapter, router: nn.Module) -> int:
+    weight = adapter.weight(router)
+    # Under an active ZeRO-3 config the weight is empty at wrap time; DeepSpeed keeps its shape beside it.
+    shape = weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape
+    return int(shape[-1])
+
+
+def _experts_module(parent: nn.Module, adapter: Adapter) -> nn.Module | None:
+    if adapter.experts is None:
+        return None
+    module = parent.get_submodule(adapter.experts)
+    while "base_layer" in module._modules:  # PEFT parameter wrappers call through to this module
+        module = module.get_submodule("base_layer")
+    return module
+
+
+def _unreadable(experts: nn.Module | None, adapter: Adapter) -> str | None:
+    if experts is None:
+        return f"the experts of {adapter.family} cannot be reached"
+    if chrono_experts_class(adapter.experts_reader, type(experts)) is None:
+        return f"no reader for the experts of {adapter.family} ({adapter.experts_reader})"
+    if "forward" in experts.__dict__ and not hasattr(experts, "_old_forward"):
+        return "the experts' forward was replaced on the instance (expert or tensor parallel)"
+    return None
+
+
+# ---- swapping classes --------------------------------------------------------------------------------------------
+
+
+def _swap(layer: Layer) -> None:
+    swaps = [(layer.router, chrono_class(layer.adapter, type(layer.router)))]
+    if layer.experts is not None:
+        chrono = chrono_experts_class(layer.adapter.experts_reader, type(layer.experts))
+        assert chrono is not None, "experts without a reader are dropped when the layer is made"
+        swaps.append((layer.experts, chrono))
+    for module, _ in swaps:
+        _check_swappable(layer.name, module)
+    for module, chrono in swaps:
+        module.__class__ = chrono
+        module.__dict__[LINK] = layer.link
+        _rebind_hooked_forward(module)
+
+
+def _check_swappable(name: str, module: nn.Module) -> None:
+    if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        raise WrapError(f"{name} is already sharded by FSDP; call chronomoe_hf.wrap(model) before accelerator.prepare")
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        raise WrapError(
+            f"{name}: something replaced forward on this instance, which would bypass the wrapped router; "
+            "wrap the model before tensor or expert parallelism is applied"
+        )
+
+
+def _rebind_hooked_forward(module: nn.Module) -> None:
+    # accelerate's hooks put a forward on the instance that calls `_old_forward`, bound to the class of that time.
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+
+
+def _restore(module: nn.Module) -> None:
+    chrono = type(module)
+    module.__class__ = next(cls for cls in chrono.__mro__ if cls.__module__ != chrono.__module__ and not _is_mixin(cls))
+    del module.__dict__[LINK]
+    _rebind_hooked_forward(module)
+
+
+def _is_mixin(cls: type) -> bool:
+    return cls.__module__.startswith("chronomoe_hf.")
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for registry, hook in ((module._forward_pre_hooks, open_window), (module._forward_hooks, close_window)):
+        for key in [key for key, value in registry.items() if value is hook]:
+            del registry[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def _differences(old: Any, new: Any) -> list[str]:
+    before, after = old.to_dict(), new.to_dict()
+    return [name for name in before if before[name] != after[name]]
+
+

@@ -1,0 +1,175 @@
+"""Phase coherence of experts: one step's estimate, three clocks, and the buffer that keeps them on the device.
+
+Shape suffixes: E experts, C clocks (3: fast, mid, slow), R rows read, D model width; L layers may lead any shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALPHAS = (0.9, 0.99, 0.999)
+"""EMA decay of the fast, mid and slow clock: half-lives of about 7, 69 and 693 updates."""
+
+
+@dataclass(frozen=True)
+class CoherenceState:
+    """One expert's coherence, on the host.
+
+    Args:
+        expert_id: index in the layer.
+        phi_raw: estimate of the last step in which the expert was seen, cosine in [-1, 1]; None before that.
+        phi_fast, phi_mid, phi_slow: bias-corrected clocks, cosines; None before the first update.
+        updates: steps that updated the clocks.
+        tokens_seen: evidence tokens over the whole run.
+        last_step: optimizer step of the last update, -1 = never.
+        step: optimizer step of the snapshot.
+    """
+
+    expert_id: int
+    phi_raw: float | None
+    phi_fast: float | None
+    phi_mid: float | None
+    phi_slow: float | None
+    updates: int
+    tokens_seen: int
+    last_step: int
+    step: int
+
+    @property
+    def delta(self) -> float | None:
+        """Fast minus slow clock: positive while an expert is becoming more coherent."""
+        return None if self.phi_fast is None or self.phi_slow is None else self.phi_fast - self.phi_slow
+
+
+def phase_coherence(output_ED: Tensor, reference_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine between each expert's summed (or mean) output and its reference.
+
+    Args:
+        output_ED: sum over the expert's tokens of its unweighted output, shape ``(E, D)``, fp32.
+        reference_ED: sum over the same tokens of the routed mixture without the expert's own weighted part
+            (leave-one-out), or the mean mixture of the layer. Scale does not matter to a cosine.
+
+    Returns:
+        ``phi_E`` fp32 in [-1, 1], and ``valid_E`` bool: False (and phi 0) where either norm is zero or not finite.
+
+    Source: SPEC section 4, phi_e = cos(ybar_e, reference).
+    """
+    norm_E = output_ED.norm(dim=-1) * reference_ED.norm(dim=-1)
+    valid_E = (norm_E > 0) & torch.isfinite(norm_E)
+    dot_E = (output_ED * reference_ED).sum(dim=-1)
+    phi_E = torch.where(valid_E, dot_E / torch.where(valid_E, norm_E, 1.0), 0.0)
+    return phi_E.clamp(-1.0, 1.0), valid_E
+
+
+def update_clocks_(ema_CE: Tensor, updates_E: Tensor, phi_E: Tensor, active_E: Tensor) -> None:
+    """Advance the three EMAs in place for the active experts only.
+
+    Args:
+        ema_CE: raw (uncorrected) EMAs, shape ``(3, ..., E)``, floating.
+        updates_E: updates so far, shape ``(..., E)``, int64.
+        phi_E: this step's phi, shape ``(..., E)``.
+        active_E: experts with evidence in this step, shape ``(..., E)``, bool.
+
+    Source: Phi <- alpha Phi + (1 - alpha) phi, SPEC section 4.
+    """
+    for clock, alpha in enumerate(ALPHAS):
+        moved_E = ema_CE[clock] * alpha + phi_E.to(ema_CE.dtype) * (1.0 - alpha)
+        ema_CE[clock].copy_(torch.where(active_E, moved_E, ema_CE[clock]))
+    updates_E.add_(active_E)
+
+
+def read_clocks(ema_CE: Tensor, updates_E: Tensor) -> Tensor:
+    """Bias-corrected clocks, shape of `ema_CE`: EMA / (1 - alpha^n); 0 where n = 0."""
+    alpha_C = torch.tensor(ALPHAS, dtype=ema_CE.dtype, device=ema_CE.device)
+    alpha_C = alpha_C.view(-1, *([1] * updates_E.dim()))
+    weight_CE = 1.0 - alpha_C ** updates_E.to(ema_CE.dtype)
+    return torch.where(updates_E > 0, ema_CE / weight_CE.clamp_min(1e-30), 0.0)
+
+
+class CoherenceBuffer:
+    """Three bias-corrected clocks of one layer, kept on the device; only :meth:`snapshot` talks to the host.
+
+    Args:
+        num_experts: E.
+        layer_id: for messages and records.
+        device: where the state lives; it follows the first `phi_raw` it is given.
+    """
+
+    def __init__(self, num_experts: int, layer_id: int = 0, device: torch.device | str = "cpu") -> None:
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        self.num_experts = num_experts
+        self.layer_id = layer_id
+        self.ema_CE = torch.zeros(len(ALPHAS), num_experts, dtype=torch.float64, device=device)
+        self.phi_raw_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
+        self.updates_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.tokens_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.last_step_E = torch.full((num_experts,), -1, dtype=torch.int64, device=device)
+
+    @classmethod
+    def view(
+        cls, layer_id: int, ema_CE: Tensor, phi_raw_E: Tensor, updates_E: Tensor, tokens_E: Tensor, last_step_E: Tensor
+    ) -> CoherenceBuffer:
+        """A buffer over tensors that somebody else owns (the system's stacked state)."""
+        buffer = cls.__new__(cls)
+        buffer.num_experts, buffer.layer_id = updates_E.shape[-1], layer_id
+        buffer.ema_CE, buffer.phi_raw_E, buffer.updates_E = ema_CE, phi_raw_E, updates_E
+        buffer.tokens_E, buffer.last_step_E = tokens_E, last_step_E
+        return buffer
+
+    def update(
+        self, phi_raw: Tensor, active_expert_ids: Tensor | Iterable[int], step: int, num_tokens: Tensor | Iterable[int]
+    ) -> None:
+        """Fold one step's phi into the clocks, without a transfer to the host.
+
+        Args:
+            phi_raw: shape ``(E,)`` (all experts) or ``(A,)`` (one value per active id).
+            active_expert_ids: the A experts with evidence in this step, distinct, in [0, E).
+            step: optimizer step.
+            num_tokens: evidence tokens, shape ``(E,)`` or ``(A,)``.
+        """
+        device = self.ema_CE.device
+        ids_A = torch.as_tensor(active_expert_ids, dtype=torch.int64, device=device)
+        active_E = torch.zeros(self.num_experts, dtype=torch.bool, device=device)
+        active_E[ids_A] = True
+        phi_E = self._spread(torch.as_tensor(phi_raw, dtype=torch.float64, device=device), ids_A, "phi_raw")
+        tokens_E = self._spread(torch.as_tensor(num_tokens, dtype=torch.int64, device=device), ids_A, "num_tokens")
+        update_clocks_(self.ema_CE, self.updates_E, phi_E, active_E)
+        self.phi_raw_E.copy_(torch.where(active_E, phi_E, self.phi_raw_E))
+        self.tokens_E.add_(torch.where(active_E, tokens_E, 0))
+        self.last_step_E.masked_fill_(active_E, step)
+
+    def _spread(self, values: Tensor, ids_A: Tensor, name: str) -> Tensor:
+        if values.shape == (self.num_experts,):
+            return values
+        if values.shape != ids_A.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}; expected ({self.num_experts},) or {tuple(ids_A.shape)}"
+            )
+        return torch.zeros(self.num_experts, dtype=values.dtype, device=values.device).index_copy_(0, ids_A, values)
+
+    def snapshot(self, step: int) -> dict[int, CoherenceState]:
+        """All experts' state on the host: the only transfer."""
+        clocks = read_clocks(self.ema_CE, self.updates_E)
+        table = torch.cat(
+            [clocks, self.phi_raw_E[None], torch.stack([self.updates_E, self.tokens_E, self.last_step_E]).double()]
+        )
+        fast, mid, slow, raw, updates, tokens, last = table.cpu().tolist()
+        return {
+            e: CoherenceState(
+                expert_id=e,
+                phi_raw=raw[e] if updates[e] else None,
+                phi_fast=fast[e] if updates[e] else None,
+                phi_mid=mid[e] if updates[e] else None,
+                phi_slow=slow[e] if updates[e] else None,
+                updates=int(updates[e]),
+                tokens_seen=int(tokens[e]),
+                last_step=int(last[e]),
+                step=step,
+            )
+            for e in range(self.num_experts)
+        }

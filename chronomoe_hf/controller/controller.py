@@ -1,0 +1,249 @@
+"""The controller: snapshot in, decisions out, lens scales set.
+
+It holds one LayerControlState per MoE layer and calls the pure functions of `policy` in the order of the control law.
+It runs on the host, once per interval, and is deterministic: every rank that sees the same snapshots decides the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from chronomoe_hf.config import ControlConfig
+from chronomoe_hf.controller import policy
+from chronomoe_hf.controller.decisions import ControlDecision
+from chronomoe_hf.controller.state import LayerControlState
+from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
+from chronomoe_hf.lens import ChronoLens, IdentityLens
+from chronomoe_hf.metrics import relative_top2
+
+if TYPE_CHECKING:
+    from chronomoe_hf.telemetry.snapshots import LayerSnapshot, SystemSnapshot
+    from chronomoe_hf.telemetry.writer import TelemetryWriter
+
+Lens = ChronoLens | IdentityLens
+Lenses = Mapping[int, Lens] | Sequence[Lens] | None
+
+
+class Controller:
+    """Reads snapshots, tracks pressure per layer, gates the lenses, and leaves a record of every decision.
+
+    Args:
+        n_layers: MoE layers, numbered from 0.
+        n_experts_per_layer: E of each layer.
+        config: gains and thresholds.
+        top_k_per_layer: k of each layer; by default the snapshot says.
+
+    Raises:
+        ConfigError: a list's length is not `n_layers`, or an entry is not positive.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        n_experts_per_layer: Sequence[int],
+        config: ControlConfig | None = None,
+        top_k_per_layer: Sequence[int] | None = None,
+    ) -> None:
+        if n_layers < 1:
+            raise ConfigError(f"Controller n_layers must be at least 1, got {n_layers}")
+        for name, values in (("n_experts_per_layer", n_experts_per_layer), ("top_k_per_layer", top_k_per_layer)):
+            if values is not None and (len(values) != n_layers or min(values) < 1):
+                raise ConfigError(f"Controller {name} must hold {n_layers} positive integers, got {list(values)}")
+        self.config = ControlConfig() if config is None else config
+        self.n_layers = n_layers
+        self.n_experts_per_layer = tuple(n_experts_per_layer)
+        self.top_k_per_layer = None if top_k_per_layer is None else tuple(top_k_per_layer)
+        self.run_id: str | None = None
+        self._states = [LayerControlState() for _ in range(n_layers)]
+        self._writer: TelemetryWriter | None = None
+
+    def initialize(self, run_id: str, writer: TelemetryWriter | None = None) -> Self:
+        """Name the run; a `writer` receives every decision as a ``control_decisions`` record. Keeps the state."""
+        self.run_id = run_id
+        self._writer = writer
+        return self
+
+    def layer_state(self, layer_id: int) -> LayerControlState:
+        """The live control memory of a layer (read it; the controller writes it)."""
+        return self._states[layer_id]
+
+    def update(self, snapshot: SystemSnapshot, lenses: Lenses = None) -> list[ControlDecision]:
+        """Evaluate every layer of a snapshot and set the scale of its lens.
+
+        Args:
+            snapshot: a closed window.
+            lenses: lenses by layer id, or a list of lenses (each knows its layer). A layer without one is
+                evaluated all the same and abstains with ``lens_unsupported``.
+
+        Returns:
+            One decision per layer of the snapshot; none when the controller is disabled (the lenses are closed).
+
+        Raises:
+            ConfigError: the snapshot has a layer or a number of experts this controller was not built for.
+        """
+        by_layer = _by_layer(lenses)
+        if not self.config.enabled:
+            for unused in by_layer.values():
+                unused.set_scale(0.0)
+            return []
+        for layer in snapshot.layers:
+            self._check_layer(layer)
+        decisions = []
+        for layer in snapshot.layers:
+            lens = by_layer.get(layer.layer_id)
+            decision = self._decide(snapshot, layer, lens)
+            if lens is not None:
+                lens.set_scale(decision.scale)
+            if self._writer is not None:
+                self._writer.write("control_decisions", decision.to_record())
+            decisions.append(decision)
+        return decisions
+
+    def _check_layer(self, layer: LayerSnapshot) -> None:
+        if not 0 <= layer.layer_id < self.n_layers:
+            raise ConfigError(
+                f"the snapshot has layer {layer.layer_id}, this controller has layers 0 to {self.n_layers - 1}; "
+                "build it with the model's n_layers"
+            )
+        expected = self.n_experts_per_layer[layer.layer_id]
+        if layer.n_experts != expected:
+            raise ConfigError(
+                f"layer {layer.layer_id} of the snapshot has {layer.n_experts} experts, this controller expects "
+                f"{expected}; build it with the model's n_experts_per_layer"
+            )
+
+    def _top_k(self, layer: LayerSnapshot) -> int:
+        return layer.top_k if self.top_k_per_layer is None else self.top_k_per_layer[layer.layer_id]
+
+    def _decide(self, snapshot: SystemSnapshot, layer: LayerSnapshot, lens: Lens | None) -> ControlDecision:
+        """One turn of the control law for one layer; updates its state."""
+        config, state = self.config, self._states[layer.layer_id]
+        evidence = _evidence(layer)
+        debt, quota, harmed = None, None, False
+        if evidence is not None:
+            debt, quota, harmed = self._observe(state, evidence, self._top_k(layer))
+        drive = policy.drive_of(state.pressure, state.integral, config)
+        heat = policy.heat_of(state.pressure)
+        requested = policy.lens_scale(
+            drive=drive, heat=heat, harm_backoff=state.harm_backoff, step=snapshot.step, config=config
+        )
+        reason = policy.abstain_reason(
+            drive=drive,
+            harm_backoff=state.harm_backoff,
+            sufficient=evidence is not None,
+            lens_supported=lens is not None and lens.supported,
+            config=config,
+        )
+        state.last_scale = requested if reason is None else 0.0
+        state.last_step = snapshot.step
+        state.num_evaluations += 1
+        state.num_abstained += reason is not None
+        return ControlDecision(
+            run_id=snapshot.run_id if self.run_id is None else self.run_id,
+            step=snapshot.step,
+            layer_id=layer.layer_id,
+            observed=self._observed(layer),
+            debt=debt,
+            pressure=state.pressure,
+            heat=heat,
+            forgetting=policy.forgetting_of(state.pressure, config),
+            beta_multiplier=policy.beta_multiplier(state.pressure, config) if evidence is not None else 1.0,
+            gate=config.gate,
+            integral=state.integral,
+            harmed=harmed,
+            harm_backoff=state.harm_backoff,
+            scale_requested=requested,
+            scale=state.last_scale,
+            scale_cap=policy.scale_cap(snapshot.step, config),
+            abstain_reason=reason,
+            lens=None if lens is None else {"rank": lens.rank, **lens.norms(), "note": lens.note},
+            quota=quota,
+            alerts=tuple(alert.kind for alert in snapshot.active_alerts if alert.layer_id == layer.layer_id),
+        )
+
+    def _observe(
+        self, state: LayerControlState, seen: _Evidence, top_k: int
+    ) -> tuple[policy.Debt, policy.Quota | None, bool]:
+        """Fold a window with evidence into the state; returns debt, quota and the harm guard's verdict."""
+        config, n_experts = self.config, len(seen.shares)
+        debt = policy.topology_debt(
+            n_effective=seen.n_effective, top2_share=seen.top2_share, dead=seen.dead, n_experts=n_experts, top_k=top_k
+        )
+        quota = policy.quota_of(seen.shares, top2_share=seen.top2_share, dead=seen.dead, top_k=top_k, config=config)
+        # The guard watches t, not the plain share: at k = 8 a layer can double its concentration within 0.02.
+        top2 = relative_top2(seen.top2_share, top_k)
+        rise = None if state.last_top2 is None else top2 - state.last_top2
+        harmed = policy.is_harm(state.last_scale, rise, config)
+        state.harm_backoff = policy.next_harm_backoff(state.harm_backoff, harmed, config)
+        state.num_harms += harmed
+        state.last_top2 = top2
+        state.pressure = policy.next_pressure(state.pressure, debt.total, config)
+        state.integral = policy.next_integral(
+            state.integral, n_effective=seen.n_effective, n_experts=n_experts, config=config
+        )
+        return debt, quota, harmed
+
+    def _observed(self, layer: LayerSnapshot) -> dict[str, float | int | None]:
+        top_k = self._top_k(layer)
+        return {
+            "entropy": layer.entropy,
+            "n_effective": layer.n_effective,
+            "top2_share": layer.top2_share,
+            "top2_relative": None if layer.top2_share is None else relative_top2(layer.top2_share, top_k),
+            "dead": layer.dead,
+            "n_experts": layer.n_experts,
+            "top_k": top_k,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON: the experts per layer and every layer's state; floats return bit for bit."""
+        return {
+            "n_experts_per_layer": list(self.n_experts_per_layer),
+            "layers": [state.state_dict() for state in self._states],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`; all or nothing.
+
+        Raises:
+            StateCorruptError: entries are missing or malformed.
+            StateMismatchError: the state belongs to a model with other layers or expert counts.
+        """
+        if not isinstance(state, dict) or set(state) != {"n_experts_per_layer", "layers"}:
+            raise StateCorruptError(
+                "controller state must have exactly n_experts_per_layer and layers; use an intact checkpoint"
+            )
+        saved = state["n_experts_per_layer"]
+        if saved != list(self.n_experts_per_layer) or len(state["layers"]) != self.n_layers:
+            raise StateMismatchError(
+                f"controller state is for experts per layer {saved}, this controller has "
+                f"{list(self.n_experts_per_layer)}; load a checkpoint of this model"
+            )
+        self._states = [LayerControlState.from_state_dict(layer) for layer in state["layers"]]
+
+
+class _Evidence(NamedTuple):
+    """The metrics that the control law needs, all defined."""
+
+    shares: Sequence[float]
+    n_effective: float
+    top2_share: float
+    dead: int
+
+
+def _evidence(layer: LayerSnapshot) -> _Evidence | None:
+    """What the window shows; None if it is too short. Without one assignment there are no metrics to begin with."""
+    if not layer.sufficient or layer.shares is None:
+        return None
+    if layer.n_effective is None or layer.top2_share is None or layer.dead is None:
+        return None
+    return _Evidence(layer.shares, layer.n_effective, layer.top2_share, layer.dead)
+
+
+def _by_layer(lenses: Lenses) -> dict[int, Lens]:
+    if lenses is None:
+        return {}
+    if isinstance(lenses, Mapping):
+        return dict(lenses)
+    return {lens.layer_id: lens for lens in lenses}

@@ -1,0 +1,82 @@
+"""The only module that talks to other ranks. Collectives run in ``system.step`` and at train begin, nowhere else."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from chronomoe_hf.errors import ChronoError
+
+
+def active() -> bool:
+    """Whether more than one process takes part."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's rank, 0 when alone."""
+    return dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 when alone."""
+    return dist.get_world_size() if active() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files."""
+    return rank() == 0
+
+
+def all_reduce_sum_(flat: Tensor) -> Tensor:
+    """Sum over ranks, in place. Collective."""
+    if active():
+        dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+    return flat
+
+
+def broadcast_(flat: Tensor) -> Tensor:
+    """Rank 0's values on every rank, in place. Collective."""
+    if active():
+        dist.broadcast(flat, src=0)
+    return flat
+
+
+def require_agreement(checksum: Tensor, what: str) -> None:
+    """Raise ChronoError on every rank if `checksum` (float64, any shape) is not identical on all. Collective.
+
+    Raises:
+        ChronoError: the ranks' states have drifted apart.
+    """
+    if not active():
+        return
+    # MAX of (x, -x) is max and -min in one collective.
+    pair = torch.stack([checksum, -checksum])
+    dist.all_reduce(pair, op=dist.ReduceOp.MAX)
+    if not torch.equal(pair[0], -pair[1]):
+        raise ChronoError(
+            f"{what} differs between ranks (checksum spread {float((pair[0] + pair[1]).abs().max()):.3g}); "
+            "every rank must call system.step() at the same steps and load the same state"
+        )
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's JSON-like object on every rank. Collective; only at train begin."""
+    if not active():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def full_weight(weight: Tensor) -> Tensor:
+    """The whole of a router weight, fp32, detached. Collective when the weight is sharded (DTensor, ZeRO-3)."""
+    if hasattr(weight, "full_tensor"):
+        return weight.detach().full_tensor().float()  # type: ignore[no-any-return]
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().float().clone()
+    return weight.detach().float()

@@ -1,0 +1,87 @@
+"""Everything chronomoe_hf raises on purpose.
+
+ChronoError
+|-- ConfigError                      a setting is unknown, out of range, or contradicts another
+|-- WrapError                        the model cannot be wrapped as asked
+|   |-- NoMoELayersError             nothing in the model routes tokens to experts
+|   |-- UnsupportedArchitectureError a router of a family, or of a layout, that is not supported
+|   |-- AlreadyWrappedError          the model is wrapped with another config
+|   `-- NotWrappedError              the model has no ChronoSystem
+|-- ContractError                    a router returned something its adapter does not describe
+|-- TelemetryError                   an output directory or record file cannot be used
+`-- StateError                       saved state cannot be used
+    |-- StateMissingError            there is no state where one is required
+    |-- StateCorruptError            a file is torn, truncated, altered or not what its name says
+    |-- StateSchemaError             written by a schema this version does not read
+    |-- StateMismatchError           a sound state of another model (layers, E, k, router class)
+    |-- StateWriteError              state could not be written (raised with ``strict_save=True``)
+    `-- WeightMismatchError          live router/expert weights differ from the checkpoint's fingerprint
+
+Every message names the value, what was expected, and the way out.
+"""
+
+from __future__ import annotations
+
+
+class ChronoError(Exception):
+    """Root of every exception that chronomoe_hf raises on purpose."""
+
+
+class ConfigError(ChronoError, ValueError):
+    """A setting is unknown, out of range, or contradicts another setting."""
+
+
+class WrapError(ChronoError):
+    """The model cannot be wrapped or unwrapped as asked."""
+
+
+class NoMoELayersError(WrapError):
+    """No module of the model routes tokens to experts."""
+
+
+class UnsupportedArchitectureError(WrapError):
+    """A router belongs to a family, or has a layout, that is not supported."""
+
+
+class AlreadyWrappedError(WrapError):
+    """The model is already wrapped, with a different config."""
+
+
+class NotWrappedError(WrapError, LookupError):
+    """The model (or anything inside it) carries no ChronoSystem."""
+
+
+class ContractError(ChronoError):
+    """A router returned something other than what its adapter describes."""
+
+
+class TelemetryError(ChronoError, OSError):
+    """An output directory or a record file cannot be used."""
+
+
+class StateError(ChronoError):
+    """Saved state cannot be used."""
+
+
+class StateMissingError(StateError, FileNotFoundError):
+    """No state was found where one is required."""
+
+
+class StateCorruptError(StateError):
+    """A state file is torn, truncated, altered, or not what its name says."""
+
+
+class StateSchemaError(StateError):
+    """The state was written with a schema that this version does not read."""
+
+
+class StateMismatchError(StateError):
+    """The state is sound but belongs to another model."""
+
+
+class StateWriteError(StateError, OSError):
+    """State could not be written."""
+
+
+class WeightMismatchError(StateError):
+    """Live router or expert weights differ from the checkpoint's fingerprint."""

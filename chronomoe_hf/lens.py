@@ -1,0 +1,345 @@
+"""The low-rank lens on a router's input: x' = x + s (x V) U.
+
+Only the router sees x'; the experts get x. On a linear router with weight W the lens is a shift of the logits,
+``x' W^T = x W^T + s (x V)(U W^T)``, and it folds exactly into the weight: ``W' = W + s (W U^T) V^T``.
+
+Shape suffixes: T tokens, D hidden size, E experts, R rank. All lens math is fp32 (bases are solved in fp64 on the
+host, once per interval); the model's dtype is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from chronomoe_hf.errors import ConfigError, StateMismatchError
+
+# Eigenvalues of W W^T below this fraction of the largest are treated as zero: fp32 weights carry no more information.
+_EIGEN_CUTOFF = 1e-12
+
+BasisName = Literal["least_squares", "router"]
+
+
+def steering_target(share_E: Tensor | Sequence[float]) -> Tensor:
+    """Where the logits should move: up for idle experts, down for busy ones.
+
+    ``t_e = clip((1/E - share_e) E, -1, 1)``, then zero-centred, because a shift common to all experts changes no
+    softmax and no top-k.
+
+    Args:
+        share_E: share of the layer's assignments per expert, shape ``(E,)``.
+
+    Returns:
+        ``t``, shape ``(E,)``, float64 on the CPU, in units of one logit standard deviation.
+    """
+    share = _host64(share_E)
+    t_E = (1.0 - share * share.numel()).clamp(-1.0, 1.0)
+    return t_E - t_E.mean()
+
+
+def basis_problem(
+    mu_D: Tensor, weight_ED: Tensor, share_E: Tensor | Sequence[float], logit_std: float = 1.0
+) -> str | None:
+    """Why no steering basis can be built from these inputs, or None if one can."""
+    mu = _host64(mu_D)
+    if not bool(torch.isfinite(mu).all()):
+        return "the mean router input has non-finite entries"
+    if float(mu.norm()) == 0.0:
+        return "the mean router input is zero"
+    if not bool(torch.isfinite(weight_ED).all()):
+        return "the router weight has non-finite entries"
+    if not math.isfinite(logit_std) or logit_std <= 0.0:
+        return f"the logit standard deviation is {logit_std}, it must be positive and finite"
+    if not bool(torch.isfinite(_host64(share_E)).all()):
+        return "the shares have non-finite entries"
+    return None
+
+
+def least_squares_basis(
+    mu_D: Tensor, weight_ED: Tensor, share_E: Tensor | Sequence[float], logit_std: float
+) -> tuple[Tensor, Tensor]:
+    """Rank-1 basis that moves the mean token's logits by the steering target.
+
+    ``V = mu / |mu|^2`` reads how much of the mean token is in x (1 for the mean token itself), and
+    ``U = pinv(W) (t * logit_std)`` is the smallest change of x whose logits are the target. At s = 1 the mean token's
+    logits move by exactly t logit standard deviations wherever t lies in the range of W (always for E <= D and
+    independent rows), and by the closest possible shift elsewhere.
+
+    Args:
+        mu_D: mean router input of the window, shape ``(D,)``.
+        weight_ED: router weight, shape ``(E, D)``, any floating dtype.
+        share_E: share of assignments per expert, shape ``(E,)``.
+        logit_std: standard deviation of the clean logits, positive.
+
+    Returns:
+        ``(V, U)``, shapes ``(D, 1)`` and ``(1, D)``, float32 on the CPU. Both are zero (an identity lens) where
+        :func:`basis_problem` names a reason.
+    """
+    if basis_problem(mu_D, weight_ED, share_E, logit_std) is not None:
+        return _no_basis(weight_ED.shape[1])
+    weight = _host64(weight_ED)
+    target_E = steering_target(share_E) * logit_std
+    # pinv(W) t = W^T (W W^T)^+ t: an E x E eigenproblem instead of an SVD of the E x D weight.
+    value_E, vector_EE = torch.linalg.eigh(weight @ weight.T)
+    keep_E = value_E > value_E[-1] * _EIGEN_CUTOFF
+    inverse_E = torch.where(keep_E, 1.0 / value_E.where(keep_E, torch.ones_like(value_E)), torch.zeros_like(value_E))
+    shift_D = weight.T @ (vector_EE @ (inverse_E * (vector_EE.T @ target_E)))
+    return _reader(mu_D), shift_D.unsqueeze(0).float()
+
+
+def router_basis(mu_D: Tensor, weight_ED: Tensor, share_E: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The original steering direction: the unit vector of ``sum_e (1/E - share_e) W_e``.
+
+    Args:
+        mu_D: mean router input of the window, shape ``(D,)``; V reads it as in :func:`least_squares_basis`.
+        weight_ED: router weight, shape ``(E, D)``.
+        share_E: share of assignments per expert, shape ``(E,)``.
+
+    Returns:
+        ``(V, U)``, shapes ``(D, 1)`` and ``(1, D)``, float32 on the CPU; zero where there is no direction.
+
+    Source: ChronoMoE v2 lens, anti-dominance steering.
+    """
+    direction_D = (1.0 / weight_ED.shape[0] - _host64(share_E)) @ _host64(weight_ED)
+    norm = float(direction_D.norm())
+    if basis_problem(mu_D, weight_ED, share_E) is not None or norm == 0.0:
+        return _no_basis(weight_ED.shape[1])
+    return _reader(mu_D), (direction_D / norm).unsqueeze(0).float()
+
+
+def fold_weight(weight_ED: Tensor, V_DR: Tensor, U_RD: Tensor, scale: float) -> Tensor:
+    """The router weight that routes like the lens: ``W' = W + s (W U^T) V^T``.
+
+    Computed in float64 and rounded once to `weight_ED`'s dtype; a scale of 0 returns an equal copy.
+    """
+    if scale == 0.0:
+        return weight_ED.detach().clone()
+    weight, V, U = (tensor.detach().to("cpu", torch.float64) for tensor in (weight_ED, V_DR, U_RD))
+    folded = weight + scale * (weight @ U.T) @ V.T
+    return folded.to(device=weight_ED.device, dtype=weight_ED.dtype)
+
+
+class ChronoLens:
+    """One layer's lens. A plain object: it is no module, adds no parameter and no key to a state dict.
+
+    Args:
+        d_model: D, width of the router input.
+        rank: R, columns of V; a basis of lower rank is padded with zeros.
+        layer_id: MoE layer the lens belongs to.
+        device: where the tensors live.
+
+    Attributes:
+        V: shape ``(D, R)``, float32.
+        U: shape ``(R, D)``, float32.
+        scale: gate s in force, a Python float; 0 closes the lens exactly.
+        scale_t: the same as a 0-dim float32 tensor, for graphs that must not be rebuilt when it changes.
+        note: why the last basis is empty, or None.
+
+    Raises:
+        ConfigError: `d_model` or `rank` is not positive.
+    """
+
+    supported = True
+
+    def __init__(
+        self, d_model: int, rank: int = 1, layer_id: int = 0, *, device: torch.device | str | None = None
+    ) -> None:
+        for name, value in (("d_model", d_model), ("rank", rank)):
+            if value < 1:
+                raise ConfigError(f"ChronoLens {name} must be at least 1, got {value}")
+        self.d_model = d_model
+        self.rank = rank
+        self.layer_id = layer_id
+        self.V = torch.zeros(d_model, rank, dtype=torch.float32, device=device)
+        self.U = torch.zeros(rank, d_model, dtype=torch.float32, device=device)
+        self.scale = 0.0
+        self.scale_t = torch.zeros((), dtype=torch.float32, device=device)
+        self.note: str | None = None
+
+    @property
+    def s(self) -> float:
+        """The scale in force (the original's name)."""
+        return self.scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x + s (x V) U`` in x's dtype and shape ``(..., D)``; x itself while the lens is closed."""
+        if self.scale == 0.0:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            x32 = x.float()
+            return (x32 + self.scale_t * (x32 @ self.V) @ self.U).to(x.dtype)
+
+    def logit_shift(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        """What the lens adds to the logits of a linear router: ``s (x V)(U W^T)``, shape ``(T, E)``, float32."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self.scale_t * (x_TD.float() @ self.V) @ (self.U @ weight_ED.float().T)
+
+    @torch.no_grad()
+    def set_basis(self, V_DR: Tensor, U_RD: Tensor) -> None:
+        """Write a basis of rank at most R, in place.
+
+        Raises:
+            ConfigError: the shapes are not ``(D, r)`` and ``(r, D)`` with r <= R.
+        """
+        rank = V_DR.shape[-1]
+        if V_DR.shape != (self.d_model, rank) or U_RD.shape != (rank, self.d_model) or rank > self.rank:
+            raise ConfigError(
+                f"layer {self.layer_id}: basis shapes {tuple(V_DR.shape)} and {tuple(U_RD.shape)} do not fit a lens of "
+                f"d_model {self.d_model} and rank {self.rank}; expected ({self.d_model}, r) and (r, {self.d_model}), "
+                f"r <= {self.rank}"
+            )
+        self.V.zero_()[:, :rank].copy_(V_DR)
+        self.U.zero_()[:rank].copy_(U_RD)
+
+    def aim(
+        self,
+        mu_D: Tensor,
+        weight_ED: Tensor,
+        share_E: Tensor | Sequence[float],
+        logit_std: float,
+        basis: BasisName = "least_squares",
+    ) -> str | None:
+        """Compute and set the steering basis of a window; arguments as in :func:`least_squares_basis`.
+
+        Returns:
+            None, or why the inputs are degenerate; the basis is then empty and the lens an exact identity
+            at any scale.
+        """
+        self.note = basis_problem(mu_D, weight_ED, share_E, logit_std)
+        if basis == "router":
+            self.set_basis(*router_basis(mu_D, weight_ED, share_E))
+        else:
+            self.set_basis(*least_squares_basis(mu_D, weight_ED, share_E, logit_std))
+        return self.note
+
+    def set_scale(self, scale: float) -> None:
+        """Open (or with 0 close) the lens; `scale` in logit standard deviations, finite and not negative."""
+        if not math.isfinite(scale) or scale < 0.0:
+            raise ConfigError(f"layer {self.layer_id}: a lens scale must be finite and >= 0, got {scale}")
+        self.scale = float(scale)
+        self.scale_t.fill_(self.scale)
+
+    def norms(self) -> dict[str, float]:
+        """Frobenius norms of the basis, ``v_norm`` and ``u_norm``; copies two numbers to the host."""
+        return {"v_norm": float(self.V.norm()), "u_norm": float(self.U.norm())}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the tensors; dtypes stay float32."""
+        self.V, self.U, self.scale_t = self.V.to(device), self.U.to(device), self.scale_t.to(device)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``V``, ``U`` (float32) and ``scale`` (0-dim float64, so that the Python float returns bit for bit)."""
+        return {
+            "V": self.V.detach().clone(),
+            "U": self.U.detach().clone(),
+            "scale": torch.tensor(self.scale, dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`state_dict`.
+
+        Raises:
+            StateMismatchError: tensors are missing or belong to a lens of another size.
+        """
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        expected = {"V": tuple(self.V.shape), "U": tuple(self.U.shape), "scale": ()}
+        if found != expected:
+            raise StateMismatchError(
+                f"layer {self.layer_id}: lens state has shapes {found}, this lens needs {expected}; "
+                "the state was saved for another model or rank"
+            )
+        self.set_basis(state["V"], state["U"])
+        self.set_scale(float(state["scale"]))
+        self.note = None
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(d_model={self.d_model}, rank={self.rank}, layer_id={self.layer_id}, s={self.scale})"
+        )
+
+
+class IdentityLens:
+    """The explicit no-op, for layers that cannot carry a lens. Same surface as :class:`ChronoLens`.
+
+    Args:
+        layer_id: MoE layer it stands in for.
+        reason: why the layer has no lens, for the decision log.
+    """
+
+    supported = False
+    rank = 0
+    scale = 0.0
+    s = 0.0
+
+    def __init__(self, layer_id: int = 0, *, reason: str | None = None) -> None:
+        self.layer_id = layer_id
+        self.note = reason
+        self.scale_t = torch.zeros((), dtype=torch.float32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+    def logit_shift(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        """Zeros, shape ``(T, E)``, float32."""
+        return torch.zeros(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32, device=x_TD.device)
+
+    def set_basis(self, V_DR: Tensor, U_RD: Tensor) -> None:
+        """Ignored."""
+
+    def aim(
+        self,
+        mu_D: Tensor,
+        weight_ED: Tensor,
+        share_E: Tensor | Sequence[float],
+        logit_std: float,
+        basis: BasisName = "least_squares",
+    ) -> str | None:
+        """Ignored; returns why."""
+        return self.note or "this layer has no lens"
+
+    def set_scale(self, scale: float) -> None:
+        """Ignored."""
+
+    def norms(self) -> dict[str, float]:
+        """Zeros: there is no basis."""
+        return {"v_norm": 0.0, "u_norm": 0.0}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Only the (zero) scale tensor moves."""
+        self.scale_t = self.scale_t.to(device)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Accepts only the empty state; anything else raises StateMismatchError."""
+        if state:
+            raise StateMismatchError(
+                f"layer {self.layer_id}: saved lens state ({', '.join(state)}) for a layer without a lens; "
+                "the state was saved for another model"
+            )
+
+
+def _host64(value: Tensor | Sequence[float]) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", torch.float64)
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _reader(mu_D: Tensor) -> Tensor:
+    """``mu / |mu|^2`` as a column; the division goes by the norm twice so that tiny means do not underflow."""
+    mu = _host64(mu_D)
+    norm = float(mu.norm())
+    return (mu / norm / norm).unsqueeze(1).float()
+
+
+def _no_basis(d_model: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(d_model, 1), torch.zeros(1, d_model)

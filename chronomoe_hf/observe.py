@@ -1,0 +1,360 @@
+"""What the forward records: the recording window, the padding mask, and each layer's device accumulators.
+
+Nothing here talks to the host or to other ranks: the forward only adds to tensors, once per micro-batch.
+
+Shape suffixes: E experts, T router rows (tokens), K experts per token, D router input width, B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from chronomoe_hf.coherence import phase_coherence
+from chronomoe_hf.config import CoherenceConfig
+from chronomoe_hf.router import Routing
+
+Mode = Literal["off", "train", "eval"]
+WINDOW = "_chrono_window"
+
+META = ("tokens", "dropped", "nonfinite", "calls")
+PER_EXPERT = ("prob", "phi_weighted", "phi_weight", "phi_rows", "contribution", "contribution_weight")
+PER_LAYER = ("logit_var", "js", "flip", "overlap", "compared", "spare")
+
+
+@dataclass
+class Switches:
+    """Host-side switches shared by all windows of a system.
+
+    Args:
+        training: record training forwards.
+        evaluation: record forwards in eval mode (set while Trainer evaluates, or by ``system.recording_eval()``).
+        router_input: also sum router inputs (set for the one step before a lens may be steered).
+    """
+
+    training: bool = True
+    evaluation: bool = False
+    router_input: bool = False
+
+
+class RecordingWindow:
+    """Whether the running forward counts, and which of its rows are real tokens.
+
+    One window belongs to each innermost PreTrainedModel that owns routers. Its pre-hook opens it, its
+    always-called post-hook closes it, so the recompute of activation checkpointing (which runs outside
+    the owner), evaluation, generation and no-grad forwards in training mode are all left out.
+    """
+
+    def __init__(self, switches: Switches, parameters: tuple[str, ...], pad_token_id: int | None) -> None:
+        self.switches = switches
+        self.parameters = parameters
+        self.pad_token_id = pad_token_id
+        self.mode: Mode = "off"
+        self.mask_T: Tensor | None = None
+
+    def open(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decide the mode and read the padding mask from the owner's arguments."""
+        self.mode = self._mode(training)
+        if self.mode != "off":
+            named = dict(zip(self.parameters, args, strict=False)) | kwargs
+            self.mask_T = real_tokens(named, self.pad_token_id)
+
+    def _mode(self, training: bool) -> Mode:
+        if training:
+            if not (self.switches.training and torch.is_grad_enabled()):
+                return "off"
+            # A user may checkpoint the whole owner; its recompute then runs this hook again, inside backward.
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                return "off"
+            return "train"
+        return "eval" if self.switches.evaluation else "off"
+
+    def close(self) -> None:
+        """Forget the forward."""
+        self.mode = "off"
+        self.mask_T = None
+
+    def rows(self, num_rows: int) -> Tensor | None:
+        """Real-token mask for a router that sees `num_rows` rows, or None where all rows count as real."""
+        mask_T = self.mask_T
+        return mask_T if mask_T is not None and mask_T.shape[0] == num_rows else None
+
+
+def open_window(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an owner; finds its window through the module, so a deep copy records into its own."""
+    module.__dict__[WINDOW].open(module.training, args, kwargs)
+
+
+def close_window(module: nn.Module, args: Any, output: Any) -> None:
+    """Always-called forward hook of an owner."""
+    module.__dict__[WINDOW].close()
+
+
+def forward_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the positional parameters of the module's class-level forward."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def real_tokens(named: dict[str, Any], pad_token_id: int | None) -> Tensor | None:
+    """Which rows of a flattened batch are real tokens, from the arguments of a decoder.
+
+    A 2-D ``attention_mask`` wins; while generating it is wider than the rows, and its last columns are theirs.
+    Without one, a padding-free batch (one row, explicit ``position_ids``) marks its tail of padding by zeros.
+
+    Args:
+        named: the forward's arguments by name.
+        pad_token_id: settles whether a trailing zero position is padding or a one-token document.
+
+    Returns:
+        bool ``(B * S,)``, or None where every row is real (or the mask cannot be aligned with the rows).
+    """
+    tokens = named.get("input_ids")
+    shaped = tokens if isinstance(tokens, Tensor) else named.get("inputs_embeds")
+    if not isinstance(shaped, Tensor) or shaped.dim() < 2:
+        return None
+    batch, length = shaped.shape[0], shaped.shape[1]
+    mask = named.get("attention_mask")
+    if isinstance(mask, Tensor):
+        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+            return None
+        return (mask[:, mask.shape[1] - length :] != 0).reshape(-1)
+    positions = named.get("position_ids")
+    if mask is not None or not isinstance(positions, Tensor) or batch != 1 or length < 2:
+        return None
+    if positions.shape != (1, length):
+        return None
+    advanced_T = (positions[0] != 0).flip(0).cumsum(0).flip(0) > 0
+    if isinstance(tokens, Tensor) and pad_token_id is not None:
+        return advanced_T | (tokens[0] != pad_token_id)
+    # Without token ids the first trailing zero is read as a one-token document only if it stands alone.
+    return advanced_T | ((~advanced_T).sum() == 1)
+
+
+@dataclass
+class Accumulators:
+    """One layer's sums since the last step, on the device.
+
+    Args:
+        ints: int64 ``(E_max + len(META),)``: assignments per expert, then META.
+        floats: float64 ``(len(PER_EXPERT) * E_max + len(PER_LAYER),)``.
+        input_D: fp32 sum of router inputs over real tokens, then their number; None without a lens.
+    """
+
+    ints: Tensor
+    floats: Tensor
+    input_D: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, width: int, input_width: int = 0) -> Accumulators:
+        """Empty accumulators for layers padded to `width` experts."""
+        return cls(
+            ints=torch.zeros(width + len(META), dtype=torch.int64),
+            floats=torch.zeros(len(PER_EXPERT) * width + len(PER_LAYER), dtype=torch.float64),
+            input_D=torch.zeros(input_width + 1) if input_width else None,
+        )
+
+    def move_(self, device: torch.device) -> None:
+        """Move to another device, keeping the sums."""
+        self.ints, self.floats = self.ints.to(device), self.floats.to(device)
+        if self.input_D is not None:
+            self.input_D = self.input_D.to(device)
+
+
+@dataclass
+class LayerRecorder:
+    """Adds one layer's router calls and expert outputs to its accumulators.
+
+    Args:
+        layer_id: position among the wrapped layers.
+        num_experts: E of the layer.
+        width: E_max of the system (accumulators are padded to it).
+        window: the owner's recording window.
+        coherence: how expert outputs are read.
+    """
+
+    layer_id: int
+    num_experts: int
+    width: int
+    window: RecordingWindow
+    coherence: CoherenceConfig
+    train: Accumulators = field(repr=False, default=None)  # type: ignore[assignment]
+    eval: Accumulators = field(repr=False, default=None)  # type: ignore[assignment]
+
+    @property
+    def active(self) -> bool:
+        """Whether the running forward is recorded."""
+        return self.window.mode != "off"
+
+    def _sums(self, device: torch.device) -> Accumulators:
+        sums = self.train if self.window.mode == "train" else self.eval
+        if sums.ints.device != device:
+            sums.move_(device)
+        return sums
+
+    def _expert_slot(self, name: str) -> slice:
+        start = PER_EXPERT.index(name) * self.width
+        return slice(start, start + self.num_experts)
+
+    def routing(
+        self,
+        routing: Routing,
+        distribution: Callable[[Tensor], Tensor],
+        disagreement: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:
+        """Counts, probability sums, logit moments and disagreement of one router call."""
+        device = routing.logits_TE.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            sums = self._sums(device)
+            z_TE = routing.logits_TE.detach().float()
+            finite_T = torch.isfinite(z_TE.sum(-1))
+            mask_T = self.window.rows(z_TE.shape[0])
+            real_T = finite_T if mask_T is None else finite_T & mask_T.to(device)
+            lost_T = ~finite_T if mask_T is None else mask_T.to(device) & ~finite_T
+            z_TE = torch.where(finite_T[:, None], z_TE, 0.0)
+            weight_T = real_T.float()
+
+            kept_TK = real_T[:, None].expand_as(routing.index_TK)
+            if routing.kept_TK is not None:
+                kept_TK = kept_TK & routing.kept_TK
+            sums.ints.scatter_add_(0, routing.index_TK.reshape(-1), kept_TK.reshape(-1).long())
+            tokens = real_T.sum()
+            dropped = tokens * routing.index_TK.shape[-1] - kept_TK.sum()
+            meta = torch.stack([tokens, dropped, lost_T.sum(), torch.ones_like(tokens)])
+            sums.ints[self.width :].add_(meta)
+
+            sums.floats[self._expert_slot("prob")].add_(weight_T @ distribution(z_TE))
+            scalars = [weight_T @ z_TE.var(-1, correction=0)]
+            if disagreement is not None:
+                # A NaN token would poison the sum: zero it before weighting, it is not real anyway.
+                scalars += [weight_T @ torch.where(real_T, d_T, 0.0) for d_T in disagreement]
+                scalars.append(weight_T.sum())
+            start = len(PER_EXPERT) * self.width
+            sums.floats[start : start + len(scalars)].add_(torch.stack(scalars))
+
+    def router_input(self, hidden: Tensor) -> None:
+        """Sum of router inputs over real tokens, only in the step before a lens may be steered."""
+        if not self.window.switches.router_input or self.window.mode != "train":
+            return
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            input_D = self._sums(hidden.device).input_D
+            if input_D is None:
+                return
+            x_TD = hidden.detach().reshape(-1, hidden.shape[-1]).float()
+            real_T = torch.isfinite(x_TD.sum(-1))
+            mask_T = self.window.rows(x_TD.shape[0])
+            if mask_T is not None:
+                real_T = real_T & mask_T.to(hidden.device)
+            weight_T = real_T.float()
+            input_D[:-1].add_(weight_T @ torch.where(real_T[:, None], x_TD, 0.0))
+            input_D[-1:].add_(weight_T.sum())
+
+    def expert_rows(self, rows: ExpertRows) -> None:
+        """Coherence and contribution of every expert from the outputs of one call of the experts."""
+        with torch.no_grad(), torch.autocast(rows.output_SKD.device.type, enabled=False):
+            sums = self._sums(rows.output_SKD.device)
+            table = expert_sums(rows, self.num_experts, self.coherence.reference)
+            for name, value_E in table.items():
+                sums.floats[self._expert_slot(name)].add_(value_E)
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """Expert outputs of S tokens, all K assignments of each.
+
+    Args:
+        output_SKD: unweighted expert outputs, native dtype, detached.
+        weight_SK: combine weights, detached.
+        index_SK: int64 expert ids.
+        valid_SK: bool: real, finite, not dropped.
+        scale: 0-dim or float: real tokens of the call / tokens read, so that sums estimate the whole call.
+    """
+
+    output_SKD: Tensor
+    weight_SK: Tensor
+    index_SK: Tensor
+    valid_SK: Tensor
+    scale: Tensor | float
+
+
+def expert_sums(rows: ExpertRows, num_experts: int, reference: str) -> dict[str, Tensor]:
+    """Per-expert sums of one micro-batch: phi (token-weighted), rows read, and contribution sum(gate * |y|).
+
+    Returns:
+        fp32 tensors ``(E,)`` by the names of PER_EXPERT that it fills.
+
+    Source: SPEC section 4 (phi), REAP (gate * |expert output|).
+    """
+    index_A = rows.index_SK.reshape(-1)
+    y_SKD = rows.output_SKD.float()
+    norm_SK = y_SKD.norm(dim=-1)
+    valid_SK = rows.valid_SK & torch.isfinite(norm_SK)
+    y_SKD = torch.where(valid_SK[..., None], y_SKD, 0.0)
+    weight_SK = torch.where(valid_SK, rows.weight_SK.float(), 0.0)
+    own_SKD = weight_SK[..., None] * y_SKD
+    mixture_SD = own_SKD.sum(1)
+    num_k = rows.index_SK.shape[1]
+
+    def per_expert(value: Tensor) -> Tensor:
+        out = value.new_zeros((num_experts, *value.shape[1:]))
+        return out.index_add_(0, index_A, value)
+
+    valid_A = valid_SK.reshape(-1).float()
+    output_ED = per_expert(y_SKD.flatten(0, 1))
+    if reference == "leave_one_out" and num_k > 1:
+        rest_SKD = torch.where(valid_SK[..., None], mixture_SD[:, None] - own_SKD, 0.0)
+        reference_ED = per_expert(rest_SKD.flatten(0, 1))
+    else:
+        reference_ED = mixture_SD.sum(0).expand_as(output_ED)
+    phi_E, has_phi_E = phase_coherence(output_ED, reference_ED)
+    rows_E = per_expert(valid_A)
+    evidence_E = torch.where(has_phi_E, rows_E, 0.0) * rows.scale
+    contribution_A = torch.where(valid_SK, weight_SK * norm_SK, 0.0).reshape(-1)
+    return {
+        "phi_weighted": phi_E * evidence_E,
+        "phi_weight": evidence_E,
+        "phi_rows": rows_E,
+        "contribution": per_expert(contribution_A) * rows.scale,
+        "contribution_weight": rows_E * rows.scale,
+    }
+
+
+def sample_tokens(mask_T: Tensor | None, num_rows: int, limit: int | None, device: torch.device) -> TokenSample:
+    """Up to `limit` real tokens, spread evenly over the call, chosen without talking to the host.
+
+    Args:
+        mask_T: bool, real tokens; None = all.
+        num_rows: T.
+        limit: most tokens to read; None = all.
+
+    Returns:
+        Positions ``(S,)`` int64, bool ``(S,)`` (False = filler), and real tokens / tokens read.
+    """
+    if limit is None or num_rows <= limit:
+        position_S = torch.arange(num_rows, device=device)
+        valid_S = torch.ones(num_rows, dtype=torch.bool, device=device) if mask_T is None else mask_T.to(device)
+        return TokenSample(position_S, valid_S, 1.0)
+    slot_S = torch.arange(limit, device=device)
+    if mask_T is None:
+        return TokenSample(
+            slot_S * num_rows // limit, torch.ones(limit, dtype=torch.bool, device=device), num_rows / limit
+        )
+    rank_T = mask_T.to(device).cumsum(0)
+    total = rank_T[-1]
+    wanted_S = torch.where(total > limit, slot_S * total // limit, slot_S) + 1
+    position_S = torch.searchsorted(rank_T, wanted_S).clamp_(max=num_rows - 1)
+    scale = total.clamp_min(limit).float() / limit
+    return TokenSample(position_S, wanted_S <= total, scale)
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """Which tokens are read: see :func:`sample_tokens`."""
+
+    position_S: Tensor
+    valid_S: Tensor
+    scale: Tensor | float

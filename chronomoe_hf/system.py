@@ -1,0 +1,431 @@
+"""ChronoSystem: take -> reduce -> fold -> control -> actuate. The only owner of a wrapped model's state."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chronomoe_hf import distributed
+from chronomoe_hf.bank import StateBank
+from chronomoe_hf.coherence import CoherenceBuffer
+from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.controller import ControlDecision, Controller
+from chronomoe_hf.lens import ChronoLens
+from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
+from chronomoe_hf.observe import Accumulators, LayerRecorder, Switches
+from chronomoe_hf.patches import Adapter
+from chronomoe_hf.readout import layer_events
+from chronomoe_hf.router import RouterLink, RouterState, balance_step
+from chronomoe_hf.telemetry import (
+    AlertHistory,
+    RoutingEvent,
+    SystemSnapshot,
+    TelemetryWriter,
+    next_attempt,
+    run_manifest,
+)
+
+logger = logging.getLogger("chronomoe_hf")
+
+
+@dataclass
+class Layer:
+    """One wrapped MoE layer: its modules and the facts found at wrap time.
+
+    Args:
+        layer_id: position, 0-based, in module order.
+        name: module path of the router, without wrapper prefixes.
+        adapter: the family's facts.
+        router: the wrapped router module.
+        experts: the wrapped experts module, or None.
+        parent: the module that owns the native bias where the router does not.
+        num_experts, top_k: E and k.
+        link: what the router points to.
+        recorder: the layer's accumulators.
+        native_bias: the model's own correction bias, when the balance law updates that instead of beta.
+        notes: what is not supported on this layer, in plain words.
+    """
+
+    layer_id: int
+    name: str
+    adapter: Adapter
+    router: nn.Module
+    experts: nn.Module | None
+    parent: nn.Module
+    num_experts: int
+    top_k: int
+    link: RouterLink
+    recorder: LayerRecorder
+    native_bias: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def table_row(self) -> dict[str, Any]:
+        """Name, router class, E and k, for manifests."""
+        return {
+            "layer_id": self.layer_id,
+            "name": self.name,
+            "family": self.adapter.family,
+            "router_class": self.adapter.router_class,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+        }
+
+
+class ChronoSystem:
+    """State and control of one wrapped model; made by ``wrap``, found by ``system_of``.
+
+    Args:
+        model: the root that was wrapped.
+        layers: its MoE layers.
+        config: settings.
+        switches: shared with every recording window.
+
+    Attributes:
+        last_snapshot: SystemSnapshot of the last closed window, or None.
+        decisions: ControlDecisions of the last evaluation.
+        prune_decisions: every lifecycle state change so far.
+        global_step: last optimizer step folded.
+        run_id, attempt: of the run; an attempt is one start or resume.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer], config: ChronoConfig, switches: Switches) -> None:
+        self.model = model
+        self.layers = layers
+        self.config = config
+        self.switches = switches
+        self.run_id = uuid.uuid4().hex[:12]
+        self.attempt = 0
+        self.global_step = 0
+        self.window_steps = 0
+        self.bank = StateBank([layer.num_experts for layer in layers])
+        self.alerts = AlertHistory()
+        self.controller = Controller(
+            n_layers=len(layers),
+            n_experts_per_layer=[layer.num_experts for layer in layers],
+            config=config.control,
+            top_k_per_layer=[layer.top_k for layer in layers],
+        ).initialize(run_id=self.run_id)
+        self.lifecycle = LifecycleCoordinator(config.lifecycle, n_layers=len(layers))
+        self.last_snapshot: SystemSnapshot | None = None
+        self.last_evaluation: SystemSnapshot | None = None
+        self.decisions: list[ControlDecision] = []
+        self.prune_decisions: list[PruneDecision] = []
+        self.writer: TelemetryWriter | None = None
+        self.governed = False
+        self.overhead_s = 0.0
+        self._native_frozen = torch.tensor([layer.native_bias for layer in layers])
+        self._bind()
+        self._aim_switches(0)
+
+    # ---- views -------------------------------------------------------------------------------------------------
+
+    @property
+    def cap(self) -> float:
+        """Cap on |beta_coeff| of the law in force."""
+        beta = self.config.beta
+        return beta.balance_cap if beta.law == "balance" else beta.k_max
+
+    @property
+    def lenses(self) -> dict[int, ChronoLens]:
+        """Lenses by layer id, for the layers that can have one."""
+        return {layer.layer_id: layer.link.lens for layer in self.layers if layer.link.lens is not None}
+
+    def coherence(self, layer_id: int) -> CoherenceBuffer:
+        """The layer's three clocks."""
+        return self.bank.coherence(layer_id)
+
+    def router_state(self, layer_id: int) -> RouterState:
+        """The layer's router state."""
+        return self.layers[layer_id].link.state
+
+    def _bind(self) -> None:
+        for layer in self.layers:
+            self.bank.bind(layer.link.state)
+
+    def _follow_device(self) -> None:
+        device = self.layers[0].recorder.train.ints.device
+        if device != self.bank.device:
+            self.bank.to_(device)
+            self._bind()
+            for layer in self.layers:
+                if layer.link.lens is not None:
+                    layer.link.lens.to(layer.recorder.train.ints.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle of the model is its own wrapped model: it must not write into this run's files.
+        return {**self.__dict__, "writer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._bind()  # pickling separates views from their storage
+
+    # ---- the step ----------------------------------------------------------------------------------------------
+
+    def step(self, global_step: int) -> SystemSnapshot | None:
+        """Fold everything recorded since the last call; close the window every `interval` steps. Collective.
+
+        Call once per optimizer step, on every rank, after ``optimizer.step()``.
+
+        Args:
+            global_step: number of optimizer steps done, 1 after the first.
+
+        Returns:
+            The snapshot, when this step closed a window.
+        """
+        started = time.perf_counter()
+        self.global_step = global_step
+        closing = global_step % self.config.interval == 0
+        row_LR, inputs = self._take(with_inputs=self.switches.router_input)
+        self.bank.fold(row_LR, global_step, self.config.veto)
+        self.window_steps += 1
+        if self.config.beta.law == "balance":
+            self._balance(self.bank.row.count(row_LR))
+        snapshot = self._close_window(global_step, inputs) if closing else None
+        if self.config.beta.law != "none":
+            self.bank.refresh(self.cap)
+        self._aim_switches(global_step)
+        self.overhead_s += time.perf_counter() - started
+        return snapshot
+
+    def close_window(self) -> SystemSnapshot | None:
+        """Close a window that is shorter than `interval` (end of a run): records it, but controls nothing."""
+        if self.window_steps == 0:
+            return None
+        events = self._events(self.global_step)
+        snapshot = self._summarise(events, self.global_step, self.alerts)
+        self._record(events, snapshot, [], [])
+        self._reset_window(snapshot)
+        return snapshot
+
+    def discard(self) -> None:
+        """Throw away what was recorded since the last step (leftovers before a training run starts)."""
+        for layer in self.layers:
+            for sums in (layer.recorder.train, layer.recorder.eval):
+                _zero(sums)
+
+    def _aim_switches(self, step: int) -> None:
+        # The lens is steered by the mean router input of the last step of a window: summing every step would cost
+        # a pass over the hidden states for numbers that are thrown away.
+        upcoming = (step + 1) % self.config.interval == 0
+        self.switches.router_input = self.config.lens.enabled and self.config.control.enabled and upcoming
+
+    def _take(self, mode: str = "train", with_inputs: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Sums of all layers since the last take, over all ranks, and (where asked) mean router inputs."""
+        self._follow_device()
+        device = self.bank.device
+        sums = [layer.recorder.train if mode == "train" else layer.recorder.eval for layer in self.layers]
+        ints = torch.stack([s.ints.to(device) for s in sums]).double()
+        floats = torch.stack([s.floats.to(device) for s in sums])
+        row_LR = torch.cat([ints, floats], dim=1)
+        flat = row_LR.reshape(-1)
+        wide = [s.input_D for s in sums if s.input_D is not None] if with_inputs else []
+        if wide:
+            flat = torch.cat([flat, *(w.to(device).double() for w in wide)])
+        flat = distributed.all_reduce_sum_(flat)
+        for s in sums:
+            _zero(s)
+        row_LR = flat[: row_LR.numel()].view_as(row_LR)
+        inputs = list(flat[row_LR.numel() :].split([w.numel() for w in wide])) if wide else []
+        return row_LR, inputs
+
+    def _balance(self, count_LE: Tensor) -> None:
+        beta = self.config.beta
+        frozen_L = self._native_frozen.to(count_LE.device)
+        self.bank.apply_balance(count_LE, beta, frozen_L)
+        for layer in self.layers:
+            if layer.native_bias:
+                count_E = count_LE[layer.layer_id, : layer.num_experts]
+                _update_native(layer, count_E, beta.native_rate, beta.rule)
+            layer.link.state.steering = not layer.native_bias
+        self.governed = True
+
+    # ---- the window --------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> SystemSnapshot:
+        """The open window as a SystemSnapshot, without closing it and without moving any alert."""
+        return self._summarise(self._events(self.global_step), self.global_step, self.alerts.copy())
+
+    def _events(self, step: int) -> list[RoutingEvent]:
+        return layer_events(
+            self.layers,
+            self.bank.row,
+            self.bank.host(),
+            run_id=self.run_id,
+            attempt=self.attempt,
+            step=step,
+            mode="TRAIN",
+            window_steps=self.window_steps,
+            config=self.config,
+        )
+
+    def _summarise(self, events: list[RoutingEvent], step: int, history: AlertHistory) -> SystemSnapshot:
+        return SystemSnapshot.from_events(
+            events=events,
+            step=step,
+            run_id=self.run_id,
+            model_name=type(self.model).__name__,
+            n_layers=len(self.layers),
+            alert_history=history,
+            config=self.config.alerts,
+            governed=self.governed,
+            overhead_ms=1000.0 * self.overhead_s / self.window_steps if self.window_steps else None,
+        )
+
+    def _close_window(self, step: int, inputs: list[Tensor]) -> SystemSnapshot:
+        if distributed.active():
+            # Drift between ranks would make them route, and soon hang, differently: find it where it starts.
+            distributed.require_agreement(self._checksum(), "chronomoe state")
+        events = self._events(step)
+        snapshot = self._summarise(events, step, self.alerts)
+        self.decisions = self.controller.update(snapshot, self.lenses)
+        pruned = self.lifecycle.evaluate(snapshot) if self.config.lifecycle.enabled else []
+        self.prune_decisions.extend(pruned)
+        self._record(events, snapshot, self.decisions, pruned)
+        self._actuate(step, inputs, snapshot)
+        self._reset_window(snapshot)
+        return snapshot
+
+    def _checksum(self) -> Tensor:
+        bank = self.bank
+        return torch.stack([bank.beta_LE.double().sum(), bank.ema_CLE.sum(), bank.window_LR.sum(), bank.std_L.sum()])
+
+    def _reset_window(self, snapshot: SystemSnapshot) -> None:
+        self.last_snapshot = snapshot
+        self.bank.window_LR.zero_()
+        self.window_steps = 0
+        self.overhead_s = 0.0
+
+    def _actuate(self, step: int, inputs: list[Tensor], snapshot: SystemSnapshot) -> None:
+        """Beta, forgetting and lens bases for the next window. Every rank does the same arithmetic."""
+        if self.config.beta.law == "coherence":
+            self.bank.apply_coherence(step, self.config.beta)
+            keep = [1.0] * len(self.layers)
+            for decision in self.decisions:
+                keep[decision.layer_id] = decision.beta_multiplier
+            self.bank.forget(torch.tensor(keep))
+            for layer in self.layers:
+                layer.link.state.steering = True
+            self.governed = True
+        if inputs:
+            self._aim_lenses(inputs, snapshot)
+
+    def _aim_lenses(self, inputs: list[Tensor], snapshot: SystemSnapshot) -> None:
+        with_lens = [layer for layer in self.layers if layer.recorder.train.input_D is not None]
+        by_id = {layer.layer_id: layer for layer in snapshot.layers}
+        for layer, total_D in zip(with_lens, inputs, strict=True):
+            lens, link = layer.link.lens, layer.link
+            assert lens is not None
+            link.lens_open = lens.scale > 0.0
+            shares = by_id[layer.layer_id].shares
+            if not link.lens_open or shares is None:
+                continue
+            mean_D = (total_D[:-1] / total_D[-1].clamp_min(1.0)).float()
+            weight_ED = distributed.full_weight(layer.adapter.weight(layer.router))
+            std = float(layer.link.state.logit_std_ema)
+            lens.aim(mean_D, weight_ED, shares, std, self.config.lens.basis)
+            self.governed = True
+
+    def _record(
+        self,
+        events: list[RoutingEvent],
+        snapshot: SystemSnapshot,
+        decisions: list[ControlDecision],
+        pruned: list[PruneDecision],
+    ) -> None:
+        if self.writer is None:
+            return
+        self.writer.write_many("routing_events", events)
+        self.writer.write("snapshots", snapshot)
+        self.writer.write_many("control_decisions", decisions)
+        self.writer.write_many("lifecycle_decisions", pruned)
+        self.writer.write_many("alerts", snapshot.alerts)
+
+    # ---- evaluation --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def recording_eval(self) -> Iterator[None]:
+        """Record forwards in eval mode (evaluation, generation) into their own statistics."""
+        before = self.switches.evaluation
+        self.switches.evaluation = True
+        try:
+            yield
+        finally:
+            self.switches.evaluation = before
+
+    def take_evaluation(self) -> SystemSnapshot | None:
+        """Statistics recorded under :meth:`recording_eval` since the last call. Collective; None if nothing ran."""
+        row_LR, _ = self._take("eval")
+        host = {"window": row_LR.cpu().numpy()}
+        if not host["window"].any():
+            return None
+        events = layer_events(
+            self.layers,
+            self.bank.row,
+            host,
+            run_id=self.run_id,
+            attempt=self.attempt,
+            step=self.global_step,
+            mode="EVAL",
+            window_steps=0,
+            config=self.config,
+        )
+        snapshot = self._summarise(events, self.global_step, AlertHistory())
+        self.last_evaluation = snapshot
+        if self.writer is not None:
+            self.writer.write_many("routing_events", events)
+        return snapshot
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def open_telemetry(self, output_dir: str | Path, *, resume_step: int | None = None) -> None:
+        """Write records below ``<output_dir>/chronomoe`` from now on (main process only).
+
+        Raises:
+            TelemetryError: the directory cannot be written.
+        """
+        if not self.config.telemetry.jsonl or not distributed.is_main():
+            return
+        self.close_telemetry()
+        self.attempt = next_attempt(output_dir)
+        self.writer = TelemetryWriter(self.run_id, output_dir, attempt=self.attempt)
+        manifest = run_manifest(
+            run_id=self.run_id,
+            config=self.config,
+            layers=[layer.table_row() for layer in self.layers],
+            model_class=type(self.model).__name__,
+            world_size=distributed.world_size(),
+            attempt=self.attempt,
+            notes=[f"layer {layer.layer_id}: {note}" for layer in self.layers for note in layer.notes],
+        )
+        self.writer.write_manifest(manifest, resumed_from=resume_step)
+
+    def close_telemetry(self) -> None:
+        """Close the record files; reports dropped records."""
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
+def _zero(sums: Accumulators) -> None:
+    sums.ints.zero_()
+    sums.floats.zero_()
+    if sums.input_D is not None:
+        sums.input_D.zero_()
+
+
+def _update_native(layer: Layer, count_E: Tensor, rate: float, rule: str) -> None:
+    """The balance law on the model's own correction bias, in its score units; only the change is centred."""
+    bias_E = layer.adapter.native_bias(layer.router, layer.parent)
+    assert bias_E is not None
+    step_E = balance_step(count_E, layer.num_experts, rate, rule)
+    with torch.no_grad():
+        bias_E.add_((step_E - step_E.mean()).to(device=bias_E.device, dtype=bias_E.dtype))

@@ -1,0 +1,210 @@
+"""Alerts: the conditions, and the history that turns them into edges (raised, cleared).
+
+The history is plain JSON data, so that a checkpoint can carry it and a resumed run neither repeats nor forgets
+an alert. Conditions on how evenly experts are used need evidence: a window with too few assignments leaves
+their streaks where they were.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from chronomoe_hf import metrics
+from chronomoe_hf.config import AlertConfig
+from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.telemetry.layers import LayerSnapshot
+
+PRE_COLLAPSE = "PRE_COLLAPSE"
+COLLAPSE_CONFIRMED = "COLLAPSE_CONFIRMED"
+DRIFT = "DRIFT"
+NOT_OBSERVED = "NOT_OBSERVED"
+NON_FINITE = "NON_FINITE"
+RESUME_MISMATCH = "RESUME_MISMATCH"
+KINDS = (PRE_COLLAPSE, COLLAPSE_CONFIRMED, DRIFT, NOT_OBSERVED, NON_FINITE, RESUME_MISMATCH)
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One edge of one alert.
+
+    Attributes:
+        kind: one of :data:`KINDS`.
+        layer_id: the MoE layer, None where the alert is about the whole model.
+        state: ``"raised"`` or ``"cleared"``.
+        step: optimizer step of the edge.
+        detail: the numbers behind it, in words.
+    """
+
+    kind: str
+    layer_id: int | None
+    state: Literal["raised", "cleared"]
+    step: int
+    detail: str = ""
+
+    def __str__(self) -> str:
+        where = "model" if self.layer_id is None else f"layer {self.layer_id}"
+        return f"{self.kind} {self.state} ({where}, step {self.step})" + (f": {self.detail}" if self.detail else "")
+
+    def to_record(self) -> dict[str, Any]:
+        """Strict-JSON dictionary."""
+        return {
+            "schema": 1,
+            "step": self.step,
+            "kind": self.kind,
+            "layer_id": self.layer_id,
+            "state": self.state,
+            "detail": self.detail,
+        }
+
+
+class AlertHistory:
+    """Streaks, active alerts and DRIFT baselines between snapshots.
+
+    Args:
+        data: a mapping to keep the state in, changed in place (an empty one starts fresh); by default a new one.
+    """
+
+    def __init__(self, data: MutableMapping[str, Any] | None = None) -> None:
+        self.data: MutableMapping[str, Any] = {} if data is None else data
+        for name, empty in _empty().items():
+            value = self.data.setdefault(name, empty)
+            if not isinstance(value, type(empty)):
+                raise ConfigError(
+                    f"alert history: {name!r} must be {type(empty).__name__}, got {type(value).__name__}; "
+                    "pass an empty dict to start fresh"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON data; a copy."""
+        return {name: copy.deepcopy(self.data[name]) for name in _empty()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the state by one of :meth:`state_dict`.
+
+        Raises:
+            ConfigError: not an alert history.
+        """
+        fresh = AlertHistory(copy.deepcopy(dict(state)))
+        for name in _empty():
+            self.data[name] = fresh.data[name]
+
+    def copy(self) -> AlertHistory:
+        """An independent history, for a look at an open window that must not count as a snapshot."""
+        return AlertHistory(self.state_dict())
+
+    @property
+    def active(self) -> list[Alert]:
+        """The alerts in force, as they were raised, oldest first."""
+        items = sorted(self.data["active"], key=lambda item: item["step"])
+        return [Alert(item["kind"], item["layer_id"], "raised", item["step"], item["detail"]) for item in items]
+
+    def baseline(self, layer_id: int, windows: int) -> float | None:
+        """The layer's own n_effective to drift from: mean of its first full windows, None while not settled."""
+        values = self.data["baseline"].get(str(layer_id), [])
+        settled = len(values) >= windows or (values and self.data["governed"])
+        return sum(values) / len(values) if settled else None
+
+    def extend_baseline(self, layer_id: int, n_effective: float, windows: int) -> None:
+        """Count one more full window into the baseline, unless it is complete or governance has begun to act."""
+        values = self.data["baseline"].setdefault(str(layer_id), [])
+        if len(values) < windows and not self.data["governed"]:
+            values.append(n_effective)
+
+    def observe(
+        self, kind: str, layer_id: int | None, step: int, *, holds: bool, after: int = 1, detail: str = ""
+    ) -> Alert | None:
+        """Count one snapshot in which a condition held or not; return the edge it makes, if any.
+
+        Args:
+            kind: one of :data:`KINDS`.
+            layer_id: the MoE layer or None for the whole model.
+            step: optimizer step.
+            holds: whether the condition holds now.
+            after: consecutive snapshots before the alert is raised; one without the condition clears it.
+            detail: the numbers behind it.
+        """
+        if kind not in KINDS:
+            raise ConfigError(f"no alert {kind!r}; known: {', '.join(KINDS)}")
+        key = f"{kind}:{'model' if layer_id is None else layer_id}"
+        same = [item for item in self.data["active"] if (item["kind"], item["layer_id"]) == (kind, layer_id)]
+        active = same[0] if same else None
+        if not holds:
+            self.data["streak"].pop(key, None)
+            if active is None:
+                return None
+            self.data["active"].remove(active)
+            return Alert(kind, layer_id, "cleared", step, detail)
+        streak = self.data["streak"].get(key, 0) + 1
+        self.data["streak"][key] = streak
+        if active is not None or streak < after:
+            return None
+        self.data["active"].append({"kind": kind, "layer_id": layer_id, "step": step, "detail": detail})
+        return Alert(kind, layer_id, "raised", step, detail)
+
+
+def _empty() -> dict[str, Any]:
+    return {"streak": {}, "active": [], "baseline": {}, "governed": False}
+
+
+def evaluate(
+    layers: list[LayerSnapshot],
+    missing: list[int],
+    step: int,
+    history: AlertHistory,
+    config: AlertConfig,
+    governed: bool,
+) -> list[Alert]:
+    """Edges of one snapshot, in layer order.
+
+    Args:
+        layers: the layers of the snapshot.
+        missing: layer ids without any event.
+        step: optimizer step.
+        history: changed in place.
+        config: thresholds.
+        governed: beta or a lens has acted: DRIFT baselines stop collecting, for good.
+    """
+    history.data["governed"] = bool(history.data["governed"] or governed)
+    edges: list[Alert | None] = []
+    for layer_id in missing:
+        edges.append(history.observe(NOT_OBSERVED, layer_id, step, holds=True, detail="no event of this layer"))
+    for layer in layers:
+        edges += _layer_edges(layer, step, history, config)
+    return sorted((edge for edge in edges if edge is not None), key=lambda edge: edge.layer_id or 0)
+
+
+def _layer_edges(layer: LayerSnapshot, step: int, history: AlertHistory, config: AlertConfig) -> list[Alert | None]:
+    """Edges of one layer."""
+    bad = layer.nonfinite_tokens
+    detail = f"{bad} tokens with NaN or infinite router logits, excluded from every statistic" if bad else ""
+    unseen = "the router was never called in the window" if not layer.observed else ""
+    edges = [
+        history.observe(NOT_OBSERVED, layer.layer_id, step, holds=not layer.observed, detail=unseen),
+        history.observe(NON_FINITE, layer.layer_id, step, holds=bad > 0, detail=detail),
+    ]
+    if not layer.sufficient or layer.n_effective is None or layer.top2_share is None or layer.dead is None:
+        return edges  # insufficient evidence: no streak moves
+    size, neff, top2 = layer.n_experts, layer.n_effective, metrics.relative_top2(layer.top2_share, layer.top_k)
+    # Where E is close to k, even balanced routing sits above the threshold: there top-2 says nothing about collapse.
+    balanced = metrics.relative_top2(min(1.0, 2.0 / size), layer.top_k)
+    concentrated = top2 > config.top2_pre > balanced
+    detail = f"n_effective {neff:.3g} of {size}, top-2 share {top2:.3g} of its ceiling, {layer.dead} dead"
+    pre = neff < config.neff_floor * size or concentrated
+    confirmed = layer.dead >= 1 and top2 > config.top2_confirmed
+    edges.append(history.observe(PRE_COLLAPSE, layer.layer_id, step, holds=pre, after=config.pre_after, detail=detail))
+    edges.append(
+        history.observe(
+            COLLAPSE_CONFIRMED, layer.layer_id, step, holds=confirmed, after=config.confirmed_after, detail=detail
+        )
+    )
+    baseline = history.baseline(layer.layer_id, config.baseline_windows)
+    if baseline is None:
+        history.extend_baseline(layer.layer_id, neff, config.baseline_windows)
+        return edges
+    drifted = neff < config.drift_fraction * baseline
+    detail = f"n_effective {neff:.3g}, baseline of this run {baseline:.3g}"
+    edges.append(history.observe(DRIFT, layer.layer_id, step, holds=drifted, after=config.drift_after, detail=detail))
+    return edges

@@ -1,0 +1,289 @@
+"""RoutingEvent: what one layer did in one window, as numbers on the host.
+
+Shape suffixes: E experts of the layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from torch import Tensor
+
+from chronomoe_hf import metrics
+from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.telemetry.values import finite, finite_list, known, plain_counts, plain_list
+
+SCHEMA = 1
+Mode = Literal["TRAIN", "INFER", "EVAL"]
+Vector = list[float | None]
+
+# Per-expert fields, length E where present; an entry of None means "no evidence for this expert".
+VECTORS = (
+    "prob_mean",
+    "phi_fast",
+    "phi_mid",
+    "phi_slow",
+    "phi_rows",
+    "contribution",
+    "saliency",
+    "tokens_seen",
+    "beta",
+)
+# One number per layer and window; None means "not measured".
+NUMBERS = (
+    "tokens",
+    "dropped",
+    "nonfinite_tokens",
+    "calls",
+    "logit_std",
+    "disagreement_js",
+    "disagreement_flip",
+    "overlap_only",
+    "relevance",
+    "lens_scale",
+)
+
+
+class Load(NamedTuple):
+    """Balance of one layer's counts (SPEC section 3); None where nothing was counted."""
+
+    entropy: float | None
+    n_effective: float | None
+    top2_share: float | None
+    top2_relative: float | None
+    dead: int | None
+    nearly_dead: int | None
+    max_violation: float | None
+    max_violation_ceiling: float
+    gini: float | None
+    load_cv: float | None
+
+
+def load_metrics(counts: Sequence[int], k: int) -> Load:
+    """Every balance metric of one layer.
+
+    Args:
+        counts: assignments per expert, length E.
+        k: experts per token.
+    """
+    count_E = np.asarray(counts, dtype=np.float64)
+    top2 = metrics.top2_share(count_E)
+    return Load(
+        entropy=metrics.compute_entropy(count_E),
+        n_effective=metrics.compute_n_effective(count_E),
+        top2_share=top2,
+        top2_relative=None if top2 is None else metrics.relative_top2(top2, k),
+        dead=metrics.dead(count_E),
+        nearly_dead=metrics.nearly_dead(count_E),
+        max_violation=metrics.max_violation(count_E),
+        max_violation_ceiling=metrics.max_violation_ceiling(count_E.size, k),
+        gini=metrics.gini(count_E),
+        load_cv=metrics.load_cv(count_E),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingEvent:
+    """Routing of one layer over one window (a window of one step is fine).
+
+    Attributes:
+        run_id: the run the numbers belong to.
+        step: optimizer step at which the window ended.
+        mode: ``"TRAIN"``, ``"INFER"`` or ``"EVAL"``.
+        layer_id: index among the MoE layers, from 0.
+        n_experts: E.
+        top_k: experts per token.
+        counts: assignments dispatched per expert, int, length E: padding excluded, after capacity dropping,
+            summed over micro-batches and ranks.
+        attempt: 0 for the first start of a run, one more per resume.
+        layer_name: module path of the router.
+        window_steps: optimizer steps in the window.
+        tokens: real tokens routed.
+        dropped: assignments refused by capacity.
+        nonfinite_tokens: tokens excluded because their router logits held NaN or infinities.
+        calls: recorded calls of the router; 0 means the layer was not observed; None means not counted.
+        prob_mean: mean router probability per expert.
+        phi_fast, phi_mid, phi_slow: phase coherence of the three clocks, in [-1, 1]; None without evidence.
+        phi_rows: expert outputs read per expert for phi in this window.
+        contribution: sum of gate * |expert output| over the window, estimated over all tokens.
+        saliency: mean of gate * |expert output| over an expert's tokens (REAP, arXiv 2510.13999).
+        tokens_seen: assignments per expert since the run began.
+        logit_std: EMA of the standard deviation of the clean router logits.
+        disagreement_js: mean Jensen-Shannon divergence of biased and clean routing, nats.
+        disagreement_flip: fraction of tokens whose top-1 expert the bias changed.
+        overlap_only: mean probability mass moved by the bias, in [0, 1].
+        relevance: the bridge veto's factor r, in [0, 1].
+        beta: bias coefficients per expert, in logit standard deviations.
+        lens_scale: scale of the lens.
+        notes: remarks in plain words.
+    """
+
+    run_id: str
+    step: int
+    mode: Mode
+    layer_id: int
+    n_experts: int
+    top_k: int
+    counts: list[int]
+    attempt: int = 0
+    layer_name: str = ""
+    window_steps: int = 1
+    tokens: int | None = None
+    dropped: int | None = None
+    nonfinite_tokens: int = 0
+    calls: int | None = None
+    prob_mean: Vector | None = None
+    phi_fast: Vector | None = None
+    phi_mid: Vector | None = None
+    phi_slow: Vector | None = None
+    phi_rows: Vector | None = None
+    contribution: Vector | None = None
+    saliency: Vector | None = None
+    tokens_seen: Vector | None = None
+    logit_std: float | None = None
+    disagreement_js: float | None = None
+    disagreement_flip: float | None = None
+    overlap_only: float | None = None
+    relevance: float | None = None
+    beta: Vector | None = None
+    lens_scale: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+        if self.layer_id < 0:
+            raise ConfigError(f"layer_id counts the MoE layers from 0, got {self.layer_id}")
+        metrics.max_violation_ceiling(self.n_experts, self.top_k)  # raises unless 1 <= k <= E
+        if len(self.counts) != self.n_experts:
+            raise ConfigError(f"counts must hold {self.n_experts} values, one per expert, got {len(self.counts)}")
+
+    @classmethod
+    def from_router_output(
+        cls,
+        *,
+        run_id: str,
+        step: int,
+        mode: Mode,
+        layer_id: int,
+        used_capacity: Any,
+        n_experts: int,
+        top_k: int,
+        **fields: Any,
+    ) -> RoutingEvent:
+        """Build an event from what a router dispatched.
+
+        Args:
+            run_id: the run the numbers belong to.
+            step: optimizer step.
+            mode: ``"TRAIN"``, ``"INFER"`` or ``"EVAL"``.
+            layer_id: index among the MoE layers, from 0.
+            used_capacity: assignments dispatched per expert, shape ``(E,)``: tensor, array or sequence of whole
+                numbers >= 0 (any dtype).
+            n_experts: E.
+            top_k: experts per token.
+            fields: any other attribute of the class; per-expert ones as tensor, array or sequence. NaN and infinities
+                become None: no evidence.
+
+        Raises:
+            ConfigError: an unknown field, a wrong length, counts that are no counts, k outside [1, E].
+        """
+        names = {item.name for item in dataclasses.fields(cls)} - {"counts"}
+        for name in fields:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=3)
+                hint = f"; close: {', '.join(close)}" if close else ""
+                raise ConfigError(f"RoutingEvent has no field {name!r}{hint}")
+        values = dict(fields)
+        for name in VECTORS:
+            if values.get(name) is not None:
+                values[name] = [known(value) for value in plain_list(name, values[name], n_experts)]
+        for name in NUMBERS:
+            value = values.get(name)
+            if value is not None:
+                values[name] = known(value.item() if isinstance(value, Tensor | np.generic) else value)
+        if values.get("nonfinite_tokens", 0) is None:
+            values["nonfinite_tokens"] = 0
+        return cls(
+            run_id=run_id,
+            step=int(step),
+            mode=mode,
+            layer_id=layer_id,
+            n_experts=n_experts,
+            top_k=top_k,
+            counts=plain_counts(used_capacity, n_experts),
+            **values,
+        )
+
+    @property
+    def assignments(self) -> int:
+        """Dispatched assignments: the sum of the counts."""
+        return sum(self.counts)
+
+    @cached_property
+    def shares(self) -> list[float] | None:
+        """Share of the assignments per expert, summing to one; None for an empty window."""
+        total = self.assignments
+        return [count / total for count in self.counts] if total else None
+
+    @cached_property
+    def _load(self) -> Load:
+        return load_metrics(self.counts, self.top_k)
+
+    @property
+    def entropy(self) -> float | None:
+        """Entropy of the shares, nats."""
+        return self._load.entropy
+
+    @property
+    def n_effective(self) -> float | None:
+        """Effective number of experts."""
+        return self._load.n_effective
+
+    @property
+    def top2_share(self) -> float | None:
+        """Sum of the two largest shares."""
+        return self._load.top2_share
+
+    @property
+    def dead(self) -> int | None:
+        """Experts without an assignment."""
+        return self._load.dead
+
+    @property
+    def nearly_dead(self) -> int | None:
+        """Experts with a share in (0, min(0.01, 0.1/E))."""
+        return self._load.nearly_dead
+
+    @property
+    def max_violation(self) -> float | None:
+        """max(count)/mean(count) - 1."""
+        return self._load.max_violation
+
+    @property
+    def max_violation_ceiling(self) -> float:
+        """E/k - 1."""
+        return self._load.max_violation_ceiling
+
+    @property
+    def gini(self) -> float | None:
+        """Gini coefficient of the shares."""
+        return self._load.gini
+
+    def to_record(self) -> dict[str, Any]:
+        """Strict-JSON dictionary: NaN and infinities become null, floats keep 7 significant digits."""
+        record: dict[str, Any] = {"schema": SCHEMA}
+        for item in dataclasses.fields(self):
+            record[item.name] = getattr(self, item.name)
+        for name in VECTORS:
+            record[name] = finite_list(record[name])
+        for name in NUMBERS:
+            record[name] = finite(record[name])
+        record.update({name: finite(value) for name, value in self._load._asdict().items()})
+        return record

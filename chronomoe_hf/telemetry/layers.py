@@ -1,0 +1,234 @@
+"""LayerSnapshot: one MoE layer over one window, merged from its events.
+
+Shape suffixes: E experts of the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.telemetry.events import RoutingEvent, Vector, load_metrics
+from chronomoe_hf.telemetry.values import finite
+
+# Scalars of a layer in a snapshot record, in this order.
+LAYER_NUMBERS = (
+    "assignments",
+    "tokens",
+    "dropped",
+    "nonfinite_tokens",
+    "calls",
+    "window_steps",
+    "entropy",
+    "n_effective",
+    "top2_share",
+    "top2_relative",
+    "dead",
+    "nearly_dead",
+    "max_violation",
+    "max_violation_ceiling",
+    "gini",
+    "load_cv",
+    "coherence_mean",
+    "coherence_min",
+    "logit_std",
+    "disagreement_js",
+    "disagreement_flip",
+    "overlap_only",
+    "relevance",
+    "lens_scale",
+)
+# When events are merged the newest reading of these counts.
+_READINGS = ("phi_fast", "phi_mid", "phi_slow", "tokens_seen", "logit_std", "relevance", "beta", "lens_scale")
+
+
+@dataclass(kw_only=True)
+class LayerSnapshot:
+    """One layer over one window. Fields as in RoutingEvent, and the metrics of its counts (SPEC section 3).
+
+    Metrics are None where nothing was counted. Build it from events with :meth:`from_events`; built by hand from
+    ``counts``, the metrics left out are computed.
+
+    Attributes:
+        shares: counts / sum(counts), length E, or None.
+        top2_relative: top-2 share over its ceiling min(1, 2/k).
+        load_cv: standard deviation over mean of the load.
+        coherence_mean: mean of phi_slow over experts, weighted by the window's counts.
+        coherence_min: lowest phi_slow of an expert.
+        observed: the router was called in the window.
+        sufficient: enough assignments per expert to judge the layer; otherwise "insufficient evidence".
+    """
+
+    layer_id: int
+    n_experts: int
+    top_k: int
+    counts: list[int]
+    layer_name: str = ""
+    window_steps: int = 1
+    tokens: int | None = None
+    dropped: int | None = None
+    nonfinite_tokens: int = 0
+    calls: int | None = None
+    shares: list[float] | None = None
+    entropy: float | None = None
+    n_effective: float | None = None
+    top2_share: float | None = None
+    top2_relative: float | None = None
+    dead: int | None = None
+    nearly_dead: int | None = None
+    max_violation: float | None = None
+    max_violation_ceiling: float | None = None
+    gini: float | None = None
+    load_cv: float | None = None
+    prob_mean: Vector | None = None
+    phi_fast: Vector | None = None
+    phi_mid: Vector | None = None
+    phi_slow: Vector | None = None
+    phi_rows: Vector | None = None
+    contribution: Vector | None = None
+    saliency: Vector | None = None
+    tokens_seen: Vector | None = None
+    coherence_mean: float | None = None
+    coherence_min: float | None = None
+    logit_std: float | None = None
+    disagreement_js: float | None = None
+    disagreement_flip: float | None = None
+    overlap_only: float | None = None
+    relevance: float | None = None
+    beta: Vector | None = None
+    lens_scale: float | None = None
+    observed: bool = True
+    sufficient: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        total = self.assignments
+        if self.shares is None and total:
+            self.shares = [count / total for count in self.counts]
+        if self.max_violation_ceiling is None:
+            for name, value in load_metrics(self.counts, self.top_k)._asdict().items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+        if self.coherence_mean is None and self.phi_slow is not None:
+            self.coherence_mean, self.coherence_min = _coherence(self.phi_slow, self.counts)
+
+    @property
+    def assignments(self) -> int:
+        """Sum of the counts."""
+        return sum(self.counts)
+
+    @classmethod
+    def from_events(cls, events: Sequence[RoutingEvent], *, min_window_tokens: int = 0) -> LayerSnapshot:
+        """Merge the events of one layer: sums add up, means are weighted, clocks and bias are the newest reading.
+
+        Args:
+            events: of one layer, oldest first, at least one.
+            min_window_tokens: assignments per expert, on average, for the evidence to be sufficient.
+
+        Raises:
+            ConfigError: the events disagree about E or k.
+        """
+        last = events[-1]
+        shapes = {(event.n_experts, event.top_k) for event in events}
+        if len(shapes) > 1:
+            raise ConfigError(f"layer {last.layer_id}: events with different (n_experts, top_k): {sorted(shapes)}")
+        counts = [sum(each) for each in zip(*(event.counts for event in events), strict=True)]
+        calls = _sum(event.calls for event in events)
+        weights = [float(event.assignments if event.tokens is None else event.tokens) for event in events]
+        layer = cls(
+            layer_id=last.layer_id,
+            layer_name=last.layer_name,
+            n_experts=last.n_experts,
+            top_k=last.top_k,
+            counts=counts,
+            window_steps=sum(event.window_steps for event in events),
+            tokens=_sum(event.tokens for event in events),
+            dropped=_sum(event.dropped for event in events),
+            nonfinite_tokens=sum(event.nonfinite_tokens for event in events),
+            calls=calls,
+            phi_rows=_merge(events, "phi_rows", None),
+            contribution=_merge(events, "contribution", None),
+            prob_mean=_merge(events, "prob_mean", [[weight] * last.n_experts for weight in weights]),
+            saliency=_merge(events, "saliency", [event.counts for event in events]),
+            disagreement_js=_mean(events, "disagreement_js", weights),
+            disagreement_flip=_mean(events, "disagreement_flip", weights),
+            overlap_only=_mean(events, "overlap_only", weights),
+            observed=calls is None or calls > 0,
+            notes=[note for event in events for note in event.notes],
+            **{name: _last(events, name) for name in _READINGS},
+        )
+        needed = max(1, min_window_tokens * last.n_experts)
+        layer.sufficient = layer.assignments >= needed
+        if not layer.sufficient:
+            layer.notes.append(f"insufficient evidence: {layer.assignments} assignments, {needed} needed")
+        return layer
+
+    def to_record(self) -> dict[str, Any]:
+        """Strict-JSON dictionary of the layer's scalars (per-expert values are in the routing events)."""
+        record: dict[str, Any] = {
+            "layer_id": self.layer_id,
+            "layer_name": self.layer_name,
+            "n_experts": self.n_experts,
+            "top_k": self.top_k,
+            "observed": self.observed,
+            "sufficient": self.sufficient,
+        }
+        record.update({name: finite(getattr(self, name)) for name in LAYER_NUMBERS})
+        record["notes"] = list(self.notes)
+        return record
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _last(events: Sequence[RoutingEvent], name: str) -> Any:
+    return next((value for event in reversed(events) if (value := getattr(event, name)) is not None), None)
+
+
+def _mean(events: Sequence[RoutingEvent], name: str, weights: Sequence[float]) -> float | None:
+    """Weighted mean of one number over the events that carry it; unweighted where no weight is left."""
+    pairs: list[tuple[float, float]] = []
+    for event, weight in zip(events, weights, strict=True):
+        value: float | None = getattr(event, name)
+        if value is not None and math.isfinite(value):
+            pairs.append((value, weight))
+    if not pairs:
+        return None
+    total = sum(weight for _, weight in pairs)
+    if total == 0.0:
+        return sum(value for value, _ in pairs) / len(pairs)
+    return sum(value * weight for value, weight in pairs) / total
+
+
+def _merge(events: Sequence[RoutingEvent], name: str, weights: Sequence[Sequence[float]] | None) -> Vector | None:
+    """Per-expert sum (`weights` None) or weighted mean over the events that carry `name`."""
+    rows: list[tuple[Vector, Sequence[float]]] = []
+    for index, event in enumerate(events):
+        if (row := getattr(event, name)) is not None:
+            rows.append((row, [1.0] * event.n_experts if weights is None else weights[index]))
+    if len(events) == 1 or not rows:
+        return rows[0][0] if rows else None
+    merged: Vector = []
+    for expert in range(events[0].n_experts):
+        known = [(value, weight[expert]) for row, weight in rows if (value := row[expert]) is not None]
+        total, summed = sum(weight for _, weight in known), sum(value * weight for value, weight in known)
+        empty = not known or total == 0.0
+        merged.append(None if empty else summed if weights is None else summed / total)
+    return merged
+
+
+def _coherence(phi_E: Vector, counts: Sequence[int]) -> tuple[float | None, float | None]:
+    """Count-weighted mean and minimum of phi over the experts with evidence."""
+    known = [(phi, count) for phi, count in zip(phi_E, counts, strict=True) if phi is not None and math.isfinite(phi)]
+    if not known:
+        return None, None
+    total = sum(count for _, count in known)
+    low = min(phi for phi, _ in known)
+    if total == 0:
+        return sum(phi for phi, _ in known) / len(known), low
+    return sum(phi * count for phi, count in known) / total, low

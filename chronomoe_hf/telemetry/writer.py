@@ -1,0 +1,191 @@
+"""TelemetryWriter: append-only JSONL below ``<output_dir>/chronomoe``, and what never stops a training run.
+
+Nothing is buffered: every call ends in one ``write`` on a descriptor opened for appending, so a killed process
+leaves at most one half line, and two writers never mix inside a line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from chronomoe_hf.errors import ConfigError, TelemetryError
+from chronomoe_hf.telemetry.events import SCHEMA
+from chronomoe_hf.telemetry.reader import ATTEMPTS, DIRECTORY, KINDS, MANIFEST, next_attempt, read_jsonl, read_manifest
+
+__all__ = ["KINDS", "TelemetryWriter", "next_attempt", "read_jsonl", "read_manifest"]
+
+logger = logging.getLogger("chronomoe_hf")
+
+
+class TelemetryWriter:
+    """Writes records of one attempt of one run.
+
+    After construction no failure reaches the caller: a full disk, a vanished directory or an unwritable file is
+    reported once as an error, the writer switches itself off, and :attr:`dropped` counts what was lost.
+
+    Args:
+        run_id: put into every record.
+        output_dir: records go to ``<output_dir>/chronomoe``, created if missing.
+        attempt: 0 for the first start of a run; see :func:`next_attempt` for a resume.
+
+    Raises:
+        TelemetryError: the directory cannot be created or written.
+    """
+
+    def __init__(self, run_id: str, output_dir: str | os.PathLike[str], attempt: int = 0) -> None:
+        self.run_id = run_id
+        self.attempt = attempt
+        self.directory = Path(output_dir) / DIRECTORY
+        self.written = 0
+        self.dropped = 0
+        self.enabled = True
+        self._closed = False
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.directory):
+                pass
+        except OSError as error:
+            raise TelemetryError(
+                f"telemetry cannot be written to {self.directory}: {error}; "
+                "choose another output_dir, or set telemetry.jsonl to False"
+            ) from error
+
+    def path(self, kind: str) -> Path:
+        """File of one kind of record (one of :data:`KINDS`)."""
+        if kind not in KINDS:
+            raise ConfigError(f"no record kind {kind!r}; known: {', '.join(KINDS)}")
+        return self.directory / f"{kind}.jsonl"
+
+    def write(self, kind: str, record: Mapping[str, Any] | Any) -> bool:
+        """Append one record; see :meth:`write_many`."""
+        return self.write_many(kind, [record]) == 1
+
+    def write_many(self, kind: str, records: Iterable[Mapping[str, Any] | Any]) -> int:
+        """Append records in one go.
+
+        Args:
+            kind: one of :data:`KINDS`.
+            records: dictionaries, or objects with ``to_record()``. ``schema``, ``run_id`` and ``attempt`` are set
+                here; NaN and infinities become null.
+
+        Returns:
+            How many were written.
+        """
+        path = self.path(kind)
+        lines = [line for record in records if (line := self._line(kind, record)) is not None]
+        if not lines:
+            return 0
+        if not self.enabled:
+            self.dropped += len(lines)
+            return 0
+        try:
+            _append(path, "".join(lines).encode("ascii"))
+        except OSError as error:
+            self._switch_off(f"{path}: {error}", len(lines))
+            return 0
+        self.written += len(lines)
+        return len(lines)
+
+    def write_manifest(self, manifest: Mapping[str, Any], *, resumed_from: int | None = None) -> bool:
+        """Write ``run_manifest.json`` if there is none, and note the start of this attempt.
+
+        Every attempt appends ``{"event": "start" | "resume", "from": step, "manifest": {...}}`` to
+        ``attempts.jsonl``; a manifest that exists is never overwritten.
+
+        Args:
+            manifest: from :func:`chronomoe_hf.telemetry.run_manifest`.
+            resumed_from: optimizer step of the checkpoint this attempt continues, None for a fresh start.
+
+        Returns:
+            Whether this call wrote ``run_manifest.json``.
+        """
+        clean = {**strict(manifest), "run_id": self.run_id, "attempt": self.attempt}
+        path = self.directory / MANIFEST
+        wrote = False
+        if self.enabled and not path.exists():
+            try:
+                _replace(path, (json.dumps(clean, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii"))
+                wrote = True
+            except OSError as error:
+                self._switch_off(f"{path}: {error}", 1)
+        event = "start" if resumed_from is None else "resume"
+        self.write(ATTEMPTS, {"event": event, "from": resumed_from, "step": resumed_from or 0, "manifest": clean})
+        return wrote
+
+    def close(self) -> None:
+        """Say what was lost, if anything. Nothing is buffered, so nothing needs flushing."""
+        if self.dropped and not self._closed:
+            logger.warning("telemetry of run %s: %d records were dropped", self.run_id, self.dropped)
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _line(self, kind: str, record: Any) -> str | None:
+        """One line of strict JSON, or None (counted as dropped) for something that is no record."""
+        try:
+            data = record if isinstance(record, Mapping) else record.to_record()
+            data = {"schema": SCHEMA, **data, "run_id": self.run_id, "attempt": self.attempt}
+            try:
+                return json.dumps(data, allow_nan=False, separators=(",", ":")) + "\n"
+            except ValueError:  # NaN or infinity somewhere
+                return json.dumps(strict(data), allow_nan=False, separators=(",", ":")) + "\n"
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            if not self.dropped:
+                logger.error("telemetry: a %s record cannot be written as JSON: %s", kind, error)
+            self.dropped += 1
+            return None
+
+    def _switch_off(self, reason: str, lost: int) -> None:
+        self.enabled = False
+        self.dropped += lost
+        logger.error("telemetry is off for the rest of this run, training goes on; %s", reason)
+
+
+def strict(value: Any) -> Any:
+    """Copy of plain data in which NaN and infinities are None and tuples are lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): strict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return value
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append bytes on a fresh line: a half line left by a killed or full-disk process is closed first."""
+    with open(path, "ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                data = b"\n" + data
+        view = memoryview(data)
+        while view:  # a nearly full disk takes a part first, and refuses the rest on the next try
+            view = view[file.write(view) or 0 :]
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing: temporary file, fsync, rename."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,306 @@
+"""Adapters: what chronomoe_hf knows about the router of each family, stated and tested, never guessed.
+
+Shape suffixes: T tokens, E router classes (experts), K experts chosen per token, D hidden size.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chronomoe_hf.errors import ContractError, UnsupportedArchitectureError
+from chronomoe_hf.patches.rules import Rule, Scope, Setting, setting
+from chronomoe_hf.router import ChronoRouter, Routing
+
+CAPABILITIES = ("observe", "beta", "lens", "coherence", "fold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The facts of one router class.
+
+    Attributes:
+        family: model folder of Transformers, for example ``"qwen3_moe"``.
+        module: importable module that defines the router class.
+        router_class: name of the router class.
+        rule: choice rule, see `chronomoe_hf.patches.rules`.
+        logits_index: position of the recorded logits in the router's output; None when the output is the logits.
+        weights_index, indices_index: positions of the weights and of the chosen ids.
+        linear: the logits are ``x @ weight.T`` (+ constant) of the router's input, so a lens can act and be folded.
+        experts: attribute of the router's parent that holds the experts; None when there is none.
+        experts_reader: how the experts are called: ``"interface"`` (``experts(x, index, weights)``, dispatched through
+            Transformers' experts interface), ``"direct"`` (same call, no dispatch), ``"switch"``, ``"llama4"``, ``"dbrx"``,
+            ``"longcat"`` (same call, at least two slots), ``"none"``.
+        num_experts_at, top_k_at, weight_at: where the router keeps the number of router classes, k, and the weight ``[E, D]``.
+        bias_at: dotted path of the native balancing bias on the router.
+        bias_arg: name of the bias when the parent passes it as second argument of the router (and owns it).
+        bias_when: router flag that switches the native bias on.
+        mixins: classes that go between ChronoRouter and the native class.
+        refuse: capability -> reason, for what cannot be done honestly with this router.
+        notes: one line on what is unusual.
+    """
+
+    family: str
+    module: str
+    router_class: str
+    rule: Rule
+    logits_index: int | None = 0
+    weights_index: int = 1
+    indices_index: int = 2
+    linear: bool = True
+    experts: str | None = "experts"
+    experts_reader: str = "interface"
+    num_experts_at: Setting = "num_experts"
+    top_k_at: Setting = "top_k"
+    weight_at: str = "weight"
+    bias_at: str | None = None
+    bias_arg: str | None = None
+    bias_when: Setting = True
+    mixins: tuple[type[nn.Module], ...] = ()
+    refuse: Mapping[str, str] = field(default_factory=dict)
+    notes: str = ""
+
+    def bind(self, router: nn.Module, parent: nn.Module) -> None:
+        """Give the router what only its parent knows. Called once, before `top_k` and `read`; does nothing for most families."""
+
+    def unbind(self, router: nn.Module) -> None:
+        """Remove the plain attributes that wrapping left on the router; does nothing for most families."""
+
+    def num_experts(self, router: nn.Module) -> int:
+        """Return E, the width of the router's logits."""
+        return int(setting(router, self.num_experts_at))
+
+    def top_k(self, router: nn.Module) -> int:
+        """Return K, the number of experts chosen per token."""
+        return int(setting(router, self.top_k_at))
+
+    def weight(self, router: nn.Module) -> Tensor:
+        """Return the router's own weight ``[E, D]`` (the model's tensor, not a copy)."""
+        weight_ED: Tensor = setting(router, self.weight_at)
+        return weight_ED
+
+    def native_bias(self, router: nn.Module, parent: nn.Module) -> Tensor | None:
+        """Return the model's own balancing bias ``[E]`` (shares its storage), or None when this router uses none."""
+        if not setting(router, self.bias_when):
+            return None
+        if self.bias_at is not None:
+            bias: Tensor = setting(router, self.bias_at)
+            return bias if bias.dim() == 1 else bias.view(-1)
+        if self.bias_arg is not None:
+            bias = setting(parent, self.bias_arg)
+            return bias
+        return None
+
+    def read(self, router: nn.Module, output: Any) -> Routing:
+        """Read clean logits, chosen ids and capacity drops from the native output, flattened to 2-D."""
+        logits = output if self.logits_index is None else output[self.logits_index]
+        index = output[self.indices_index]
+        return Routing(logits.reshape(-1, logits.shape[-1]), index.reshape(-1, index.shape[-1]), None)
+
+    def distribution(self, router: nn.Module, logits_TE: Tensor) -> Tensor:
+        """Return the score distribution of the logits, fp32 ``[T, E]``, rows summing to 1 (no native bias, no group limit)."""
+        return self.rule.distribution(router, logits_TE)
+
+    def steer(
+        self,
+        router: nn.Module,
+        output: Any,
+        z_TE: Tensor,
+        beta_E: Tensor,
+        scope: Scope,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Route again with ``z + beta`` and return the native structure.
+
+        Args:
+            router: the router.
+            output: what the native forward returned for the clean input.
+            z_TE: logits to route with, 2-D.
+            beta_E: fp32 ``[E]`` in logit units, may be zeros.
+            scope: ``"routing"`` (selection and weights) or ``"selection"``.
+            args, kwargs: what the native forward was called with (without ``self``).
+
+        Returns:
+            The native structure with the clean logits object in its place and new weights and ids of the native shapes and dtypes.
+        """
+        native = output[self.weights_index]
+        weights_TK, index_TK = self.rule.route(
+            router,
+            z_TE,
+            beta_E,
+            scope,
+            k=self.top_k(router),
+            bias_E=self._bias_of_call(router, args, kwargs),
+            dtype=native.dtype,
+        )
+        parts = list(output)
+        parts[self.weights_index] = weights_TK.view(native.shape)
+        parts[self.indices_index] = index_TK.view(output[self.indices_index].shape)
+        return tuple(parts)
+
+    def _bias_of_call(self, router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Return the native bias that the native forward used in this call."""
+        if self.bias_arg is not None:
+            if not setting(router, self.bias_when):
+                return None
+            bias: Tensor | None = kwargs[self.bias_arg] if self.bias_arg in kwargs else args[1]
+            return bias
+        return self.native_bias(router, router)
+
+    def refused(self, capability: str) -> str | None:
+        """Return why ``capability`` is refused for this router, or None when it is supported."""
+        if capability not in CAPABILITIES:
+            raise ValueError(f"unknown capability {capability!r}; one of {', '.join(CAPABILITIES)}")
+        if capability in self.refuse:
+            return self.refuse[capability]
+        if capability in ("lens", "fold") and not self.linear:
+            return f"the logits of {self.router_class} are not linear in the router's input"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserveOnly(Adapter):
+    """A router whose choice cannot be moved; `refuse` says why under ``"beta"``."""
+
+    def steer(
+        self,
+        router: nn.Module,
+        output: Any,
+        z_TE: Tensor,
+        beta_E: Tensor,
+        scope: Scope,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Raise UnsupportedArchitectureError with the reason."""
+        raise UnsupportedArchitectureError(f"{self.router_class} cannot be steered: {self.refused('beta')}")
+
+
+def module_of(family: str) -> str:
+    """Return the modeling module of a Transformers model folder."""
+    return f"transformers.models.{family}.modeling_{family}"
+
+
+_ADAPTERS: dict[tuple[str, str], Adapter] = {}
+_REFUSED: dict[tuple[str, str], str] = {}
+_CHRONO_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def register(adapter: Adapter) -> Adapter:
+    """Add an adapter. Raises ValueError when its module and router class are taken, or a refused capability is unknown."""
+    key = (adapter.module, adapter.router_class)
+    if key in _ADAPTERS:
+        raise ValueError(
+            f"{adapter.router_class} of {adapter.module} already has an adapter (family {_ADAPTERS[key].family!r})"
+        )
+    unknown = set(adapter.refuse) - set(CAPABILITIES)
+    if unknown:
+        raise ValueError(
+            f"adapter {adapter.family!r} refuses unknown capabilities {sorted(unknown)}; known: {CAPABILITIES}"
+        )
+    _ADAPTERS[key] = adapter
+    return adapter
+
+
+def register_refusal(module: str, class_name: str, reason: str) -> None:
+    """State why modules of a class, which route without a router module, cannot be wrapped at all."""
+    _REFUSED[(module, class_name)] = reason
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Return why a module that routes inline cannot be wrapped, or None when it is not such a module."""
+    reasons = (_REFUSED.get((cls.__module__, cls.__name__)) for cls in type(module).__mro__)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def all_adapters() -> tuple[Adapter, ...]:
+    """Return every registered adapter, in order of registration."""
+    return tuple(_ADAPTERS.values())
+
+
+def match(module: nn.Module) -> Adapter | None:
+    """Return the adapter of a router (its class or any base class, by module and name), or None."""
+    for cls in type(module).__mro__:
+        adapter = _ADAPTERS.get((cls.__module__, cls.__name__))
+        if adapter is not None:
+            return adapter
+    return None
+
+
+def find(router: nn.Module) -> Adapter:
+    """Return the adapter of a router. Raises UnsupportedArchitectureError, with the closest known names, when there is none."""
+    adapter = match(router)
+    if adapter is not None:
+        return adapter
+    cls = type(router)
+    reason = refusal(router)
+    if reason is not None:
+        raise UnsupportedArchitectureError(f"{cls.__name__} of {cls.__module__} cannot be wrapped: {reason}")
+    close = difflib.get_close_matches(cls.__name__, [name for _, name in _ADAPTERS], n=3, cutoff=0.5)
+    hint = f"; closest known routers: {', '.join(close)}" if close else ""
+    raise UnsupportedArchitectureError(
+        f"no adapter describes {cls.__name__} of {cls.__module__}{hint}. "
+        "Describe it with chronomoe_hf.patches.register(Adapter(...)); CONTRIBUTING.md shows how."
+    )
+
+
+def chrono_class(adapter: Adapter, original_class: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass ``Chrono<Original>`` = (ChronoRouter, *mixins, Original), the same object on every call.
+
+    Its module is ``chronomoe_hf.patches``, whose ``__getattr__`` finds it by name, so that a pickled model loads in a fresh process.
+    """
+    chrono = _CHRONO_CLASSES.get(original_class)
+    if chrono is None:
+        name = f"Chrono{original_class.__name__}"
+        namespace = {"adapter": adapter, "__module__": "chronomoe_hf.patches", "__qualname__": name}
+        chrono = type(name, (ChronoRouter, *adapter.mixins, original_class), namespace)
+        _CHRONO_CLASSES[original_class] = chrono
+    return chrono
+
+
+def probe(adapter: Adapter, router: nn.Module, output: Any) -> Routing:
+    """Check a native output against its adapter and return the routing read from it.
+
+    Raises:
+        ContractError: the output does not have the parts, widths or ids that the adapter describes.
+    """
+    where = f"{adapter.router_class} (family {adapter.family!r}, transformers {version('transformers')})"
+    num_experts, k = adapter.num_experts(router), adapter.top_k(router)
+    try:
+        routing = adapter.read(router, output)
+    except (IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ContractError(f"{where} returned {_shape_of(output)}, which its adapter cannot read: {error}") from error
+    wrong = _disagreement(routing, num_experts, k)
+    if wrong is not None:
+        raise ContractError(
+            f"{where} returned {_shape_of(output)}: {wrong}. The adapter was verified against Transformers 5.23; "
+            "install that version, or describe the new layout with an Adapter (CONTRIBUTING.md)."
+        )
+    return routing
+
+
+def _disagreement(routing: Routing, num_experts: int, k: int) -> str | None:
+    """Return the first thing in which a routing contradicts E and K, in words, or None."""
+    logits_TE, index_TK = routing.logits_TE, routing.index_TK
+    if not logits_TE.is_floating_point() or logits_TE.shape[-1] != num_experts:
+        return f"expected float logits of width {num_experts}, got {logits_TE.dtype} of width {logits_TE.shape[-1]}"
+    if index_TK.dtype != torch.int64 or index_TK.shape != (logits_TE.shape[0], k):
+        return f"expected int64 ids of shape {(logits_TE.shape[0], k)}, got {index_TK.dtype} of shape {tuple(index_TK.shape)}"
+    if index_TK.numel() and not 0 <= int(index_TK.min()) <= int(index_TK.max()) < num_experts:
+        return f"expected ids in 0..{num_experts - 1}, got {int(index_TK.min())}..{int(index_TK.max())}"
+    return None
+
+
+def _shape_of(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"{str(output.dtype).removeprefix('torch.')}{list(output.shape)}"
+    if isinstance(output, tuple | list):
+        return "(" + ", ".join(_shape_of(part) for part in output) + ")"
+    return type(output).__name__

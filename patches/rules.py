@@ -1,0 +1,339 @@
+"""How routers choose: the two rules that cover almost every family, as pure functions and as stated parameters.
+
+Shape suffixes: T tokens, E router classes (experts), K experts chosen per token, G expert groups.
+
+Both rules take ``z_TE`` (the logits to route with) and ``beta_E`` (fp32, logit units). They are written so that ``beta_E == 0`` and
+``z_TE`` equal to the native logits reproduce the native router bit for bit, values and gradients:
+
+* beta is added in fp32, because a bf16 sum would swallow a small beta;
+* where a family scores in the dtype of its logits, the native score is kept and only the *difference* that beta makes is added in fp32:
+  ``score(z) + (score(z.float() + beta) - score(z.float()))``. The bracket is exactly zero, and so is its gradient, at ``beta == 0``.
+
+Rules: score -> top-k (Shazeer et al. 2017; DeepSeek-V3, arXiv:2412.19437, for bias and group limit) and top-k -> squash (gpt-oss, Granite).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Scope: TypeAlias = Literal["routing", "selection"]
+Setting: TypeAlias = str | int | float | bool | None
+"""A constant, or (str) the dotted path of the router attribute that holds the value."""
+ScoreFn: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def setting(router: nn.Module, value: Setting) -> Any:
+    """Return a stated parameter: the constant itself, or the router attribute that a dotted path names."""
+    return attrgetter(value)(router) if isinstance(value, str) else value
+
+
+def _softmax32(z_TE: Tensor) -> Tensor:
+    return F.softmax(z_TE, dim=-1, dtype=torch.float)
+
+
+def _softmax(z_TE: Tensor) -> Tensor:
+    return F.softmax(z_TE, dim=-1)
+
+
+def _sigmoid32(z_TE: Tensor) -> Tensor:
+    return z_TE.float().sigmoid()
+
+
+SCORES: dict[str, ScoreFn] = {
+    "softmax32": _softmax32,
+    "softmax": _softmax,
+    "sigmoid32": _sigmoid32,
+    "sigmoid": torch.sigmoid,
+}
+"""Score functions by name; the ones ending in 32 compute in fp32 whatever the dtype of the logits."""
+
+
+def softmax_distribution(logits_TE: Tensor) -> Tensor:
+    """Softmax over all experts in fp32, ``[T, E]``; rows sum to 1."""
+    return F.softmax(logits_TE.float(), dim=-1)
+
+
+def sigmoid_distribution(logits_TE: Tensor) -> Tensor:
+    """Sigmoid scores divided by their row sum, fp32 ``[T, E]``; rows sum to 1.
+
+    Taken as ``softmax(log sigmoid(z))``, which stays finite where every score underflows.
+    """
+    return F.softmax(F.logsigmoid(logits_TE.float()), dim=-1)
+
+
+def normalised_distribution(score: ScoreFn, logits_TE: Tensor) -> Tensor:
+    """Non-negative scores of any function divided by their row sum, fp32 ``[T, E]``; uniform where all scores are zero."""
+    score_TE = score(logits_TE.float())
+    total_T1 = score_TE.sum(dim=-1, keepdim=True)
+    uniform_TE = torch.full_like(score_TE, 1.0 / score_TE.shape[-1])
+    return torch.where(total_T1 > 0, score_TE / total_T1.clamp_min(torch.finfo(torch.float).tiny), uniform_TE)
+
+
+@dataclass(frozen=True)
+class Renorm:
+    """How the chosen scores are rescaled: ``w / sum``, ``w / (sum + eps)`` or ``w / clamp(sum, min=eps)``.
+
+    Attributes:
+        kind: ``"sum"``, ``"sum_eps"`` or ``"clamp"``.
+        when: whether it applies at all (a flag of the router, or a constant).
+        eps: the constant of the last two kinds.
+    """
+
+    kind: Literal["sum", "sum_eps", "clamp"] = "sum"
+    when: Setting = True
+    eps: Setting = None
+
+    def __call__(self, router: nn.Module, w_TK: Tensor) -> Tensor:
+        """Rescale the chosen scores ``[T, K]``."""
+        if not setting(router, self.when):
+            return w_TK
+        total_T1 = w_TK.sum(dim=-1, keepdim=True)
+        if self.kind == "sum_eps":
+            total_T1 = total_T1 + setting(router, self.eps)
+        elif self.kind == "clamp":
+            total_T1 = torch.clamp(total_T1, min=setting(router, self.eps))
+        return w_TK / total_T1
+
+
+@dataclass(frozen=True)
+class GroupLimit:
+    """Only experts of the best ``keep`` of ``groups`` groups may be chosen (DeepSeek-V2, arXiv:2405.04434).
+
+    Attributes:
+        reduce: score of a group: its best expert (``"max"``) or the sum of its two best (``"top2"``).
+        fill: what the scores outside the kept groups become.
+        groups, keep: router attributes; no limit where ``groups`` is None.
+        when: ``(attribute, value)`` that switches the limit on; None means always.
+        fill_weights: whether weights are read from the filled scores too (DeepSeek-V2).
+    """
+
+    reduce: Literal["max", "top2"] = "top2"
+    fill: float = float("-inf")
+    groups: Setting = "num_group"
+    keep: Setting = "topk_group"
+    when: tuple[str, object] | None = None
+    fill_weights: bool = False
+
+    def mask(self, router: nn.Module, choice_TE: Tensor, sort: bool) -> Tensor | None:
+        """Return the bool mask ``[T, E]`` of experts that stay eligible, or None when the limit is off."""
+        groups = setting(router, self.groups)
+        if groups is None or (self.when is not None and setting(router, self.when[0]) != self.when[1]):
+            return None
+        choice_TGE = choice_TE.view(choice_TE.shape[0], groups, choice_TE.shape[-1] // groups)
+        if self.reduce == "max":
+            group_TG = choice_TGE.max(dim=-1).values
+        else:
+            group_TG = choice_TGE.topk(2, dim=-1)[0].sum(dim=-1)
+        kept = torch.topk(group_TG, k=setting(router, self.keep), dim=-1, sorted=sort)[1]
+        mask_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, kept, True)
+        return mask_TG.unsqueeze(-1).expand_as(choice_TGE).reshape(choice_TE.shape)
+
+
+class Rule(Protocol):
+    """What an adapter needs of a rule."""
+
+    def route(
+        self,
+        router: nn.Module,
+        z_TE: Tensor,
+        beta_E: Tensor,
+        scope: Scope,
+        *,
+        k: int,
+        bias_E: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``(weights_TK, index_TK)`` chosen with ``z + beta``; weights in ``dtype``, indices int64."""
+        ...
+
+    def distribution(self, router: nn.Module, logits_TE: Tensor) -> Tensor:
+        """Return the score distribution over all experts, fp32 ``[T, E]``, rows summing to 1."""
+        ...
+
+
+def biased_scores(
+    score: ScoreFn, z_TE: Tensor, beta_E: Tensor, bias_E: Tensor | None, *, fp32: bool
+) -> tuple[Tensor, Tensor]:
+    """Scores of ``z + beta``: what is ranked (with the native bias) and what is weighed.
+
+    Args:
+        score: the family's score function.
+        z_TE: logits, any float dtype.
+        beta_E: fp32 ``[E]``, logit units.
+        bias_E: the native balancing bias in score units, or None.
+        fp32: the score is computed in fp32 whatever the dtype of the logits.
+
+    Returns:
+        ``(choice_TE, weight_TE)``; ``choice_TE`` is fp32, ``weight_TE`` has the dtype of the native scores.
+    """
+    if fp32 or z_TE.dtype == torch.float:
+        score_TE = score(z_TE.float() + beta_E)
+        return (score_TE if bias_E is None else score_TE + bias_E), score_TE
+    native_TE, z32_TE = score(z_TE), z_TE.float()
+    delta_TE = score(z32_TE + beta_E) - score(z32_TE)
+    choice_TE = native_TE if bias_E is None else native_TE + bias_E
+    return choice_TE.float() + delta_TE, (native_TE.float() + delta_TE).to(native_TE.dtype)
+
+
+@dataclass(frozen=True)
+class ScoreTopK:
+    """Score all experts, add the native bias, limit groups, take the top k, gather, renormalise, scale, cast.
+
+    Attributes:
+        score: a key of `SCORES`, or ``"@name"`` for the router attribute that holds the function.
+        sort: ``sorted=`` of the native ``topk`` (it decides the order of the slots).
+        renorm, group: see `Renorm`, `GroupLimit`; None means the step does not exist.
+        scale: factor on the weights; None means the step does not exist.
+    """
+
+    score: str = "softmax32"
+    sort: bool = True
+    renorm: Renorm | None = None
+    group: GroupLimit | None = None
+    scale: Setting = None
+
+    def score_fn(self, router: nn.Module) -> ScoreFn:
+        """Return the score function: one of `SCORES`, or the router's own."""
+        return setting(router, self.score[1:]) if self.score.startswith("@") else SCORES[self.score]
+
+    def route(
+        self,
+        router: nn.Module,
+        z_TE: Tensor,
+        beta_E: Tensor,
+        scope: Scope,
+        *,
+        k: int,
+        bias_E: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """See `score_topk`."""
+        return score_topk(self, router, z_TE, beta_E, scope, k=k, bias_E=bias_E, dtype=dtype)
+
+    def distribution(self, router: nn.Module, logits_TE: Tensor) -> Tensor:
+        """Score distribution without native bias and group limit, fp32 ``[T, E]``, rows summing to 1."""
+        if self.score in ("softmax", "softmax32"):
+            return softmax_distribution(logits_TE)
+        if self.score in ("sigmoid", "sigmoid32"):
+            return sigmoid_distribution(logits_TE)
+        return normalised_distribution(self.score_fn(router), logits_TE)
+
+
+def score_topk(
+    rule: ScoreTopK,
+    router: nn.Module,
+    z_TE: Tensor,
+    beta_E: Tensor,
+    scope: Scope,
+    *,
+    k: int,
+    bias_E: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Score -> (+ native bias) -> (group limit) -> top-k -> gather -> renormalise -> scale -> cast.
+
+    Args:
+        rule: the family's parameters.
+        router: the native router, for the settings that the rule names.
+        z_TE: logits to route with, ``[T, E]``.
+        beta_E: fp32 ``[E]`` in logit units, may be zeros.
+        scope: ``"routing"``: choose and weigh with ``z + beta``; ``"selection"``: choose with ``z + beta``, weigh with ``z``.
+        k: experts per token.
+        bias_E: native bias, ``[E]``, in score units.
+        dtype: dtype of the native weights.
+
+    Returns:
+        ``(weights_TK, index_TK)``.
+    """
+    score = rule.score_fn(router)
+    choice_TE, weight_TE = biased_scores(score, z_TE, beta_E, bias_E, fp32=rule.score.endswith("32"))
+    if scope == "selection":
+        weight_TE = score(z_TE)
+    if rule.group is not None:
+        mask_TE = rule.group.mask(router, choice_TE, rule.sort)
+        if mask_TE is not None:
+            choice_TE = choice_TE.masked_fill(~mask_TE, rule.group.fill)
+            if rule.group.fill_weights:
+                weight_TE = weight_TE.masked_fill(~mask_TE, rule.group.fill)
+    index_TK = torch.topk(choice_TE, k, dim=-1, sorted=rule.sort)[1]
+    w_TK = weight_TE.gather(-1, index_TK)
+    if rule.renorm is not None:
+        w_TK = rule.renorm(router, w_TK)
+    if rule.scale is not None:
+        w_TK = w_TK * setting(router, rule.scale)
+    return w_TK.to(dtype), index_TK
+
+
+@dataclass(frozen=True)
+class TopKSquash:
+    """Take the top k of the logits (plus the native bias), squash the chosen logits, renormalise, divide, cast.
+
+    Attributes:
+        squash: ``"softmax"`` or ``"sigmoid"`` of the chosen logits, or ``"@name"`` for the router attribute that names one.
+        renorm: see `Renorm`; applies to sigmoid only.
+        divisor: the weights are divided by it; None means the step does not exist.
+    """
+
+    squash: str = "softmax"
+    renorm: Renorm | None = None
+    divisor: Setting = None
+
+    def squash_name(self, router: nn.Module) -> str:
+        """Return ``"softmax"`` or ``"sigmoid"``."""
+        return str(setting(router, self.squash[1:])) if self.squash.startswith("@") else self.squash
+
+    def route(
+        self,
+        router: nn.Module,
+        z_TE: Tensor,
+        beta_E: Tensor,
+        scope: Scope,
+        *,
+        k: int,
+        bias_E: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """See `topk_squash`."""
+        return topk_squash(self, router, z_TE, beta_E, scope, k=k, bias_E=bias_E, dtype=dtype)
+
+    def distribution(self, router: nn.Module, logits_TE: Tensor) -> Tensor:
+        """The squash over *all* experts (sigmoid: normalised), fp32 ``[T, E]``, rows summing to 1."""
+        return (softmax_distribution if self.squash_name(router) == "softmax" else sigmoid_distribution)(logits_TE)
+
+
+def topk_squash(
+    rule: TopKSquash,
+    router: nn.Module,
+    z_TE: Tensor,
+    beta_E: Tensor,
+    scope: Scope,
+    *,
+    k: int,
+    bias_E: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(Logits + native bias) -> top-k -> squash the chosen logits -> renormalise -> divide. Arguments as in `score_topk`.
+
+    The native bias is in logit units here, and is not part of the weights.
+    """
+    clean_TE = z_TE.float()
+    biased_TE = clean_TE + beta_E
+    index_TK = torch.topk(biased_TE if bias_E is None else biased_TE + bias_E, k, dim=-1)[1]
+    chosen_TK = (biased_TE if scope == "routing" else clean_TE).gather(-1, index_TK)
+    if rule.squash_name(router) == "softmax":
+        return _divided(rule, router, F.softmax(chosen_TK, dim=-1).to(dtype)), index_TK
+    w_TK = chosen_TK.sigmoid().to(dtype)
+    if rule.renorm is not None:
+        w_TK = rule.renorm(router, w_TK)
+    return _divided(rule, router, w_TK), index_TK
+
+
+def _divided(rule: TopKSquash, router: nn.Module, w_TK: Tensor) -> Tensor:
+    return w_TK if rule.divisor is None else w_TK / setting(router, rule.divisor)

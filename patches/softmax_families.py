@@ -1,0 +1,77 @@
+"""Families that score with a softmax over all experts, besides Mixtral, Qwen and DeepSeek-V2.
+
+OLMoE, FlexOlmo, Mellum (flag), Jamba (never renormalised), Hunyuan (fp32 linear), Mistral 4 (native-dtype softmax, groups),
+Mistral Large 4 (fp32, groups), LongCat (native bias, identity experts), ERNIE 4.5 (native bias, clamped sum).
+"""
+
+from __future__ import annotations
+
+from chronomoe_hf.patches.registry import Adapter, module_of
+from chronomoe_hf.patches.rules import GroupLimit, Renorm, ScoreTopK
+
+BY_FLAG = ScoreTopK(score="softmax32", renorm=Renorm("sum", when="norm_topk_prob"))
+GROUPS = GroupLimit(reduce="top2", fill=0.0)
+
+ADAPTERS = (
+    Adapter(family="olmoe", module=module_of("olmoe"), router_class="OlmoeTopKRouter", rule=BY_FLAG),
+    Adapter(family="flex_olmo", module=module_of("flex_olmo"), router_class="FlexOlmoTopKRouter", rule=BY_FLAG),
+    Adapter(family="mellum", module=module_of("mellum"), router_class="MellumTopKRouter", rule=BY_FLAG),
+    Adapter(
+        family="jamba", module=module_of("jamba"), router_class="JambaTopKRouter", rule=ScoreTopK(score="softmax32")
+    ),
+    Adapter(
+        family="hunyuan_v1_moe",
+        module=module_of("hunyuan_v1_moe"),
+        router_class="HunYuanMoEV1Gate",
+        rule=ScoreTopK(score="softmax32", renorm=Renorm("sum")),
+        weight_at="wg.weight",
+    ),
+    Adapter(
+        family="mistral4",
+        module=module_of("mistral4"),
+        router_class="Mistral4TopkRouter",
+        rule=ScoreTopK(
+            score="softmax",
+            sort=False,
+            renorm=Renorm("sum_eps", when="norm_topk_prob", eps=1e-20),
+            group=GROUPS,
+            scale="routed_scaling_factor",
+        ),
+    ),
+    Adapter(
+        family="mistral_large4",
+        module=module_of("mistral_large4"),
+        router_class="MistralLarge4TextTopkRouter",
+        rule=ScoreTopK(
+            score="softmax32",
+            sort=False,
+            renorm=Renorm("sum_eps", eps=1e-20),
+            group=GROUPS,
+            scale="routed_scaling_factor",
+        ),
+    ),
+    Adapter(
+        family="longcat_flash",
+        module=module_of("longcat_flash"),
+        router_class="LongcatFlashTopkRouter",
+        rule=ScoreTopK(score="softmax32", sort=False, scale="routed_scaling_factor"),
+        num_experts_at="n_routed_experts",
+        weight_at="classifier.weight",
+        bias_at="e_score_correction_bias",
+        experts_reader="longcat",
+        notes="ids from config.n_routed_experts on are identity experts; E counts them",
+    ),
+    *(
+        Adapter(
+            family=family,
+            module=module_of(family),
+            router_class=router_class,
+            rule=ScoreTopK(score="softmax32", renorm=Renorm("clamp", eps="norm_min")),
+            bias_at="moe_statics.e_score_correction_bias",
+        )
+        for family, router_class in (
+            ("ernie4_5_moe", "Ernie4_5_MoeTopKRouter"),
+            ("ernie4_5_vl_moe", "Ernie4_5_VLMoeMoeTopKRouter"),
+        )
+    ),
+)

@@ -1,0 +1,86 @@
+"""Switch Transformers: top-1 with a capacity per sequence and expert (Fedus et al., arXiv:2101.03961).
+
+The router returns the dispatch mask *after* dropping, so a dropped token is an all-zero row and its choice must be read from the
+probabilities. Shape suffixes: B sequences, S positions, T = B * S tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chronomoe_hf.patches.registry import Adapter, module_of
+from chronomoe_hf.patches.rules import Scope, ScoreTopK, biased_scores
+from chronomoe_hf.router import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchAdapter(Adapter):
+    """Top-1 router that returns ``(mask [B, S, E] after capacity, weight [B, S, 1], logits [B, S, E])``."""
+
+    def read(self, router: nn.Module, output: Any) -> Routing:
+        """The choice is the mask where it survived the capacity, else the argmax of the probabilities in the input's dtype."""
+        mask_BSE, weight_BS1, logits_BSE = output
+        logits_TE = logits_BSE.reshape(-1, logits_BSE.shape[-1])
+        prob_TE = F.softmax(logits_TE.detach(), dim=-1, dtype=router.dtype).to(weight_BS1.dtype)
+        mask_TE = mask_BSE.reshape(logits_TE.shape)
+        kept_T1 = mask_TE.sum(dim=-1, keepdim=True) > 0
+        # A steered choice is not the argmax of the clean logits, so the mask has the word wherever it has one.
+        index_T1 = torch.where(kept_T1, mask_TE.argmax(dim=-1, keepdim=True), prob_TE.argmax(dim=-1, keepdim=True))
+        return Routing(logits_TE, index_T1, kept_T1)
+
+    def steer(
+        self,
+        router: nn.Module,
+        output: Any,
+        z_TE: Tensor,
+        beta_E: Tensor,
+        scope: Scope,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Choose with ``z + beta``, then apply the capacity per sequence in position order, as the native router does."""
+        mask_BSE, weight_BS1, logits_BSE = output
+
+        def score(z: Tensor) -> Tensor:
+            # The cast to the input's dtype can create ties, and ties decide the argmax.
+            return F.softmax(z, dim=-1, dtype=router.dtype).to(weight_BS1.dtype)
+
+        if weight_BS1.dtype == router.dtype == torch.float:
+            choice_TE, weight_TE = biased_scores(score, z_TE, beta_E, None, fp32=True)
+        else:
+            choice_TE, weight_TE = _low_precision_scores(score, z_TE, beta_E)
+        if scope == "selection":
+            weight_TE = score(z_TE)
+        index_T1 = choice_TE.argmax(dim=-1, keepdim=True)
+        demand_BSE = F.one_hot(index_T1.squeeze(-1), num_classes=z_TE.shape[-1]).view(mask_BSE.shape)
+        kept_BSE = torch.cumsum(demand_BSE, dim=-2) <= router.expert_capacity
+        return demand_BSE * kept_BSE, weight_TE.gather(-1, index_T1).view(weight_BS1.shape), logits_BSE
+
+
+def _low_precision_scores(score: Any, z_TE: Tensor, beta_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Native rounded scores plus the fp32 difference that beta makes: ties stay the native ones at beta = 0."""
+    native_TE, z32_TE = score(z_TE), z_TE.float()
+    delta_TE = F.softmax(z32_TE + beta_E, dim=-1) - F.softmax(z32_TE, dim=-1)
+    biased_TE = native_TE.float() + delta_TE
+    return biased_TE, biased_TE.to(native_TE.dtype)
+
+
+ADAPTERS = (
+    SwitchAdapter(
+        family="switch_transformers",
+        module=module_of("switch_transformers"),
+        router_class="SwitchTransformersTop1Router",
+        rule=ScoreTopK(score="softmax32"),
+        logits_index=2,
+        top_k_at=1,
+        weight_at="classifier.weight",
+        experts_reader="switch",
+        notes="capacity per sequence and expert, in position order",
+    ),
+)

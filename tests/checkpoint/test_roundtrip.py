@@ -1,0 +1,227 @@
+"""What is written comes back bit for bit; schemas, links, modes, and misuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from chronomoe_hf import checkpoint, state_format
+from chronomoe_hf.checkpoint import MANIFEST_FILE, TENSOR_FILE, has_state, read_manifest, read_state, write_state
+from chronomoe_hf.errors import StateCorruptError, StateMissingError, StateSchemaError, StateWriteError
+
+GOLDEN = Path(__file__).resolve().parent.parent / "data" / "state_v1"
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path, sample_state, step_in) -> None:
+    target = tmp_path / "made" / "on" / "demand"
+    assert not has_state(target)
+    assert write_state(target, *sample_state(3), strict=True) is True
+    assert has_state(target)
+    assert step_in(target) == 3
+    assert sorted(os.listdir(target)) == [MANIFEST_FILE, TENSOR_FILE]
+    assert write_state(target, *sample_state(4), strict=True)
+    assert step_in(target) == 4
+    assert sorted(os.listdir(target)) == [MANIFEST_FILE, TENSOR_FILE]
+
+
+def test_nonfinite_tensors_views_and_shared_memory_survive(tmp_path, sample_state) -> None:
+    base = torch.tensor([[float("nan"), float("inf"), -0.0], [1.0, 2.0, -float("inf")]])
+    tensors = {"base": base, "row": base[1], "transposed": base.t(), "grad": base.clone().requires_grad_()}
+    assert write_state(tmp_path, tensors, sample_state(1)[1], strict=True)
+    loaded, _ = read_state(tmp_path)
+    for name, value in tensors.items():
+        same = loaded[name].view(torch.int32), value.detach().contiguous().view(torch.int32)
+        assert torch.equal(*same), name
+
+
+def test_the_same_state_gives_the_same_bytes(tmp_path, sample_state) -> None:
+    for name in ("a", "b"):
+        assert write_state(tmp_path / name, *sample_state(5), strict=True)
+    for file in (MANIFEST_FILE, TENSOR_FILE):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_the_manifest_is_json_that_other_tools_read(tmp_path, sample_state) -> None:
+    assert write_state(tmp_path, *sample_state(5), strict=True)
+    plain = json.loads((tmp_path / MANIFEST_FILE).read_text(encoding="utf-8"))
+    assert plain["schema_version"] == 1
+    assert plain["step"] == 5
+    assert plain["files"][TENSOR_FILE]["size"] == (tmp_path / TENSOR_FILE).stat().st_size
+    assert plain["tensors"]["half"] == ["BF16", [3, 5]]
+    assert plain["versions"]["torch"] == torch.__version__
+    assert list(plain)[-1] == "manifest_sha256"
+    assert read_manifest(tmp_path) == plain
+
+
+def test_a_state_that_was_read_can_be_written_again(tmp_path, sample_state, step_in) -> None:
+    assert write_state(tmp_path, *sample_state(5), strict=True)
+    assert write_state(tmp_path / "copy", *read_state(tmp_path), strict=True)
+    assert step_in(tmp_path / "copy") == 5
+
+
+def test_file_modes_follow_the_umask(tmp_path, sample_state, forked) -> None:
+    def save() -> int:
+        os.umask(0o027)
+        return 0 if write_state(tmp_path, *sample_state(1)) else 1
+
+    assert forked(save) == 0
+    for file in (MANIFEST_FILE, TENSOR_FILE):
+        assert (tmp_path / file).stat().st_mode & 0o777 == 0o640
+
+
+def test_missing_state_is_its_own_error(tmp_path, sample_state) -> None:
+    for directory in (tmp_path, tmp_path / "absent", Path("/dev/null/x")):
+        with pytest.raises(StateMissingError, match=r"chronomoe\.json does not exist"):
+            read_state(directory)
+    with pytest.raises(FileNotFoundError):
+        read_state(tmp_path)
+    assert write_state(tmp_path, *sample_state(1), strict=True)
+    (tmp_path / TENSOR_FILE).unlink()
+    with pytest.raises(StateCorruptError, match=r"chronomoe\.safetensors does not exist"):
+        read_state(tmp_path)
+
+
+def test_a_tensor_file_without_manifest_was_never_committed(tmp_path, sample_state) -> None:
+    assert write_state(tmp_path, *sample_state(1), strict=True)
+    (tmp_path / MANIFEST_FILE).unlink()
+    assert not has_state(tmp_path)
+    with pytest.raises(StateMissingError):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "change", "message"),
+    [
+        ({}, {"step": -1}, "step must be"),
+        ({}, {"step": True}, "step must be"),
+        ({}, {"layers": None}, "layers must be a list"),
+        ({}, {"layers": [{"name": "a", "router_class": "R", "num_experts": 4}]}, "top_k"),
+        ({}, {"controller": {"debt": float("nan")}}, "not JSON compliant"),
+        ({}, {"controller": {3: 1.0}}, "keys must be strings, got 3"),
+        ({}, {"controller": {"tensor": torch.zeros(1)}}, "not JSON serializable"),
+        ({"z": torch.zeros(2, dtype=torch.complex64)}, {}, "dtype 'C64'"),
+        ({"m": torch.zeros(2, device="meta")}, {}, "meta"),
+        ({3: torch.zeros(2)}, {}, "TypeError"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_written(tmp_path, sample_state, step_in, tensors, change, message) -> None:
+    good, meta = sample_state(1)
+    assert write_state(tmp_path, good, meta, strict=True)
+    assert write_state(tmp_path, tensors, {**meta, **change}) is False
+    with pytest.raises(StateWriteError, match=message):
+        write_state(tmp_path, tensors, {**meta, **change}, strict=True)
+    assert step_in(tmp_path) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- schemas
+
+
+def test_golden_files_of_schema_1_load() -> None:
+    tensors, meta = read_state(GOLDEN)
+    assert meta["step"] == 1200
+    assert meta["config"] == {"interval": 100}
+    assert meta["controller"] == {"pressure": [0.125, 0.0]}
+    assert meta["layers"] == [
+        {"name": "model.layers.0.mlp.gate", "router_class": "MixtralTopKRouter", "num_experts": 4, "top_k": 2},
+        {"name": "model.layers.1.mlp.gate", "router_class": "MixtralTopKRouter", "num_experts": 8, "top_k": 2},
+    ]
+    assert meta["fingerprint"] == {"model.layers.0.mlp.gate.weight": "float32 4x8 " + "0f" * 32}
+    assert set(tensors) == {"beta.0", "beta.1", "tokens"}
+    assert torch.equal(tensors["beta.0"], torch.tensor([-0.25, 0.25, 0.125, -0.125]))
+    assert torch.equal(tensors["beta.1"], torch.tensor([0.5] * 8, dtype=torch.bfloat16))
+    assert torch.equal(tensors["tokens"], torch.tensor([[2**40, 1], [2, 3]]))
+
+
+def reseal(directory: Path, **change: object) -> None:
+    """Change manifest entries and seal it again, as a foreign writer would."""
+    manifest = read_manifest(directory)
+    del manifest["manifest_sha256"]
+    (directory / MANIFEST_FILE).write_bytes(state_format.render_manifest({**manifest, **change}))
+
+
+def test_newer_schema_is_refused_newer_minor_warns(tmp_path, sample_state, step_in, caplog) -> None:
+    assert write_state(tmp_path, *sample_state(1), strict=True)
+    reseal(tmp_path, schema_minor=7, invented_later={"x": 1})
+    assert step_in(tmp_path) == 1
+    assert "schema 1.7, newer than 1.0" in caplog.text
+    reseal(tmp_path, schema_version=2, chronomoe_version="9.9", files="may mean anything now")
+    with pytest.raises(StateSchemaError, match=r"schema version 2.*reads up to 1.*install chronomoe_hf '9\.9'"):
+        read_state(tmp_path)
+
+
+def test_older_schemas_go_through_every_migration(tmp_path, sample_state, monkeypatch) -> None:
+    assert write_state(tmp_path, *sample_state(1), strict=True)
+    monkeypatch.setattr(checkpoint, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(state_format, "SCHEMA_VERSION", 3)
+    with pytest.raises(StateSchemaError, match="schema version 1, which cannot be migrated"):
+        read_state(tmp_path)
+    trail = []
+
+    def step(tensors, meta):
+        trail.append(meta["schema_version"])
+        return {**tensors, f"added_{len(trail)}": torch.zeros(1)}, {**meta, "trail": list(trail)}
+
+    monkeypatch.setattr(checkpoint, "MIGRATIONS", {1: step, 2: step})
+    tensors, meta = read_state(tmp_path)
+    assert meta["trail"] == [1, 2] and meta["schema_version"] == 3
+    assert {"added_1", "added_2"} <= set(tensors)
+
+
+# ------------------------------------------------------------------------------------------------------ links
+
+
+def test_links_out_of_the_directory_are_refused(tmp_path, sample_state) -> None:
+    assert write_state(tmp_path / "other", *sample_state(1), strict=True)
+    for file in (MANIFEST_FILE, TENSOR_FILE):
+        here = tmp_path / f"links_{file}"
+        here.mkdir()
+        for name in (MANIFEST_FILE, TENSOR_FILE):
+            (here / name).write_bytes((tmp_path / "other" / name).read_bytes())
+        (here / file).unlink()
+        (here / file).symlink_to(tmp_path / "other" / file)
+        with pytest.raises(StateCorruptError, match="link out of its directory"):
+            read_state(here)
+    loop = tmp_path / "loop"
+    loop.mkdir()
+    (loop / MANIFEST_FILE).symlink_to(loop / MANIFEST_FILE)
+    with pytest.raises(checkpoint.StateError, match="cannot be read"):
+        read_state(loop)
+
+
+def test_the_links_of_a_hub_cache_snapshot_are_followed(tmp_path, sample_state, step_in) -> None:
+    repository = tmp_path / "models--me--moe"
+    snapshot, blobs = repository / "snapshots" / "c0ffee", repository / "blobs"
+    blobs.mkdir(parents=True)
+    assert write_state(tmp_path / "source", *sample_state(6), strict=True)
+    for directory, up in ((snapshot, "../.."), (snapshot / "checkpoint-6", "../../..")):
+        directory.mkdir(parents=True)
+        for name in (MANIFEST_FILE, TENSOR_FILE):
+            (blobs / f"hash_of_{name}").write_bytes((tmp_path / "source" / name).read_bytes())
+            (directory / name).symlink_to(f"{up}/blobs/hash_of_{name}")
+        assert step_in(directory) == 6
+
+
+def test_writing_replaces_a_link_instead_of_following_it(tmp_path, sample_state, step_in) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in (MANIFEST_FILE, TENSOR_FILE):
+        (here / name).symlink_to(victim)
+    assert write_state(here, *sample_state(2), strict=True)
+    assert victim.read_text() == "precious"
+    assert step_in(here) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_fifo_is_refused_without_hanging(tmp_path) -> None:
+    os.mkfifo(tmp_path / MANIFEST_FILE)
+    code = f"from chronomoe_hf.checkpoint import read_state; read_state({str(tmp_path)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "is not a regular file" in result.stderr

@@ -1,0 +1,316 @@
+"""The controller on real snapshots: closed loops, abstention, records, state."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from chronomoe_hf.controller import ControlConfig, Controller
+from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
+from chronomoe_hf.lens import ChronoLens, IdentityLens
+from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot, TelemetryWriter
+
+D_MODEL = 4
+
+
+def snapshot_of(
+    counts_LE: Sequence[Sequence[int]], step: int, top_k: int = 2, history: AlertHistory | None = None
+) -> SystemSnapshot:
+    events = [
+        RoutingEvent.from_router_output(
+            run_id="run", step=step, mode="TRAIN", layer_id=i, used_capacity=counts, n_experts=len(counts), top_k=top_k
+        )
+        for i, counts in enumerate(counts_LE)
+    ]
+    return SystemSnapshot.from_events(
+        events=events,
+        step=step,
+        run_id="run",
+        model_name="toy",
+        n_layers=len(counts_LE),
+        alert_history=AlertHistory() if history is None else history,
+    )
+
+
+def controller_of(n_experts: int, config: ControlConfig | None = None) -> tuple[Controller, ChronoLens]:
+    controller = Controller(n_layers=1, n_experts_per_layer=[n_experts], config=config).initialize(run_id="run")
+    return controller, ChronoLens(d_model=D_MODEL, rank=1, layer_id=0)
+
+
+def skewed(dominance: float, n_experts: int = 8, total: int = 80_000) -> list[int]:
+    """Counts in which `dominance` of the assignments goes to two experts."""
+    rest = total * (1 - dominance) / (n_experts - 2)
+    return [round(total * dominance / 2)] * 2 + [round(rest)] * (n_experts - 2)
+
+
+HEALTHY = [1000] * 8
+COLLAPSED = [4000, 4000, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("gate", ["integral", "pressure"])
+@pytest.mark.parametrize("counts", [HEALTHY, [1100, 900, 1000, 950, 1050, 700, 1300, 1000]])
+def test_a_healthy_run_abstains_every_time(gate, counts):
+    controller, lens = controller_of(8, ControlConfig(gate=gate))
+    for evaluation in range(1, 21):
+        (decision,) = controller.update(snapshot_of([counts], 100 * evaluation), {0: lens})
+        assert decision.abstain_reason == "no_pressure"
+        assert (decision.pressure, decision.integral, decision.scale, lens.scale) == (0.0, 0.0, 0.0, 0.0)
+        assert decision.beta_multiplier == 1.0
+    assert controller.layer_state(0).num_abstained == 20
+
+
+def test_first_evaluation_of_a_collapsed_layer_by_hand():
+    """E = 8, k = 2, everything on two experts: Neff 2, t 1, six dead."""
+    controller, lens = controller_of(8)
+    (decision,) = controller.update(snapshot_of([COLLAPSED], step=200), {0: lens})
+    debt = 0.4 * (4.8 - 2) / 4.8 + 0.4 * 1 + 0.2 * 6 / 7
+    assert decision.debt is not None
+    assert decision.debt.total == pytest.approx(debt, abs=1e-9)
+    assert decision.pressure == pytest.approx(0.2 * debt, abs=1e-9)
+    assert decision.heat == decision.pressure
+    assert decision.forgetting == pytest.approx(0.02 + 0.1 * 0.2 * debt, abs=1e-9)
+    assert decision.beta_multiplier == pytest.approx(1 - decision.forgetting, abs=1e-15)
+    assert decision.integral == pytest.approx(0.5 * (0.65 - 0.25), abs=1e-9)
+    assert decision.scale == pytest.approx(0.2, abs=1e-9)
+    assert lens.scale == decision.scale
+    assert decision.abstain_reason is None
+    assert decision.quota is not None
+    assert decision.quota.dominant == (0, 1)
+
+
+def test_original_gate_follows_pressure_and_the_warm_up_cap():
+    controller, lens = controller_of(8, ControlConfig(gate="pressure"))
+    (decision,) = controller.update(snapshot_of([COLLAPSED], step=99), {0: lens})
+    assert decision.scale == 0.02
+    (decision,) = controller.update(snapshot_of([COLLAPSED], step=100), {0: lens})
+    assert decision.scale == pytest.approx(min(decision.pressure, 0.5), abs=1e-15)
+    assert decision.scale > 0.02
+
+
+def test_integral_holds_the_floor_where_pressure_fades():
+    """Neff/E between 0.6 and 0.65: no debt at all, and still a standing shortfall."""
+    counts = [3400, 1900, 1300, 500, 300, 250, 200, 150]
+    fraction = snapshot_of([counts], 100).layers[0].n_effective / 8
+    assert 0.6 < fraction < 0.65, "bad test setup"
+    scales = {}
+    for gate in ("integral", "pressure"):
+        controller, lens = controller_of(8, ControlConfig(gate=gate))
+        for evaluation in range(1, 60):
+            controller.update(snapshot_of([counts], 100 * evaluation), {0: lens})
+        scales[gate] = lens.scale
+    assert scales["pressure"] == 0.0
+    assert scales["integral"] > 0.05
+
+
+def test_a_draining_integral_keeps_acting_until_it_is_small():
+    controller, lens = controller_of(8)
+    controller.update(snapshot_of([COLLAPSED], 100), {0: lens})
+    scales, step = [], 100
+    while True:
+        step += 100
+        (decision,) = controller.update(snapshot_of([HEALTHY], step), {0: lens})
+        if decision.abstain_reason == "no_pressure":
+            break
+        scales.append(decision.scale)
+    assert len(scales) > 50, "0.2 * 0.98^n passes 0.01 after 148 evaluations"
+    assert scales == sorted(scales, reverse=True)
+    assert max(decision.integral, decision.pressure) < 0.01 <= scales[-1] + 1e-3
+
+
+@pytest.mark.parametrize("gate", ["integral", "pressure"])
+@pytest.mark.parametrize("n_experts", [8, 64])
+@pytest.mark.parametrize("start", [0.80, 0.86])
+def test_a_lens_that_pushes_the_wrong_way_is_switched_off(gate, n_experts, start):
+    """Closed loop: whenever the lens acts above 0.01 the top-2 share rises by 0.03, else it stays."""
+    controller, lens = controller_of(n_experts, ControlConfig(gate=gate))
+    dominance, reasons = start, []
+    for evaluation in range(1, 11):
+        (decision,) = controller.update(snapshot_of([skewed(dominance, n_experts)], 100 * evaluation), {0: lens})
+        reasons.append(decision.abstain_reason)
+        if decision.abstain_reason == "harm_backoff":
+            break
+        dominance = min(0.999, dominance + 0.03) if lens.scale > 0.01 else dominance
+    assert reasons[-1] == "harm_backoff", reasons
+    assert lens.scale == 0.0
+    assert reasons.count(None) >= 3, "bad test setup: the lens hardly acted"
+    assert controller.layer_state(0).num_harms >= 3
+
+
+def test_after_harm_the_lens_is_probed_again_only_gently():
+    """An ever-harmful lens: it abstains again and again, and what it does in between stays far below the request."""
+    controller, lens = controller_of(8, ControlConfig(gate="pressure", pressure_decay=0.0))
+    dominance, scales, reasons = 0.80, [], []
+    for evaluation in range(1, 41):
+        (decision,) = controller.update(snapshot_of([skewed(dominance)], 100 * evaluation), {0: lens})
+        scales.append(decision.scale)
+        reasons.append(decision.abstain_reason)
+        dominance = min(0.999, dominance + 0.03) if lens.scale > 0.01 else max(0.80, dominance - 0.06)
+    assert reasons.count("harm_backoff") >= 5
+    assert sum(scales[5:]) / len(scales[5:]) < 0.35 * max(scales)
+
+
+def test_a_lens_that_helps_is_left_alone():
+    controller, lens = controller_of(8)
+    dominance = 0.95
+    for evaluation in range(1, 31):
+        (decision,) = controller.update(snapshot_of([skewed(dominance)], 100 * evaluation), {0: lens})
+        assert not decision.harmed
+        assert decision.harm_backoff == 1.0
+        dominance = max(0.25, dominance - 0.1 * lens.scale)
+    assert dominance < 0.6, "the loop must actually close"
+
+
+def test_the_guard_sees_concentration_at_k_8_that_the_plain_share_hides():
+    controller, lens = controller_of(64)
+    base = [800, 800] + [100] * 6 + [10] * 56
+    worse = [900, 900] + [100] * 6 + [10] * 56
+    before, after = (snapshot_of([counts], 200, top_k=8).layers[0] for counts in (base, worse))
+    assert 0 < after.top2_share - before.top2_share < 0.08
+    controller.update(snapshot_of([base], 200, top_k=8), {0: lens})
+    (decision,) = controller.update(snapshot_of([worse], 300, top_k=8), {0: lens})
+    assert decision.harmed
+    assert decision.harm_backoff == 0.5
+
+
+def test_a_thin_window_holds_the_state_and_closes_the_lens():
+    controller, lens = controller_of(8)
+    controller.update(snapshot_of([COLLAPSED], 200), {0: lens})
+    before = controller.layer_state(0).state_dict()
+    for thin in ([2, 1, 0, 0, 0, 0, 0, 0], [0] * 8):
+        (decision,) = controller.update(snapshot_of([thin], 300), {0: lens})
+        assert decision.abstain_reason == "insufficient_evidence"
+        assert (decision.debt, decision.quota, decision.beta_multiplier, lens.scale) == (None, None, 1.0, 0.0)
+        json.dumps(decision.to_record(), allow_nan=False)
+    after = controller.layer_state(0).state_dict()
+    for name in ("pressure", "integral", "harm_backoff", "last_top2"):
+        assert after[name] == before[name]
+    # The lens was closed meanwhile, so what happened next is not blamed on it.
+    (decision,) = controller.update(snapshot_of([[8000, 0, 0, 0, 0, 0, 0, 0]], 400), {0: lens})
+    assert not decision.harmed
+
+
+@pytest.mark.parametrize("lenses", [None, {}, [], {0: IdentityLens(0, reason="not linear")}])
+def test_without_a_lens_pressure_is_tracked_and_the_request_is_logged(lenses):
+    controller, _ = controller_of(8)
+    (decision,) = controller.update(snapshot_of([COLLAPSED], 200), lenses)
+    assert decision.abstain_reason == "lens_unsupported"
+    assert decision.scale == 0.0
+    assert decision.scale_requested > 0.1
+    assert decision.pressure > 0.1
+    assert decision.beta_multiplier < 1.0
+
+
+def test_lenses_may_be_a_list_and_layers_do_not_mix():
+    controller = Controller(n_layers=2, n_experts_per_layer=[8, 4]).initialize(run_id="run")
+    lenses = [ChronoLens(D_MODEL, 1, layer_id=1), ChronoLens(D_MODEL, 1, layer_id=0)]
+    decisions = controller.update(snapshot_of([HEALTHY, [4000, 4000, 0, 0]], 200), lenses)
+    assert [decision.layer_id for decision in decisions] == [0, 1]
+    assert lenses[1].scale == 0.0
+    assert lenses[0].scale > 0.0
+
+
+def test_disabled_controller_closes_the_lens_and_says_nothing():
+    controller, lens = controller_of(8, ControlConfig(enabled=False))
+    lens.set_scale(0.3)
+    assert controller.update(snapshot_of([COLLAPSED], 200), {0: lens}) == []
+    assert lens.scale == 0.0
+
+
+def test_record_is_strict_json_with_the_active_alerts(tmp_path):
+    controller, lens = controller_of(8)
+    writer = TelemetryWriter(run_id="run", output_dir=tmp_path)
+    controller.initialize(run_id="run", writer=writer)
+    history = AlertHistory()
+    for evaluation in range(1, 4):
+        snapshot = snapshot_of([COLLAPSED], 100 * evaluation, history=history)
+        (decision,) = controller.update(snapshot, {0: lens})
+    writer.close()
+    record = json.loads(json.dumps(decision.to_record(), allow_nan=False))
+    assert record["alerts"] == ["PRE_COLLAPSE"]
+    assert record["debt_parts"]["top2"] == 1.0
+    assert record["debt"] == decision.debt.total
+    assert record["quota"] == {"dominant": [0, 1], "share": [0.125, 0.125] + [1.0] * 6, "enforced": False}
+    assert record["observed"]["n_effective"] == pytest.approx(2.0)
+    assert record["lens"]["rank"] == 1
+    (path,) = tmp_path.rglob("control_decisions.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [100, 200, 300]
+    assert lines[-1]["layer_id"] == 0
+
+
+def test_state_returns_bit_for_bit_and_the_run_continues_identically():
+    windows = [skewed(0.55 + 0.043 * math.sin(3.1 * n) ** 2 + 0.011 * n) for n in range(1, 25)]
+    straight, lens = controller_of(8)
+    expected = [
+        straight.update(snapshot_of([counts], 100 * n), {0: lens})[0].to_record() for n, counts in enumerate(windows, 1)
+    ]
+    first, lens = controller_of(8)
+    for n, counts in enumerate(windows[:11], 1):
+        first.update(snapshot_of([counts], 100 * n), {0: lens})
+    saved = json.dumps(first.state_dict(), allow_nan=False)
+    second, _ = controller_of(8)
+    second.load_state_dict(json.loads(saved))
+    assert second.state_dict() == first.state_dict()
+    assert json.dumps(second.state_dict(), allow_nan=False) == saved
+    resumed = [
+        second.update(snapshot_of([counts], 100 * n), {0: lens})[0].to_record()
+        for n, counts in enumerate(windows[11:], 12)
+    ]
+    assert resumed == expected[11:]
+    assert len({record["scale"] for record in resumed}) > 3, "bad test setup: the run did not move"
+
+
+def test_foreign_and_torn_state_is_refused_and_leaves_the_controller_alone():
+    controller, lens = controller_of(8)
+    controller.update(snapshot_of([COLLAPSED], 200), {0: lens})
+    good = controller.state_dict()
+    other = Controller(n_layers=2, n_experts_per_layer=[8, 8]).state_dict()
+    with pytest.raises(StateMismatchError, match=r"\[8, 8\]"):
+        controller.load_state_dict(other)
+    with pytest.raises(StateCorruptError, match="layers"):
+        controller.load_state_dict({})
+    for name, value in (("pressure", None), ("pressure", "0.1"), ("integral", float("nan")), ("last_step", 1.5)):
+        bad = json.loads(json.dumps(good))
+        bad["layers"][0][name] = value
+        with pytest.raises(StateCorruptError, match=name):
+            controller.load_state_dict(bad)
+    bad = json.loads(json.dumps(good))
+    del bad["layers"][0]["pressure"]
+    with pytest.raises(StateCorruptError, match="fields"):
+        controller.load_state_dict(bad)
+    assert controller.state_dict() == good
+
+
+def test_snapshots_of_another_model_are_refused_before_anything_changes():
+    controller, lens = controller_of(8)
+    before = controller.state_dict()
+    with pytest.raises(ConfigError, match="layer 1"):
+        controller.update(snapshot_of([COLLAPSED, COLLAPSED], 200), {0: lens})
+    with pytest.raises(ConfigError, match="4 experts"):
+        controller.update(snapshot_of([[1000] * 4], 200), {0: lens})
+    assert controller.state_dict() == before
+    assert lens.scale == 0.0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"n_layers": 0, "n_experts_per_layer": []},
+        {"n_layers": 2, "n_experts_per_layer": [8]},
+        {"n_layers": 1, "n_experts_per_layer": [0]},
+        {"n_layers": 1, "n_experts_per_layer": [8], "top_k_per_layer": [2, 2]},
+    ],
+)
+def test_impossible_controllers_are_refused(arguments):
+    with pytest.raises(ConfigError):
+        Controller(**arguments)
+
+
+def test_top_k_per_layer_overrides_the_snapshot():
+    controller = Controller(n_layers=1, n_experts_per_layer=[64], top_k_per_layer=[8])
+    (decision,) = controller.update(snapshot_of([[500] * 8 + [0] * 56], 200, top_k=2))
+    assert decision.observed["top2_relative"] == pytest.approx(1.0)
+    assert decision.run_id == "run"

@@ -1,0 +1,159 @@
+"""Imports go one way. Reads the sources; imports none of them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A room may import itself and the rooms to its left. Imports under `if TYPE_CHECKING:` do not run and are not counted.
+ROOMS = (
+    "errors",
+    "config",
+    "metrics",
+    "coherence",
+    "router",
+    "lens",
+    "observe",
+    "bank",
+    "expert_outputs",
+    "patches",
+    "telemetry",
+    "controller",
+    "lifecycle",
+    "distributed",
+    "state_format",
+    "fingerprint",
+    "checkpoint",
+    "system",
+    "api",
+    "callback",
+    "report",
+    "cli",
+)
+# Files that may not import these libraries, directly.
+FORBIDDEN = {
+    "chronomoe_hf.metrics": ("transformers", "torch.distributed"),
+    "chronomoe_hf.coherence": ("transformers", "torch.distributed"),
+    "chronomoe_hf.controller.policy": ("transformers", "torch.distributed", "torch"),
+}
+ONLY_IN = {"torch.distributed": "distributed"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package: dotted import name -> file."""
+    found = {}
+    for folder, package in ((ROOT / "chronomoe_hf", "chronomoe_hf"), (ROOT / "patches", "chronomoe_hf.patches")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+def imported(source: str, module: str, is_package: bool) -> list[tuple[int, str]]:
+    """(line, dotted target) of every import in `source`, relative ones resolved, `from a import b` as ``a.b``."""
+    package = module if is_package else module.rpartition(".")[0]
+    out = []
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            out += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                anchor = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*anchor, *([node.module] if node.module else [])])
+            out += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+    return out
+
+
+def room_of(target: str) -> str | None:
+    """The room a dotted name lies in; '' for the package root itself, None outside the package."""
+    parts = target.split(".")
+    if parts[0] != "chronomoe_hf":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else ""
+
+
+def within(target: str, library: str) -> bool:
+    return target == library or target.startswith(library + ".")
+
+
+def violations(module: str, source: str, is_package: bool) -> list[str]:
+    """Every line of `source` that imports against the order."""
+    here = room_of(module)
+    assert here is not None
+    if here == "":
+        return [] if module == "chronomoe_hf" else [f"{module}: not a room; add it to ROOMS at its place in the order"]
+    out = []
+    for line, target in imported(source, module, is_package):
+        room = room_of(target)
+        if room is not None and target != "chronomoe_hf.__version__":
+            if room == "":
+                out.append(f"{module}:{line} imports {target}: the public root is for users; import the room")
+            elif ROOMS.index(room) > ROOMS.index(here):
+                out.append(f"{module}:{line} imports {target}: {room} is to the right of {here}")
+        out += [
+            f"{module}:{line} imports {target}: {library} is not for {module}"
+            for library in FORBIDDEN.get(module, ())
+            if within(target, library)
+        ]
+        out += [
+            f"{module}:{line} imports {target}: only {room} may"
+            for library, room in ONLY_IN.items()
+            if within(target, library) and here != room
+        ]
+    return out
+
+
+def test_imports_go_one_way() -> None:
+    found = []
+    edges = 0
+    for module, path in modules().items():
+        source = path.read_text(encoding="utf-8")
+        is_package = path.name == "__init__.py"
+        found += violations(module, source, is_package)
+        edges += sum(room_of(target) is not None for _, target in imported(source, module, is_package))
+    assert edges >= 5, "hardly an import inside the package was read; is the reader broken?"
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "expected"),
+    [
+        ("chronomoe_hf.metrics", "from chronomoe_hf.system import ChronoSystem", "to the right"),
+        ("chronomoe_hf.metrics", "def f():\n    import chronomoe_hf.api", "to the right"),
+        ("chronomoe_hf.patches.mixtral", "from ..telemetry import events", "to the right"),
+        ("chronomoe_hf.router", "from chronomoe_hf import wrap", "public root"),
+        ("chronomoe_hf.router", "import chronomoe_hf", "public root"),
+        ("chronomoe_hf.coherence", "import transformers", "is not for"),
+        ("chronomoe_hf.controller.policy", "import torch", "is not for"),
+        ("chronomoe_hf.system", "from torch import distributed", "only distributed may"),
+        ("chronomoe_hf.router", "if TYPE_CHECKING:\n    pass\nelse:\n    import chronomoe_hf.api", "to the right"),
+        ("chronomoe_hf.helpers", "", "not a room"),
+    ],
+)
+def test_a_violation_is_seen(module: str, source: str, expected: str) -> None:
+    assert any(expected in line for line in violations(module, source, False))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "chronomoe_hf.system",
+            "from chronomoe_hf.telemetry.events import RoutingEvent\nfrom chronomoe_hf import errors",
+        ),
+        ("chronomoe_hf.patches.mixtral", "from .registry import register\nfrom ..router import ChronoRouter"),
+        ("chronomoe_hf.distributed", "import torch.distributed as dist"),
+        ("chronomoe_hf", "from chronomoe_hf.api import wrap"),
+    ],
+)
+def test_the_allowed_direction_passes(module: str, source: str) -> None:
+    assert violations(module, source, module == "chronomoe_hf") == []
