@@ -32,11 +32,11 @@ from chronomoe_hf.observe import (
 )
 from chronomoe_hf.patches import Adapter, chrono_class, match
 from chronomoe_hf.router import LINK, RouterLink, RouterState
-from chronomoe_hf.system import ChronoSystem, Layer
+from chronomoe_hf.save_hook import install_save_hook, remove_save_hook
+from chronomoe_hf.system import SYSTEM, ChronoSystem, Layer, find_system
 
 logger = logging.getLogger("chronomoe_hf")
 
-SYSTEM = "_chrono_system"
 _WRAPPER_PREFIXES = ("_orig_mod", "base_model", "module", "_checkpoint_wrapped_module", "base_layer")
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -87,6 +87,7 @@ def wrap(model: Model, config: ChronoConfig | None = None) -> Model:
         owner.register_forward_pre_hook(open_window, with_kwargs=True)
         owner.register_forward_hook(close_window, always_call=True)
     model.__dict__[SYSTEM] = system
+    install_save_hook(model)
     return model
 
 
@@ -110,19 +111,10 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     for module in system.model.modules():
         if module.__dict__.pop(WINDOW, None) is not None:
             _remove_hooks(module)
+    remove_save_hook(system.model)
     system.close_telemetry()
     del system.model.__dict__[SYSTEM]
     return model
-
-
-def find_system(model: nn.Module) -> ChronoSystem | None:
-    """The ChronoSystem of `model` or of anything inside it (PEFT, DDP, torch.compile wrappers), or None."""
-    for module in model.modules():
-        system = module.__dict__.get(SYSTEM)
-        if system is not None:
-            assert isinstance(system, ChronoSystem)
-            return system
-    return None
 
 
 def system_of(model: nn.Module) -> ChronoSystem:
@@ -355,5 +347,3 @@ def _remove_hooks(module: nn.Module) -> None:
 def _differences(old: Any, new: Any) -> list[str]:
     before, after = old.to_dict(), new.to_dict()
     return [name for name in before if before[name] != after[name]]
-
-

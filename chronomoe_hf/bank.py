@@ -89,6 +89,7 @@ class StateBank:
         self.flip_L = torch.zeros(num_layers)
         self.overlap_L = torch.zeros(num_layers)
         self.window_LR = torch.zeros(num_layers, self.row.size, dtype=torch.float64)
+        self.closed_2L = torch.zeros(2, num_layers, dtype=torch.float64)
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +98,7 @@ class StateBank:
 
     def to_(self, device: torch.device) -> None:
         """Move every tensor; views held by RouterStates must be bound again."""
-        for name in (*self.NAMES, "mask_LE", "beta_full_LE", "beta_applied_LE"):
+        for name in (*self.NAMES, "mask_LE", "beta_full_LE", "beta_applied_LE", "closed_2L"):
             setattr(self, name, getattr(self, name).to(device))
 
     def bind(self, state: RouterState) -> None:
@@ -193,6 +194,23 @@ class StateBank:
         """Multiply each layer's beta by `keep_L` (1 - forgetting)."""
         self.beta_LE.mul_(keep_L.to(self.beta_LE)[:, None])
 
+    def close_window(self) -> None:
+        """Start a new window; of the old one, keep how many tokens steering sent to other experts."""
+        self.closed_2L.copy_(self._steered())
+        self.window_LR.zero_()
+
+    def _steered(self) -> Tensor:
+        return torch.stack([self.row.layer(self.window_LR, name) for name in ("topk_differs", "steered")])
+
+    def topk_disagreement(self) -> list[float | None]:
+        """Per layer, the share of real tokens whose experts are not those of the plain router; one transfer.
+
+        Measured over the last closed window and the open one, on tokens routed while beta or a lens was steering.
+        None for a layer where there were none. Counts start afresh when a state is loaded.
+        """
+        differs, steered = (self.closed_2L + self._steered()).cpu().tolist()
+        return [d / s if s > 0.0 else None for d, s in zip(differs, steered, strict=True)]
+
     def host(self) -> dict[str, Any]:
         """Everything a snapshot reads, as numpy arrays: one transfer."""
         clocks_CLE = read_clocks(self.ema_CLE, self.updates_LE)
@@ -223,5 +241,3 @@ class StateBank:
         """Copy in place; shapes must agree (checked by the checkpoint room)."""
         for name in self.NAMES:
             getattr(self, name).copy_(tensors[name])
-
-

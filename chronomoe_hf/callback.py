@@ -6,14 +6,18 @@ import logging
 import math
 import types
 import warnings
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from chronomoe_hf.api import system_of, wrap
+from chronomoe_hf.checkpoint import has_state
 from chronomoe_hf.config import ChronoConfig
-from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError
+from chronomoe_hf.errors import ChronoError, ConfigError, StateWriteError, TelemetryError
+from chronomoe_hf.resume import ResumePath, check_weights, hook_trainer, restore
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import SystemSnapshot
 
@@ -34,6 +38,7 @@ class ChronoCallback(TrainerCallback):
         self.config = config
         self.system: ChronoSystem | None = None
         self.attached = False
+        self.resume_path = ResumePath()
         self._unlogged: SystemSnapshot | None = None
 
     def bind(self, model: nn.Module) -> ChronoSystem:
@@ -58,10 +63,14 @@ class ChronoCallback(TrainerCallback):
                 stacklevel=2,
             )
             self.attached = True  # say it once
-        system.discard()
+        system.begin()
+        resumed = state.global_step > 0
+        if resumed:
+            directory = self.resume_path.at(args.output_dir, state.global_step)
+            restore(system, kwargs["model"], directory, state.global_step)
         output_dir = system.config.telemetry.output_dir or args.output_dir
         try:
-            system.open_telemetry(output_dir, resume_step=state.global_step or None)
+            system.open_telemetry(output_dir, resume_step=state.global_step if resumed else None)
         except TelemetryError as error:
             # Training must not die for its telemetry; statistics and scalars go on.
             logger.error("%s; training goes on without record files", error)
@@ -90,11 +99,35 @@ class ChronoCallback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(scalars)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Close the last, shorter window and the record files."""
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the last, shorter window and the record files; follow Trainer to the best checkpoint."""
         system = self._system()
         system.close_window()
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None:
+            manifest = system.load(best)
+            saved = None if manifest is None else manifest.get("fingerprint")
+            check_weights(system, kwargs["model"], Path(best), saved, state.global_step)
         system.close_telemetry()
+        if system.failed_save is not None:
+            raise StateWriteError(f"chronomoe state could not be saved in {system.failed_save}, and strict_save is set")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Fallback for a callback that was not attached: Trainer has written its checkpoint, ours goes beside it."""
+        system = self._system()
+        directory = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if system.config.checkpoint.save and args.should_save and directory.is_dir() and not has_state(directory):
+            system.save(directory)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The Hub push uploads output_dir without the checkpoints, so the state must lie there too."""
+        system = self._system()
+        if system.config.checkpoint.save and state.is_world_process_zero and args.output_dir is not None:
+            system.save(args.output_dir)
 
     def _system(self) -> ChronoSystem:
         if self.system is None:
@@ -143,6 +176,7 @@ def attach(trainer: Trainer, config: ChronoConfig | None = None) -> ChronoCallba
     callback.attached = True
     trainer.callback_handler.callbacks.insert(0, callback)
     _record_evaluation(trainer, callback)
+    callback.resume_path = hook_trainer(trainer, callback.bind(trainer.model))
     return callback
 
 
@@ -163,5 +197,3 @@ def _record_evaluation(trainer: Trainer, callback: ChronoCallback) -> None:
         return output
 
     trainer.evaluation_loop = types.MethodType(evaluation_loop, trainer)  # type: ignore[method-assign]
-
-

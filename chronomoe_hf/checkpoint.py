@@ -22,6 +22,7 @@ Reading never unpickles and trusts nothing before it is checked: size, sha256, h
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -182,6 +183,7 @@ def _manifest(payload: bytes, meta: Mapping[str, Any]) -> Meta:
     return manifest
 
 
+@functools.cache  # reading package metadata is slower than writing the state
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)

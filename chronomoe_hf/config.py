@@ -238,6 +238,8 @@ class ControlConfig(_Part):
         harm_min_scale: scale above which a rise is blamed on the lens.
         harm_factor, harm_floor, harm_recovery: multiplicative back-off, its floor, recovery of the gap to 1.
         harm_abstain: abstain below this back-off.
+        harm_hold: evaluations without recovery once harm has led to abstention; 0 = the original, which probes the
+            lens again at every other evaluation.
         quota_top2: relative top-2 share above which a quota is logged.
     """
 
@@ -262,6 +264,7 @@ class ControlConfig(_Part):
     harm_floor: float = 0.1
     harm_recovery: float = 0.2
     harm_abstain: float = 0.15
+    harm_hold: int = 6
     quota_top2: float = 0.90
 
     def _check(self) -> None:
@@ -281,7 +284,8 @@ class ControlConfig(_Part):
             _between(f"control.{name}", getattr(self, name), 0.0, 1.0)
         for name in ("forget_gain", "c1", "c2", "integral_gain", "scale_max", "warmup_scale_max", "harm_threshold"):
             _between(f"control.{name}", getattr(self, name), 0.0, math.inf)
-        _between("control.warmup_steps", self.warmup_steps, 0, math.inf)
+        for name in ("warmup_steps", "harm_hold"):
+            _between(f"control.{name}", getattr(self, name), 0, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from chronomoe_hf.errors import ChronoError
 
@@ -70,10 +71,15 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
+def is_sharded(weight: Tensor) -> bool:
+    """Whether this process holds only a part of `weight` (DTensor, ZeRO-3)."""
+    return isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+
+
 def full_weight(weight: Tensor) -> Tensor:
     """The whole of a router weight, fp32, detached. Collective when the weight is sharded (DTensor, ZeRO-3)."""
-    if hasattr(weight, "full_tensor"):
-        return weight.detach().full_tensor().float()  # type: ignore[no-any-return]
+    if isinstance(weight, DTensor):
+        return weight.detach().full_tensor().float()
     if hasattr(weight, "ds_id"):
         import deepspeed
 

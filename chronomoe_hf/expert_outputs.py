@@ -30,7 +30,7 @@ class _Tap:
 
     has_post_expert_norm = True
 
-    def __init__(self, experts: nn.Module) -> None:
+    def __init__(self, experts: Any) -> None:
         self.experts = experts
         self.rows_AD: Tensor | None = None
 
@@ -52,7 +52,8 @@ class ChronoExperts(nn.Module):
         recorder: LayerRecorder = self.__dict__[LINK].recorder
         if not (recorder.active and recorder.coherence.enabled):
             return super().forward(hidden_states, top_k_index, top_k_weights, *args)  # type: ignore[misc]
-        implementation = self.config._experts_implementation
+        config: Any = self.config
+        implementation: str = config._experts_implementation
         # hasattr: the attribute exists from Transformers 5.20 on, and with it the place to look.
         tapped = implementation in _TAPPED and hasattr(self, "has_post_expert_norm") and not self._is_expert_parallel
         if tapped and not args and top_k_index.shape[-1] > 1:

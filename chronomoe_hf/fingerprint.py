@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chronomoe_hf.errors import StateError, StateMismatchError, StateMissingError
+from chronomoe_hf.errors import StateCorruptError, StateError, StateMismatchError, StateMissingError
 
 SLICE_ELEMENTS = 256  # read at each end of an expert's weight
 WHOLE_BYTES = 32 * 2**20  # a router of 512 experts x 8192 in fp32 is 16 MiB
@@ -85,9 +86,10 @@ def fingerprint(entries: Iterable[tuple[str, Tensor]], sampled: Iterable[tuple[s
     """One line per weight, ``"<dtype> <shape> <sha256>"``: equal lines mean equal values where they were read.
 
     Args:
-        entries: ``(name, tensor)``. Tensors of up to two dimensions (router weights, biases) are read whole up to
-            32 MiB; stacked expert weights ``[E, A, B]`` and larger ones are sliced.
-        sampled: ``(name, tensor)`` that are always sliced (experts kept as one module each, ``[A, B]``).
+        entries: ``(name, parameter)``; pass parameters, a detached copy does not show ZeRO-3's partitioning. Up to
+            two dimensions and 32 MiB (router weights, biases) are read whole; stacked expert weights ``[E, A, B]``
+            and anything larger are sliced.
+        sampled: ``(name, parameter)`` that are always sliced (experts kept as one module each, ``[A, B]``).
 
     Returns:
         Name -> line. A slice is the first 256 elements (at least one row, capped columns) and the last 256 of every
@@ -98,13 +100,14 @@ def fingerprint(entries: Iterable[tuple[str, Tensor]], sampled: Iterable[tuple[s
     lines: dict[str, str] = {}
     for whole, group in ((True, entries), (False, sampled)):
         for name, tensor in group:
-            lines[name] = _line(tensor.detach(), whole)
+            lines[name] = _line(tensor, whole)
     return lines
 
 
 def _line(tensor: Tensor, whole: bool) -> str:
     if is_sharded(tensor):
         return UNREADABLE
+    tensor = tensor.detach()
     digest = hashlib.sha256()
     fits = whole and tensor.ndim <= 2 and tensor.numel() * tensor.element_size() <= WHOLE_BYTES
     for part in [tensor] if fits or tensor.ndim < 2 else _ends(tensor):
@@ -156,6 +159,7 @@ def repair_weights(model: nn.Module, checkpoint_dir: str | Path) -> list[str]:
 
     Raises:
         StateMissingError: The directory has no safetensors weights.
+        StateCorruptError: Its weights are damaged.
         StateMismatchError: Its weights have other shapes than the model's.
         StateError: The weights are sharded (FSDP, DeepSpeed ZeRO-3), on the meta device, or quantized.
     """
@@ -213,6 +217,10 @@ def _load_reference(
                 use_safetensors=True,  # never unpickle
                 output_loading_info=True,
             )
+        except SafetensorError as error:
+            raise StateCorruptError(
+                f"the weights in {directory} are damaged: {error}; load an older checkpoint"
+            ) from error
         except (OSError, RuntimeError, ValueError) as error:
             raise StateMismatchError(
                 f"the weights in {directory} cannot be loaded into {type(model).__name__}: {error}; {_REBUILD}"

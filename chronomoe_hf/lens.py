@@ -210,7 +210,9 @@ class ChronoLens:
             at any scale.
         """
         self.note = basis_problem(mu_D, weight_ED, share_E, logit_std)
-        if basis == "router":
+        if self.note is not None:
+            self.set_basis(*_no_basis(self.d_model))
+        elif basis == "router":
             self.set_basis(*router_basis(mu_D, weight_ED, share_E))
         else:
             self.set_basis(*least_squares_basis(mu_D, weight_ED, share_E, logit_std))

@@ -24,7 +24,7 @@ WINDOW = "_chrono_window"
 
 META = ("tokens", "dropped", "nonfinite", "calls")
 PER_EXPERT = ("prob", "phi_weighted", "phi_weight", "phi_rows", "contribution", "contribution_weight")
-PER_LAYER = ("logit_var", "js", "flip", "overlap", "compared", "spare")
+PER_LAYER = ("logit_var", "js", "flip", "overlap", "compared", "topk_differs", "steered")
 
 
 @dataclass
@@ -205,8 +205,16 @@ class LayerRecorder:
         routing: Routing,
         distribution: Callable[[Tensor], Tensor],
         disagreement: tuple[Tensor, Tensor, Tensor] | None,
+        differs_T: Tensor | None = None,
     ) -> None:
-        """Counts, probability sums, logit moments and disagreement of one router call."""
+        """Counts, probability sums, logit moments and disagreement of one router call.
+
+        Args:
+            routing: what the router decided, after steering.
+            distribution: the family's scores of logits.
+            disagreement: per token, of the full beta; None while beta does not steer.
+            differs_T: per token, whether beta and lens changed the set of chosen experts; None while nothing steers.
+        """
         device = routing.logits_TE.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             sums = self._sums(device)
@@ -228,13 +236,18 @@ class LayerRecorder:
             sums.ints[self.width :].add_(meta)
 
             sums.floats[self._expert_slot("prob")].add_(weight_T @ distribution(z_TE))
-            scalars = [weight_T @ z_TE.var(-1, correction=0)]
+            scalars = {"logit_var": weight_T @ z_TE.var(-1, correction=0)}
             if disagreement is not None:
                 # A NaN token would poison the sum: zero it before weighting, it is not real anyway.
-                scalars += [weight_T @ torch.where(real_T, d_T, 0.0) for d_T in disagreement]
-                scalars.append(weight_T.sum())
+                for name, d_T in zip(("js", "flip", "overlap"), disagreement, strict=True):
+                    scalars[name] = weight_T @ torch.where(real_T, d_T, 0.0)
+                scalars["compared"] = weight_T.sum()
+            if differs_T is not None:
+                scalars["topk_differs"] = weight_T @ differs_T.float()
+                scalars["steered"] = weight_T.sum()
+            nothing = weight_T.new_zeros(())
             start = len(PER_EXPERT) * self.width
-            sums.floats[start : start + len(scalars)].add_(torch.stack(scalars))
+            sums.floats[start:].add_(torch.stack([scalars.get(name, nothing) for name in PER_LAYER]))
 
     def router_input(self, hidden: Tensor) -> None:
         """Sum of router inputs over real tokens, only in the step before a lens may be steered."""
@@ -330,6 +343,7 @@ def sample_tokens(mask_T: Tensor | None, num_rows: int, limit: int | None, devic
         mask_T: bool, real tokens; None = all.
         num_rows: T.
         limit: most tokens to read; None = all.
+        device: of the call.
 
     Returns:
         Positions ``(S,)`` int64, bool ``(S,)`` (False = filler), and real tokens / tokens read.

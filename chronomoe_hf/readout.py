@@ -37,8 +37,12 @@ def layer_events(
         layers: wrapped layers, in order.
         row: names the columns of ``host["window"]``.
         host: arrays of ``StateBank.host()``; only ``"window"`` for evaluation.
+        run_id: of the run.
+        attempt: start or resume of the run.
+        step: optimizer step at which the window ends.
         mode: ``"TRAIN"`` or ``"EVAL"``.
         window_steps: optimizer steps in the window.
+        config: settings in force; they say what was measured.
     """
     return [
         RoutingEvent.from_router_output(

@@ -46,7 +46,13 @@ class Recorder(Protocol):
     def active(self) -> bool:
         """Whether this forward is recorded."""
 
-    def routing(self, routing: Routing, distribution: Any, disagreement: tuple[Tensor, Tensor, Tensor] | None) -> None:
+    def routing(
+        self,
+        routing: Routing,
+        distribution: Any,
+        disagreement: tuple[Tensor, Tensor, Tensor] | None,
+        differs_T: Tensor | None = None,
+    ) -> None:
         """Add one router call to the accumulators."""
 
     def router_input(self, hidden: Tensor) -> None:
@@ -145,7 +151,7 @@ class ChronoRouter(nn.Module):
         if not (recording or state.steering or link.lens_open):
             return output
         routing = adapter.read(self, output)
-        disagreement = None
+        disagreement = differs_T = None
         if state.steering or link.lens_open:
             clean_TE = z_TE = routing.logits_TE
             beta_E = state.beta_applied.to(z_TE.device)
@@ -154,12 +160,13 @@ class ChronoRouter(nn.Module):
                 z_TE = z_TE.float() + lens.logit_shift(_flat(args[0]), adapter.weight(self))
             output = adapter.steer(self, output, z_TE, beta_E, state.scope, args, kwargs)
             if recording:
-                routing = adapter.read(self, output)
+                native, routing = routing, adapter.read(self, output)
+                differs_T = experts_differ(native.index_TK, routing.index_TK)
                 if state.steering:
                     disagreement = measure_disagreement(self, clean_TE.detach(), state.beta_full)
         if recording:
             link.recorder.router_input(args[0])
-            link.recorder.routing(routing, self._distribution, disagreement)
+            link.recorder.routing(routing, self._distribution, disagreement, differs_T)
         return output
 
     def _distribution(self, logits_TE: Tensor) -> Tensor:
@@ -168,6 +175,11 @@ class ChronoRouter(nn.Module):
 
 def _flat(hidden: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
+
+
+def experts_differ(native_TK: Tensor, steered_TK: Tensor) -> Tensor:
+    """Bool ``(T,)``: the two choices are different sets of experts (their order does not matter)."""
+    return (native_TK.sort(-1).values != steered_TK.sort(-1).values).any(-1)
 
 
 def measure_disagreement(router: ChronoRouter, clean_TE: Tensor, beta_full_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:

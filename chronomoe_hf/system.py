@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chronomoe_hf import distributed
+from chronomoe_hf import distributed, persistence
 from chronomoe_hf.bank import StateBank
 from chronomoe_hf.coherence import CoherenceBuffer
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import ControlDecision, Controller
+from chronomoe_hf.errors import StateWriteError
 from chronomoe_hf.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
 from chronomoe_hf.observe import Accumulators, LayerRecorder, Switches
@@ -35,6 +36,9 @@ from chronomoe_hf.telemetry import (
 )
 
 logger = logging.getLogger("chronomoe_hf")
+
+SYSTEM = "_chrono_system"
+"""Name of the plain attribute of the wrapped root that holds its ChronoSystem."""
 
 
 @dataclass
@@ -122,6 +126,8 @@ class ChronoSystem:
         self.writer: TelemetryWriter | None = None
         self.governed = False
         self.overhead_s = 0.0
+        self.failed_save: str | None = None
+        self.saving = False  # inside Trainer.save_model, which has written the state already
         self._native_frozen = torch.tensor([layer.native_bias for layer in layers])
         self._bind()
         self._aim_switches(0)
@@ -212,6 +218,13 @@ class ChronoSystem:
             for sums in (layer.recorder.train, layer.recorder.eval):
                 _zero(sums)
 
+    def begin(self) -> None:
+        """Start of a training run: leftovers of earlier forwards and of an unfinished window are dropped."""
+        self.discard()
+        self.bank.window_LR.zero_()
+        self.window_steps = 0
+        self.overhead_s = 0.0
+
     def _aim_switches(self, step: int) -> None:
         # The lens is steered by the mean router input of the last step of a window: summing every step would cost
         # a pass over the hidden states for numbers that are thrown away.
@@ -226,15 +239,22 @@ class ChronoSystem:
         ints = torch.stack([s.ints.to(device) for s in sums]).double()
         floats = torch.stack([s.floats.to(device) for s in sums])
         row_LR = torch.cat([ints, floats], dim=1)
-        flat = row_LR.reshape(-1)
+        failed = torch.full((1,), float(self.failed_save is not None), dtype=torch.float64, device=device)
+        flat = torch.cat([row_LR.reshape(-1), failed])
         wide = [s.input_D for s in sums if s.input_D is not None] if with_inputs else []
         if wide:
             flat = torch.cat([flat, *(w.to(device).double() for w in wide)])
         flat = distributed.all_reduce_sum_(flat)
         for s in sums:
             _zero(s)
-        row_LR = flat[: row_LR.numel()].view_as(row_LR)
-        inputs = list(flat[row_LR.numel() :].split([w.numel() for w in wide])) if wide else []
+        start = row_LR.numel()
+        row_LR = flat[:start].view_as(row_LR)
+        inputs = list(flat[start + 1 :].split([w.numel() for w in wide])) if wide else []
+        if self.config.checkpoint.strict_save and distributed.active() and float(flat[start]) > 0:
+            raise StateWriteError(
+                f"chronomoe state could not be saved ({self.failed_save or 'on the main process'}), and strict_save "
+                "is set; free space or fix permissions and resume from the last checkpoint"
+            )
         return row_LR, inputs
 
     def _balance(self, count_LE: Tensor) -> None:
@@ -300,7 +320,7 @@ class ChronoSystem:
 
     def _reset_window(self, snapshot: SystemSnapshot) -> None:
         self.last_snapshot = snapshot
-        self.bank.window_LR.zero_()
+        self.bank.close_window()
         self.window_steps = 0
         self.overhead_s = 0.0
 
@@ -349,6 +369,21 @@ class ChronoSystem:
         self.writer.write_many("lifecycle_decisions", pruned)
         self.writer.write_many("alerts", snapshot.alerts)
 
+    def raise_alert(self, kind: str, step: int, detail: str) -> None:
+        """Raise a whole-run alert and record it."""
+        self._alert(kind, step, True, detail)
+
+    def clear_alert(self, kind: str, step: int) -> None:
+        """Clear a whole-run alert and record it."""
+        self._alert(kind, step, False, "")
+
+    def _alert(self, kind: str, step: int, holds: bool, detail: str) -> None:
+        edge = self.alerts.observe(kind, None, step, holds=holds, detail=detail)
+        if edge is not None:
+            logger.warning("step %d: %s", step, edge)
+            if self.writer is not None:
+                self.writer.write("alerts", edge)
+
     # ---- evaluation --------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -386,6 +421,40 @@ class ChronoSystem:
 
     # ---- files -------------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """Folded state: ``{"tensors": {name: CPU tensor}, "meta": JSON-ready mapping}``."""
+        tensors, meta = persistence.pack(self)
+        return {"tensors": tensors, "meta": meta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`; raises StateMismatchError for another model's state."""
+        persistence.unpack(self, state["tensors"], state["meta"])
+
+    def save(self, directory: str | Path) -> bool:
+        """Write chronomoe.safetensors and chronomoe.json into `directory` (main process only, no collective)."""
+        return persistence.save(self, directory)
+
+    def load(self, directory: str | Path) -> dict[str, Any] | None:
+        """Restore the state in `directory` on every rank. Collective; see ``persistence.load``."""
+        return persistence.load(self, directory)
+
+    def register(self, accelerator: Any) -> None:
+        """Save and load with ``accelerator.save_state`` and ``load_state`` (plain Accelerate loops).
+
+        Args:
+            accelerator: an ``accelerate.Accelerator``. Its state hooks are used, not its checkpoint registry, which
+                pickles and refuses older checkpoints.
+        """
+        accelerator.register_save_state_pre_hook(lambda models, weights, directory: self.save(directory) and None)
+        accelerator.register_load_state_pre_hook(lambda models, directory: self.load(directory) and None)
+
+    def resumed(self) -> None:
+        """Bring what is derived from the state in line with it, after a load."""
+        self.controller.initialize(run_id=self.run_id)
+        self.bank.refresh(self.cap)
+        self.discard()
+        self._aim_switches(self.global_step)
+
     def open_telemetry(self, output_dir: str | Path, *, resume_step: int | None = None) -> None:
         """Write records below ``<output_dir>/chronomoe`` from now on (main process only).
 
@@ -413,6 +482,16 @@ class ChronoSystem:
         if self.writer is not None:
             self.writer.close()
             self.writer = None
+
+
+def find_system(model: nn.Module) -> ChronoSystem | None:
+    """The ChronoSystem of `model` or of anything inside it (PEFT, DDP, torch.compile wrappers), or None."""
+    for module in model.modules():
+        system = module.__dict__.get(SYSTEM)
+        if system is not None:
+            assert isinstance(system, ChronoSystem)
+            return system
+    return None
 
 
 def _zero(sums: Accumulators) -> None:

@@ -106,16 +106,23 @@ def load_text(domain: str, *, max_chars: int = 2_000_000) -> datasets.DatasetDic
         raise ValueError(f"no domain {domain!r}; known: {', '.join(readers)}")
     # Ordered by a hash of the name, so that neighbours in the alphabet fall on both sides.
     documents = sorted(readers[domain](), key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
-    taken: list[dict[str, str]] = []
+    taken: list[tuple[str, str]] = []
     total = 0
     for name, text in documents:
         if total >= max_chars:
             break
-        taken.append({"name": name, "text": text})
+        taken.append((name, text))
         total += len(text)
-    held_out = [row for index, row in enumerate(taken) if index % 10 == 9]
-    train = [row for index, row in enumerate(taken) if index % 10 != 9]
-    return datasets.DatasetDict(train=datasets.Dataset.from_list(train), valid=datasets.Dataset.from_list(held_out))
+    return datasets.DatasetDict(
+        train=_documents([pair for index, pair in enumerate(taken) if index % 10 != 9]),
+        valid=_documents([pair for index, pair in enumerate(taken) if index % 10 == 9]),
+    )
+
+
+def _documents(pairs: list[tuple[str, str]]) -> datasets.Dataset:
+    string = datasets.Value("string")
+    columns = {"name": [name for name, _ in pairs], "text": [text for _, text in pairs]}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(name=string, text=string))
 
 
 def _prose() -> Iterator[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """Routers of the supported families: what they return and how they choose, one `Adapter` per router class.
 
-`find(router)` returns the adapter of a router; `chrono_class` the class that a wrapped router gets. Those classes are attributes of this
-module (``chronomoe_hf.patches.ChronoMixtralTopKRouter``), created on first use, so a pickled model loads in a fresh process.
+`find(router)` returns the adapter of a router; `chrono_class` the class that a wrapped router gets. Those classes are
+attributes of this module (``chronomoe_hf.patches.ChronoMixtralTopKRouter``), created on first use, so a pickled model
+loads in a fresh process.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from chronomoe_hf.patches import (
     switch_transformers,
     topk_squash,
 )
+from chronomoe_hf.patches.contract import probe
 from chronomoe_hf.patches.registry import (
     Adapter,
     all_adapters,
     chrono_class,
     find,
     match,
-    probe,
     refusal,
     register,
     register_refusal,

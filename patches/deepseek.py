@@ -1,7 +1,8 @@
 """DeepSeek-V2, V3 and V4 routers, and the families that share their code.
 
-V2: softmax, best group by its best expert (arXiv:2405.04434). V3: sigmoid plus correction bias, best groups by the sum of their two best
-(arXiv:2412.19437). V4: sqrt-softplus plus correction bias; its first layers route by a table of token ids and make no choice.
+V2: softmax, best group by its best expert (arXiv:2405.04434). V3: sigmoid plus correction bias, best
+groups by the sum of their two best (arXiv:2412.19437). V4: sqrt-softplus plus correction bias; its first layers route
+by a table of token ids and make no choice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ V2 = ScoreTopK(
     scale="routed_scaling_factor",
 )
 V3_RENORM = Renorm("sum_eps", when="norm_topk_prob", eps=1e-20)
-V3 = ScoreTopK(score="sigmoid32", sort=False, renorm=V3_RENORM, group=GroupLimit(), scale="routed_scaling_factor")
+V3 = ScoreTopK(score="sigmoid", sort=False, renorm=V3_RENORM, group=GroupLimit(), scale="routed_scaling_factor")
 V4 = ScoreTopK(score="@score_fn", sort=False, renorm=Renorm("sum_eps", eps=1e-20), scale="routed_scaling_factor")
 
 _V2_ROUTERS = (
@@ -59,7 +60,7 @@ ADAPTERS = (
         module=module_of("axk2"),
         router_class="AXK2TopkRouter",
         rule=ScoreTopK(
-            score="sigmoid32", sort=False, renorm=V3_RENORM, group=GroupLimit(fill=0.0), scale="routed_scaling_factor"
+            score="sigmoid", sort=False, renorm=V3_RENORM, group=GroupLimit(fill=0.0), scale="routed_scaling_factor"
         ),
         bias_at="e_score_correction_bias",
     ),
@@ -67,7 +68,7 @@ ADAPTERS = (
         family="beam",
         module=module_of("beam"),
         router_class="BeamTopKRouter",
-        rule=ScoreTopK(score="sigmoid32", renorm=V3_RENORM, group=GroupLimit()),
+        rule=ScoreTopK(score="sigmoid", renorm=V3_RENORM, group=GroupLimit()),
         bias_at="e_score_correction_bias",
         notes="the routed scaling factor is applied by the block, after the experts",
     ),

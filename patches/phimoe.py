@@ -1,7 +1,7 @@
 """Phi-3.5-MoE: SparseMixer (Liu et al., arXiv:2409.12136). Shape suffixes: T tokens, E experts, 1 one expert per token.
 
-In training the router *samples* its experts and estimates the gradient of the sampling. Steering repeats the sampling with the same random
-numbers, so the class of a wrapped router remembers the random state before its native forward.
+In training the router *samples* its experts and estimates the gradient of the sampling. Steering repeats the sampling
+with the same random numbers, so the class of a wrapped router remembers the random state before its native forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import ContractError
 from chronomoe_hf.patches.registry import Adapter, module_of
-from chronomoe_hf.patches.rules import Scope, softmax_distribution
+from chronomoe_hf.patches.rules import Scope
+from chronomoe_hf.patches.scores import softmax_distribution
 
 RNG_STATE = "_chrono_rng_state"
 """Plain attribute of the router that holds the random state from before its last training forward."""
@@ -59,7 +60,7 @@ class SparsemixerRule:
         bias_E: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Repeat SparseMixer. Beta is rounded to ``dtype`` (of the logits) because the native threshold is taken in that dtype."""
+        """Repeat SparseMixer. Beta is rounded to ``dtype``, that of the logits: the native threshold is taken in it."""
         clean_TE = z_TE.to(dtype)
         biased_TE = (z_TE.float() + beta_E).to(dtype)
         weigh_TE = biased_TE if scope == "routing" else clean_TE
@@ -87,17 +88,18 @@ def _mix(
     multiplier: Any,
     draws: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Choose one expert from ``choose`` and weigh it with ``weigh``; ``*_all`` are the scores before the first choice left.
+    """Choose one expert from ``choose`` and weigh it with ``weigh``.
 
-    ``multiplier`` is the native gradient estimator in training, None in evaluation. ``draws`` is how often the native code fills its last
-    random tensor; the last filling counts. Returns ``(weight_T1, index_T1)``.
+    ``*_all`` are the scores before the first choice left. ``multiplier`` is the native gradient estimator in training,
+    None in evaluation. ``draws`` is how often the native code fills its last random tensor; the last filling counts.
+    Returns ``(weight_T1, index_T1)``.
     """
     best_T1, far_TE = _far(choose_TE, choose_all_TE, jitter)
     if multiplier is not None:
         gate_TE = choose_TE.masked_fill(far_TE, float("-inf"))
         noise_TE = torch.empty_like(gate_TE, memory_format=torch.legacy_contiguous_format).exponential_().log()
         best_T1 = (gate_TE - noise_TE).max(dim=-1)[1].unsqueeze(-1)
-    # An expert that beta chose may be too far off to take part in the clean weights: it takes part because it was chosen.
+    # An expert that beta chose may be too far off to take part in the clean weights: it does because it was chosen.
     far_TE = _far(weigh_TE, weigh_all_TE, jitter)[1].scatter(-1, best_T1, False)
     gate_TE = torch.softmax(weigh_TE.masked_fill(far_TE, float("-inf")), dim=-1)
     weight_T1 = gate_TE.gather(-1, best_T1)

@@ -8,13 +8,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from chronomoe_hf.errors import ContractError, UnsupportedArchitectureError
+from chronomoe_hf.errors import UnsupportedArchitectureError
 from chronomoe_hf.patches.rules import Rule, Scope, Setting, setting
 from chronomoe_hf.router import ChronoRouter, Routing
 
@@ -35,9 +33,11 @@ class Adapter:
         linear: the logits are ``x @ weight.T`` (+ constant) of the router's input, so a lens can act and be folded.
         experts: attribute of the router's parent that holds the experts; None when there is none.
         experts_reader: how the experts are called: ``"interface"`` (``experts(x, index, weights)``, dispatched through
-            Transformers' experts interface), ``"direct"`` (same call, no dispatch), ``"switch"``, ``"llama4"``, ``"dbrx"``,
-            ``"longcat"`` (same call, at least two slots), ``"none"``.
-        num_experts_at, top_k_at, weight_at: where the router keeps the number of router classes, k, and the weight ``[E, D]``.
+            Transformers' experts interface), ``"direct"`` (same call, no dispatch), ``"longcat"`` (same call, at least
+            two slots), ``"switch"``, ``"llama4"``, ``"dbrx"``, ``"none"``.
+        num_experts_at, top_k_at, weight_at: where the router keeps the number of its classes, k, and its weight.
+        linear_bias_at: dotted path of the bias of the router's own linear (which may be None): what is added to it is
+            added to the logits.
         bias_at: dotted path of the native balancing bias on the router.
         bias_arg: name of the bias when the parent passes it as second argument of the router (and owns it).
         bias_when: router flag that switches the native bias on.
@@ -59,6 +59,7 @@ class Adapter:
     num_experts_at: Setting = "num_experts"
     top_k_at: Setting = "top_k"
     weight_at: str = "weight"
+    linear_bias_at: str | None = None
     bias_at: str | None = None
     bias_arg: str | None = None
     bias_when: Setting = True
@@ -67,10 +68,10 @@ class Adapter:
     notes: str = ""
 
     def bind(self, router: nn.Module, parent: nn.Module) -> None:
-        """Give the router what only its parent knows. Called once, before `top_k` and `read`; does nothing for most families."""
+        """Give the router what only its parent knows. Called once, before `top_k` and `read`; mostly does nothing."""
 
     def unbind(self, router: nn.Module) -> None:
-        """Remove the plain attributes that wrapping left on the router; does nothing for most families."""
+        """Remove the plain attributes that wrapping left on the router; mostly does nothing."""
 
     def num_experts(self, router: nn.Module) -> int:
         """Return E, the width of the router's logits."""
@@ -84,6 +85,11 @@ class Adapter:
         """Return the router's own weight ``[E, D]`` (the model's tensor, not a copy)."""
         weight_ED: Tensor = setting(router, self.weight_at)
         return weight_ED
+
+    def linear_bias(self, router: nn.Module) -> Tensor | None:
+        """Return the bias ``[E]`` of the router's own linear, or None when its logits have no constant part."""
+        bias: Tensor | None = None if self.linear_bias_at is None else setting(router, self.linear_bias_at)
+        return bias
 
     def native_bias(self, router: nn.Module, parent: nn.Module) -> Tensor | None:
         """Return the model's own balancing bias ``[E]`` (shares its storage), or None when this router uses none."""
@@ -104,7 +110,7 @@ class Adapter:
         return Routing(logits.reshape(-1, logits.shape[-1]), index.reshape(-1, index.shape[-1]), None)
 
     def distribution(self, router: nn.Module, logits_TE: Tensor) -> Tensor:
-        """Return the score distribution of the logits, fp32 ``[T, E]``, rows summing to 1 (no native bias, no group limit)."""
+        """Return the scores of the logits as a distribution, fp32 ``[T, E]``: no native bias, no group limit."""
         return self.rule.distribution(router, logits_TE)
 
     def steer(
@@ -125,10 +131,11 @@ class Adapter:
             z_TE: logits to route with, 2-D.
             beta_E: fp32 ``[E]`` in logit units, may be zeros.
             scope: ``"routing"`` (selection and weights) or ``"selection"``.
-            args, kwargs: what the native forward was called with (without ``self``).
+            args: positional arguments of the native forward (without ``self``).
+            kwargs: keyword arguments of the native forward.
 
         Returns:
-            The native structure with the clean logits object in its place and new weights and ids of the native shapes and dtypes.
+            The native structure: the clean logits object in its place, new weights and ids of native shapes and dtypes.
         """
         native = output[self.weights_index]
         weights_TK, index_TK = self.rule.route(
@@ -194,7 +201,7 @@ _CHRONO_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def register(adapter: Adapter) -> Adapter:
-    """Add an adapter. Raises ValueError when its module and router class are taken, or a refused capability is unknown."""
+    """Add an adapter. Raises ValueError when its router class is taken, or a capability that it refuses is unknown."""
     key = (adapter.module, adapter.router_class)
     if key in _ADAPTERS:
         raise ValueError(
@@ -235,7 +242,7 @@ def match(module: nn.Module) -> Adapter | None:
 
 
 def find(router: nn.Module) -> Adapter:
-    """Return the adapter of a router. Raises UnsupportedArchitectureError, with the closest known names, when there is none."""
+    """Return the adapter of a router. Raises UnsupportedArchitectureError, with close names, when there is none."""
     adapter = match(router)
     if adapter is not None:
         return adapter
@@ -254,7 +261,8 @@ def find(router: nn.Module) -> Adapter:
 def chrono_class(adapter: Adapter, original_class: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass ``Chrono<Original>`` = (ChronoRouter, *mixins, Original), the same object on every call.
 
-    Its module is ``chronomoe_hf.patches``, whose ``__getattr__`` finds it by name, so that a pickled model loads in a fresh process.
+    Its module is ``chronomoe_hf.patches``, whose ``__getattr__`` finds it by name, so that a pickled model loads in a
+    fresh process.
     """
     chrono = _CHRONO_CLASSES.get(original_class)
     if chrono is None:
@@ -263,44 +271,3 @@ def chrono_class(adapter: Adapter, original_class: type[nn.Module]) -> type[nn.M
         chrono = type(name, (ChronoRouter, *adapter.mixins, original_class), namespace)
         _CHRONO_CLASSES[original_class] = chrono
     return chrono
-
-
-def probe(adapter: Adapter, router: nn.Module, output: Any) -> Routing:
-    """Check a native output against its adapter and return the routing read from it.
-
-    Raises:
-        ContractError: the output does not have the parts, widths or ids that the adapter describes.
-    """
-    where = f"{adapter.router_class} (family {adapter.family!r}, transformers {version('transformers')})"
-    num_experts, k = adapter.num_experts(router), adapter.top_k(router)
-    try:
-        routing = adapter.read(router, output)
-    except (IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise ContractError(f"{where} returned {_shape_of(output)}, which its adapter cannot read: {error}") from error
-    wrong = _disagreement(routing, num_experts, k)
-    if wrong is not None:
-        raise ContractError(
-            f"{where} returned {_shape_of(output)}: {wrong}. The adapter was verified against Transformers 5.23; "
-            "install that version, or describe the new layout with an Adapter (CONTRIBUTING.md)."
-        )
-    return routing
-
-
-def _disagreement(routing: Routing, num_experts: int, k: int) -> str | None:
-    """Return the first thing in which a routing contradicts E and K, in words, or None."""
-    logits_TE, index_TK = routing.logits_TE, routing.index_TK
-    if not logits_TE.is_floating_point() or logits_TE.shape[-1] != num_experts:
-        return f"expected float logits of width {num_experts}, got {logits_TE.dtype} of width {logits_TE.shape[-1]}"
-    if index_TK.dtype != torch.int64 or index_TK.shape != (logits_TE.shape[0], k):
-        return f"expected int64 ids of shape {(logits_TE.shape[0], k)}, got {index_TK.dtype} of shape {tuple(index_TK.shape)}"
-    if index_TK.numel() and not 0 <= int(index_TK.min()) <= int(index_TK.max()) < num_experts:
-        return f"expected ids in 0..{num_experts - 1}, got {int(index_TK.min())}..{int(index_TK.max())}"
-    return None
-
-
-def _shape_of(output: Any) -> str:
-    if isinstance(output, Tensor):
-        return f"{str(output.dtype).removeprefix('torch.')}{list(output.shape)}"
-    if isinstance(output, tuple | list):
-        return "(" + ", ".join(_shape_of(part) for part in output) + ")"
-    return type(output).__name__

@@ -2,19 +2,16 @@
 
 Shape suffixes: T tokens, E router classes (experts), K experts chosen per token, G expert groups.
 
-Both rules take ``z_TE`` (the logits to route with) and ``beta_E`` (fp32, logit units). They are written so that ``beta_E == 0`` and
-``z_TE`` equal to the native logits reproduce the native router bit for bit, values and gradients:
+Both rules take ``z_TE`` (the logits to route with) and ``beta_E`` (fp32, logit units). They are written so that
+``beta_E == 0`` and ``z_TE`` equal to the native logits reproduce the native router bit for bit, values and gradients;
+`chronomoe_hf.patches.scores` says how.
 
-* beta is added in fp32, because a bf16 sum would swallow a small beta;
-* where a family scores in the dtype of its logits, the native score is kept and only the *difference* that beta makes is added in fp32:
-  ``score(z) + (score(z.float() + beta) - score(z.float()))``. The bracket is exactly zero, and so is its gradient, at ``beta == 0``.
-
-Rules: score -> top-k (Shazeer et al. 2017; DeepSeek-V3, arXiv:2412.19437, for bias and group limit) and top-k -> squash (gpt-oss, Granite).
+Rules: score -> top-k (Shazeer et al. 2017; DeepSeek-V3, arXiv:2412.19437, for bias and group limit) and
+top-k -> squash (gpt-oss, Granite).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal, Protocol, TypeAlias
@@ -23,57 +20,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chronomoe_hf.patches.scores import (
+    SCORES,
+    ScoreFn,
+    biased_scores,
+    normalised_distribution,
+    sigmoid_distribution,
+    softmax_distribution,
+)
+
 Scope: TypeAlias = Literal["routing", "selection"]
 Setting: TypeAlias = str | int | float | bool | None
 """A constant, or (str) the dotted path of the router attribute that holds the value."""
-ScoreFn: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def setting(router: nn.Module, value: Setting) -> Any:
     """Return a stated parameter: the constant itself, or the router attribute that a dotted path names."""
     return attrgetter(value)(router) if isinstance(value, str) else value
-
-
-def _softmax32(z_TE: Tensor) -> Tensor:
-    return F.softmax(z_TE, dim=-1, dtype=torch.float)
-
-
-def _softmax(z_TE: Tensor) -> Tensor:
-    return F.softmax(z_TE, dim=-1)
-
-
-def _sigmoid32(z_TE: Tensor) -> Tensor:
-    return z_TE.float().sigmoid()
-
-
-SCORES: dict[str, ScoreFn] = {
-    "softmax32": _softmax32,
-    "softmax": _softmax,
-    "sigmoid32": _sigmoid32,
-    "sigmoid": torch.sigmoid,
-}
-"""Score functions by name; the ones ending in 32 compute in fp32 whatever the dtype of the logits."""
-
-
-def softmax_distribution(logits_TE: Tensor) -> Tensor:
-    """Softmax over all experts in fp32, ``[T, E]``; rows sum to 1."""
-    return F.softmax(logits_TE.float(), dim=-1)
-
-
-def sigmoid_distribution(logits_TE: Tensor) -> Tensor:
-    """Sigmoid scores divided by their row sum, fp32 ``[T, E]``; rows sum to 1.
-
-    Taken as ``softmax(log sigmoid(z))``, which stays finite where every score underflows.
-    """
-    return F.softmax(F.logsigmoid(logits_TE.float()), dim=-1)
-
-
-def normalised_distribution(score: ScoreFn, logits_TE: Tensor) -> Tensor:
-    """Non-negative scores of any function divided by their row sum, fp32 ``[T, E]``; uniform where all scores are zero."""
-    score_TE = score(logits_TE.float())
-    total_T1 = score_TE.sum(dim=-1, keepdim=True)
-    uniform_TE = torch.full_like(score_TE, 1.0 / score_TE.shape[-1])
-    return torch.where(total_T1 > 0, score_TE / total_T1.clamp_min(torch.finfo(torch.float).tiny), uniform_TE)
 
 
 @dataclass(frozen=True)
@@ -158,30 +121,6 @@ class Rule(Protocol):
         ...
 
 
-def biased_scores(
-    score: ScoreFn, z_TE: Tensor, beta_E: Tensor, bias_E: Tensor | None, *, fp32: bool
-) -> tuple[Tensor, Tensor]:
-    """Scores of ``z + beta``: what is ranked (with the native bias) and what is weighed.
-
-    Args:
-        score: the family's score function.
-        z_TE: logits, any float dtype.
-        beta_E: fp32 ``[E]``, logit units.
-        bias_E: the native balancing bias in score units, or None.
-        fp32: the score is computed in fp32 whatever the dtype of the logits.
-
-    Returns:
-        ``(choice_TE, weight_TE)``; ``choice_TE`` is fp32, ``weight_TE`` has the dtype of the native scores.
-    """
-    if fp32 or z_TE.dtype == torch.float:
-        score_TE = score(z_TE.float() + beta_E)
-        return (score_TE if bias_E is None else score_TE + bias_E), score_TE
-    native_TE, z32_TE = score(z_TE), z_TE.float()
-    delta_TE = score(z32_TE + beta_E) - score(z32_TE)
-    choice_TE = native_TE if bias_E is None else native_TE + bias_E
-    return choice_TE.float() + delta_TE, (native_TE.float() + delta_TE).to(native_TE.dtype)
-
-
 @dataclass(frozen=True)
 class ScoreTopK:
     """Score all experts, add the native bias, limit groups, take the top k, gather, renormalise, scale, cast.
@@ -244,7 +183,8 @@ def score_topk(
         router: the native router, for the settings that the rule names.
         z_TE: logits to route with, ``[T, E]``.
         beta_E: fp32 ``[E]`` in logit units, may be zeros.
-        scope: ``"routing"``: choose and weigh with ``z + beta``; ``"selection"``: choose with ``z + beta``, weigh with ``z``.
+        scope: ``"routing"``: choose and weigh with ``z + beta``; ``"selection"``: choose with ``z + beta``, weigh with
+            ``z``.
         k: experts per token.
         bias_E: native bias, ``[E]``, in score units.
         dtype: dtype of the native weights.
@@ -276,7 +216,7 @@ class TopKSquash:
     """Take the top k of the logits (plus the native bias), squash the chosen logits, renormalise, divide, cast.
 
     Attributes:
-        squash: ``"softmax"`` or ``"sigmoid"`` of the chosen logits, or ``"@name"`` for the router attribute that names one.
+        squash: ``"softmax"`` or ``"sigmoid"`` of the chosen logits, or ``"@name"``: the router attribute that says.
         renorm: see `Renorm`; applies to sigmoid only.
         divisor: the weights are divided by it; None means the step does not exist.
     """
@@ -319,9 +259,9 @@ def topk_squash(
     bias_E: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(Logits + native bias) -> top-k -> squash the chosen logits -> renormalise -> divide. Arguments as in `score_topk`.
+    """(Logits + native bias) -> top-k -> squash the chosen logits -> renormalise -> divide.
 
-    The native bias is in logit units here, and is not part of the weights.
+    Arguments as in `score_topk`. The native bias is in logit units here, and is not part of the weights.
     """
     clean_TE = z_TE.float()
     biased_TE = clean_TE + beta_E

@@ -1,4 +1,4 @@
-"""Families that score each expert with a sigmoid and choose over all of them (no groups), most with a native balancing bias."""
+"""Families that score each expert with a sigmoid and choose over all of them (no groups), most with a native bias."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from chronomoe_hf.patches.rules import Renorm, ScoreTopK
 
 ESB = "e_score_correction_bias"
 EPS20 = Renorm("sum_eps", eps=1e-20)
-HUNYUAN_V3 = ScoreTopK(score="sigmoid32", sort=False, renorm=EPS20, scale="router_scaling_factor")
+HUNYUAN_V3 = ScoreTopK(score="sigmoid", sort=False, renorm=EPS20, scale="router_scaling_factor")
 MINIMAX_M2 = ScoreTopK(score="sigmoid32", sort=False, renorm=Renorm("sum"))
 
 _SOFTCAP = "laguna caps its logits with a tanh, so they are not linear in the router's input"
@@ -35,7 +35,7 @@ ADAPTERS = (
         module=module_of("muse_spark"),
         router_class="MuseSparkTopkRouter",
         rule=ScoreTopK(
-            score="sigmoid32",
+            score="sigmoid",
             sort=False,
             renorm=Renorm("sum_eps", eps="norm_topk_prob_eps"),
             scale="routed_scaling_factor",

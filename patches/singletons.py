@@ -1,4 +1,6 @@
-"""Routers that follow neither parametric rule to the letter: Inkling, Zaya, Gemma 4, DBRX, NLLB-MoE, and Doge, which has no router.
+"""Routers that follow neither parametric rule to the letter: Inkling, Zaya, Gemma 4, DBRX, NLLB-MoE.
+
+Doge, which routes without a router module, is refused here by name.
 
 Shape suffixes: T tokens, E router classes, K experts per token, N shared experts.
 """
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import ContractError
 from chronomoe_hf.patches.registry import Adapter, ObserveOnly, module_of
-from chronomoe_hf.patches.rules import Renorm, Scope, ScoreTopK, biased_scores
+from chronomoe_hf.patches.rules import Renorm, Scope, ScoreTopK
 from chronomoe_hf.router import Routing
 
 TOP_K = "_chrono_top_k"
@@ -41,14 +43,15 @@ class InklingAdapter(Adapter):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Choose by sigmoid plus correction bias, weigh against the shared experts, whose logits beta does not touch."""
+        """Choose by sigmoid plus bias, weigh against the shared experts, whose logits beta does not touch."""
         hidden = args[0] if args else kwargs["hidden_states"]
         dtype = output[1].dtype
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             # The same product as in the native forward: a product of the shared rows alone may round differently.
             full_TE = F.linear(hidden.reshape(-1, router.hidden_dim).float(), router.weight.float())
-            shared_TN = full_TE[..., -router.n_shared_experts :]
-            clean_TE = z_TE.float()
+            routed_TE, shared_TN = full_TE.split((router.num_experts, router.n_shared_experts), dim=-1)
+            # What a lens added to the native logits, on top of the product: zero without one, and so is its gradient.
+            clean_TE = routed_TE + (z_TE.float() - output[0])
             biased_TE = clean_TE + beta_E
             index_TK = torch.topk(
                 biased_TE.sigmoid() + router.e_score_correction_bias.float(), router.top_k, dim=-1, sorted=False
@@ -95,7 +98,7 @@ class GemmaAdapter(Adapter):
     """Records probabilities instead of logits; weights are renormalised and scaled per expert."""
 
     def read(self, router: nn.Module, output: Any) -> Routing:
-        """Logits are the log-probabilities: the true logits up to one constant per token, which no choice depends on."""
+        """Logits are log-probabilities: the true logits up to one constant per token, which no choice depends on."""
         prob_TE, _, index_TK = output
         return Routing(prob_TE.clamp_min(torch.finfo(prob_TE.dtype).tiny).log(), index_TK, None)
 
@@ -109,7 +112,7 @@ class GemmaAdapter(Adapter):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Move the native probabilities by the difference that beta makes: exact at beta = 0 although the logits are gone."""
+        """Move the native probabilities by what beta changes: exact at beta = 0 although the logits are gone."""
         prob_TE = output[0]
         biased_TE = prob_TE + (F.softmax(z_TE + beta_E, dim=-1) - F.softmax(z_TE, dim=-1))
         index_TK = torch.topk(biased_TE, self.top_k(router), dim=-1)[1]
@@ -149,10 +152,13 @@ class DbrxAdapter(ObserveOnly):
 
 @dataclass(frozen=True, kw_only=True)
 class NllbAdapter(ObserveOnly):
-    """Top-2 with a capacity over the flattened batch; returns ``(top-1 mask, gates after capacity, logits)``, all ``[T, E]``."""
+    """Top-2 with a capacity over the flattened batch.
+
+    Returns ``(top-1 mask after capacity, gates after capacity, logits)``, all ``[T, E]``.
+    """
 
     def read(self, router: Any, output: Any) -> Routing:
-        """First choice: argmax of the probabilities; second: argmax of the other logits. Kept where the gate survived the capacity.
+        """First choice: argmax of the probabilities; second: of the other logits. Kept where the gate is above zero.
 
         A second expert policy that samples (not ``"all"``) can only be read where the assignment was kept.
         """
@@ -172,8 +178,8 @@ _ZAYA_SKIP = (
     "zaya hands skipped tokens to expert 0 with weight 0, so the experts module cannot tell its own tokens apart"
 )
 _GEMMA = "the router normalises its input, so its logits are not linear in it"
-_DBRX = "dbrx chooses in the block from the very logits that Transformers records, so biasing them would falsify output_router_logits"
-_NLLB = "nllb_moe runs only experts 0 and 1, whatever its router says (Transformers 5.23), so steering it has no defined meaning"
+_DBRX = "dbrx chooses in its block from the logits that Transformers records: a bias would falsify output_router_logits"
+_NLLB = "nllb_moe runs only experts 0 and 1, whatever its router says (Transformers 5.23): steering it means nothing"
 
 ADAPTERS = (
     InklingAdapter(
@@ -234,8 +240,9 @@ ADAPTERS = (
 )
 
 REFUSED = {
-    (module_of("doge"), "DogeCDMoE"): (
-        "doge routes inside its feed-forward block by product keys over a reshaped score, without a router module that could be observed"
-    ),
+    (
+        module_of("doge"),
+        "DogeCDMoE",
+    ): "doge routes by product keys inside its feed-forward block, without a router module",
 }
 """Blocks that route without a router module: (module, class) -> reason."""

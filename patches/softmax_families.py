@@ -1,7 +1,7 @@
 """Families that score with a softmax over all experts, besides Mixtral, Qwen and DeepSeek-V2.
 
-OLMoE, FlexOlmo, Mellum (flag), Jamba (never renormalised), Hunyuan (fp32 linear), Mistral 4 (native-dtype softmax, groups),
-Mistral Large 4 (fp32, groups), LongCat (native bias, identity experts), ERNIE 4.5 (native bias, clamped sum).
+OLMoE, FlexOlmo, Mellum (flag), Jamba (never renormalised), Hunyuan (fp32 linear), Mistral 4 (native-dtype softmax,
+groups), Mistral Large 4 (fp32, groups), LongCat (native bias, identity experts), ERNIE 4.5 (native bias, clamped sum).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ADAPTERS = (
         module=module_of("mistral_large4"),
         router_class="MistralLarge4TextTopkRouter",
         rule=ScoreTopK(
-            score="softmax32",
+            score="softmax",
             sort=False,
             renorm=Renorm("sum_eps", eps=1e-20),
             group=GROUPS,
@@ -54,7 +54,7 @@ ADAPTERS = (
         family="longcat_flash",
         module=module_of("longcat_flash"),
         router_class="LongcatFlashTopkRouter",
-        rule=ScoreTopK(score="softmax32", sort=False, scale="routed_scaling_factor"),
+        rule=ScoreTopK(score="softmax", sort=False, scale="routed_scaling_factor"),
         num_experts_at="n_routed_experts",
         weight_at="classifier.weight",
         bias_at="e_score_correction_bias",

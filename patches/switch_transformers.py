@@ -1,7 +1,7 @@
 """Switch Transformers: top-1 with a capacity per sequence and expert (Fedus et al., arXiv:2101.03961).
 
-The router returns the dispatch mask *after* dropping, so a dropped token is an all-zero row and its choice must be read from the
-probabilities. Shape suffixes: B sequences, S positions, T = B * S tokens, E experts.
+The router returns the dispatch mask *after* dropping, so a dropped token is an all-zero row and its choice must be read
+from the probabilities. Shape suffixes: B sequences, S positions, T = B * S tokens, E experts.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from chronomoe_hf.patches.registry import Adapter, module_of
-from chronomoe_hf.patches.rules import Scope, ScoreTopK, biased_scores
+from chronomoe_hf.patches.rules import Scope, ScoreTopK
+from chronomoe_hf.patches.scores import biased_scores
 from chronomoe_hf.router import Routing
 
 
@@ -23,8 +24,8 @@ from chronomoe_hf.router import Routing
 class SwitchAdapter(Adapter):
     """Top-1 router that returns ``(mask [B, S, E] after capacity, weight [B, S, 1], logits [B, S, E])``."""
 
-    def read(self, router: nn.Module, output: Any) -> Routing:
-        """The choice is the mask where it survived the capacity, else the argmax of the probabilities in the input's dtype."""
+    def read(self, router: Any, output: Any) -> Routing:
+        """The choice is the mask where it survived the capacity, else the argmax of the rounded probabilities."""
         mask_BSE, weight_BS1, logits_BSE = output
         logits_TE = logits_BSE.reshape(-1, logits_BSE.shape[-1])
         prob_TE = F.softmax(logits_TE.detach(), dim=-1, dtype=router.dtype).to(weight_BS1.dtype)
@@ -36,7 +37,7 @@ class SwitchAdapter(Adapter):
 
     def steer(
         self,
-        router: nn.Module,
+        router: Any,
         output: Any,
         z_TE: Tensor,
         beta_E: Tensor,
@@ -44,7 +45,7 @@ class SwitchAdapter(Adapter):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Choose with ``z + beta``, then apply the capacity per sequence in position order, as the native router does."""
+        """Choose with ``z + beta``, then apply the capacity per sequence in position order, as the native does."""
         mask_BSE, weight_BS1, logits_BSE = output
 
         def score(z: Tensor) -> Tensor:
@@ -80,6 +81,7 @@ ADAPTERS = (
         logits_index=2,
         top_k_at=1,
         weight_at="classifier.weight",
+        linear_bias_at="classifier.bias",
         experts_reader="switch",
         notes="capacity per sequence and expert, in position order",
     ),

@@ -1,5 +1,6 @@
-"""Families that take the top k of the logits first and squash only the chosen ones: gpt-oss, Granite, Aria, Command, Kolibri, JetMoE, Llama 4.
+"""Families that take the top k of the logits first and squash only the chosen ones.
 
+gpt-oss, Granite, Aria, Command, Kolibri, JetMoE, Llama 4.
 Shape suffixes: T tokens, E experts, K experts per token, N = T * K assignments.
 """
 
@@ -21,10 +22,13 @@ SOFTMAX = TopKSquash("softmax")
 
 @dataclass(frozen=True, kw_only=True)
 class JetMoeAdapter(Adapter):
-    """Returns its dispatch sorted by expert: ``(index_sorted [N], batch_index [N], gates [N], expert_size list[E], logits [T, E])``."""
+    """Returns its dispatch sorted by expert: ``(index_sorted [N], batch_index [N], gates [N], expert_size, logits)``.
+
+    ``expert_size`` is a list of E ints, the logits are ``[T, E]``.
+    """
 
     def read(self, router: nn.Module, output: Any) -> Routing:
-        """Undo the sort: the n-th sorted assignment has slot ``index_sorted[n]`` of ``[T, K]`` and the expert whose run holds n."""
+        """Undo the sort: the n-th sorted assignment has slot ``index_sorted[n]`` and the expert whose run holds n."""
         order_N, _, _, expert_size, logits_TE = output
         size_E = torch.tensor(expert_size, device=order_N.device)
         expert_N = torch.repeat_interleave(torch.arange(len(expert_size), device=order_N.device), size_E)
@@ -90,12 +94,19 @@ _NO_EXPERTS_MODULE = (
 _SCALED_INPUT = "llama4 multiplies the input of its experts by the weight, so an expert has no unweighted output"
 
 ADAPTERS = (
-    Adapter(family="gpt_oss", module=module_of("gpt_oss"), router_class="GptOssTopKRouter", rule=SOFTMAX),
+    Adapter(
+        family="gpt_oss",
+        module=module_of("gpt_oss"),
+        router_class="GptOssTopKRouter",
+        rule=SOFTMAX,
+        linear_bias_at="bias",
+    ),
     Adapter(
         family="openai_privacy_filter",
         module=module_of("openai_privacy_filter"),
         router_class="OpenAIPrivacyFilterTopKRouter",
         rule=TopKSquash("softmax", divisor="top_k"),
+        linear_bias_at="bias",
     ),
     *(Adapter(family=family, module=module_of(family), router_class=name, rule=SOFTMAX) for family, name in _GRANITE),
     Adapter(family="aria", module=module_of("aria"), router_class="AriaTextTopKRouter", rule=SOFTMAX),

@@ -32,7 +32,7 @@ def test_domains_are_split_by_document(domain: str) -> None:
 
 def test_the_domains_are_different_text() -> None:
     prose, code = (" ".join(job.load_text(domain)["train"]["text"]) for domain in ("prose", "code"))
-    assert code.count("import ") / len(code) > 5 * prose.count("import ") / len(prose)
+    assert code.count("self.") / len(code) > 5 * prose.count("self.") / len(prose)
 
 
 def test_unknown_domains_are_refused() -> None:

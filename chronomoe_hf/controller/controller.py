@@ -175,7 +175,9 @@ class Controller:
         top2 = relative_top2(seen.top2_share, top_k)
         rise = None if state.last_top2 is None else top2 - state.last_top2
         harmed = policy.is_harm(state.last_scale, rise, config)
-        state.harm_backoff = policy.next_harm_backoff(state.harm_backoff, harmed, config)
+        state.harm_backoff, state.harm_hold = policy.next_harm_backoff(
+            state.harm_backoff, state.harm_hold, harmed, config
+        )
         state.num_harms += harmed
         state.last_top2 = top2
         state.pressure = policy.next_pressure(state.pressure, debt.total, config)

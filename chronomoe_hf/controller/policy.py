@@ -142,11 +142,29 @@ def is_harm(last_scale: float, top2_rise: float | None, config: ControlConfig) -
     return top2_rise is not None and last_scale > config.harm_min_scale and top2_rise > config.harm_threshold
 
 
-def next_harm_backoff(backoff: float, harmed: bool, config: ControlConfig) -> float:
-    """Halved (down to the floor) after harm, else a fifth of the way back to 1."""
+def next_harm_backoff(backoff: float, hold: int, harmed: bool, config: ControlConfig) -> tuple[float, int]:
+    """Back-off and hold after one verdict.
+
+    Harm halves the back-off (down to the floor); without harm it moves a fifth of the way back to 1. The floor and
+    that fifth alone end an abstention after a single evaluation, in which the closed lens proved nothing: a lens that
+    always harms then acts in more than half of all evaluations. So harm that leads to abstention also sets a hold of
+    `harm_hold` evaluations in which nothing recovers.
+
+    Args:
+        backoff: factor in force, in [harm_floor, 1].
+        hold: evaluations left without recovery.
+        harmed: :func:`is_harm`.
+        config: thresholds.
+
+    Returns:
+        The new back-off and hold.
+    """
     if harmed:
-        return clip(backoff * config.harm_factor, config.harm_floor, 1.0)
-    return clip(backoff + config.harm_recovery * (1.0 - backoff), config.harm_floor, 1.0)
+        backoff = clip(backoff * config.harm_factor, config.harm_floor, 1.0)
+        return backoff, config.harm_hold if backoff < config.harm_abstain else 0
+    if hold > 0:
+        return backoff, hold - 1
+    return clip(backoff + config.harm_recovery * (1.0 - backoff), config.harm_floor, 1.0), 0
 
 
 def abstain_reason(

@@ -20,6 +20,7 @@ class LayerControlState:
         pressure: moving average of the topology debt, in [0, 1].
         integral: leaky integral of the Neff shortfall, in [0, scale_max].
         harm_backoff: factor on the lens scale, in [harm_floor, 1].
+        harm_hold: evaluations left in which harm_backoff does not recover.
         last_scale: lens scale set at the last evaluation, logit standard deviations.
         last_top2: relative top-2 share at the last evaluation with evidence, None before the first.
         last_step: optimizer step of the last evaluation, None before the first.
@@ -29,6 +30,7 @@ class LayerControlState:
     pressure: float = 0.0
     integral: float = 0.0
     harm_backoff: float = 1.0
+    harm_hold: int = 0
     last_scale: float = 0.0
     last_top2: float | None = None
     last_step: int | None = None

@@ -143,7 +143,7 @@ class TelemetryWriter:
                 return json.dumps(data, allow_nan=False, separators=(",", ":")) + "\n"
             except ValueError:  # NaN or infinity somewhere
                 return json.dumps(strict(data), allow_nan=False, separators=(",", ":")) + "\n"
-        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
             if not self.dropped:
                 logger.error("telemetry: a %s record cannot be written as JSON: %s", kind, error)
             self.dropped += 1

@@ -29,7 +29,12 @@ def make_state(step: int) -> State:
         "empty": torch.zeros(0, 7),
     }
     layers = [
-        {"name": f"model.layers.{i}.mlp.gate", "router_class": "MixtralTopKRouter", "num_experts": 4 * i + 4, "top_k": 2}
+        {
+            "name": f"model.layers.{i}.mlp.gate",
+            "router_class": "MixtralTopKRouter",
+            "num_experts": 4 * i + 4,
+            "top_k": 2,
+        }
         for i in range(2)
     ]
     meta = {

@@ -55,9 +55,7 @@ def test_raw_top2_would_never_reach_the_threshold_at_k_8():
 def test_a_balanced_layer_owes_nothing_even_where_k_is_close_to_e(n_experts, top_k):
     shares = [1 / n_experts] * n_experts
     top2 = min(1.0, 2 / n_experts)
-    debt = policy.topology_debt(
-        n_effective=float(n_experts), top2_share=top2, dead=0, n_experts=n_experts, top_k=top_k
-    )
+    debt = policy.topology_debt(n_effective=float(n_experts), top2_share=top2, dead=0, n_experts=n_experts, top_k=top_k)
     assert debt.total == 0.0
     assert policy.quota_of(shares, top2_share=top2, dead=0, top_k=top_k, config=CONFIG) is None
 
@@ -120,12 +118,23 @@ def test_harm(last_scale, rise, harm):
     assert policy.is_harm(last_scale, rise, CONFIG) is harm
 
 
-def test_backoff_halves_to_its_floor_and_recovers_a_fifth_of_the_gap():
-    backoff, seen = 1.0, []
-    for harmed in (True, True, True, True, False, False):
-        backoff = policy.next_harm_backoff(backoff, harmed, CONFIG)
+def run_backoff(verdicts: list[bool], config: ControlConfig) -> list[float]:
+    backoff, hold, seen = 1.0, 0, []
+    for harmed in verdicts:
+        backoff, hold = policy.next_harm_backoff(backoff, hold, harmed, config)
         seen.append(backoff)
+    return seen
+
+
+def test_backoff_halves_to_its_floor_and_recovers_a_fifth_of_the_gap():
+    seen = run_backoff([True, True, True, True, False, False], ControlConfig(harm_hold=0))
     assert seen == pytest.approx([0.5, 0.25, 0.125, 0.1, 0.28, 0.424], abs=1e-12)
+
+
+def test_backoff_waits_out_the_hold_only_after_it_led_to_abstention():
+    config = ControlConfig(harm_hold=2)
+    seen = run_backoff([True, False, True, True, True, False, False, False], config)
+    assert seen == pytest.approx([0.5, 0.6, 0.3, 0.15, 0.1, 0.1, 0.1, 0.28], abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -45,14 +45,15 @@ def test_debt_and_its_parts_are_fractions(window):
 @settings(deadline=None)
 def test_every_signal_stays_in_its_range_over_any_history(step, n_experts, config, data):
     pressure = integral = scale = 0.0
-    backoff, last = 1.0, None
+    backoff, hold, last = 1.0, 0, None
     for _ in range(data.draw(st.integers(1, 12))):
         neff = data.draw(st.floats(1.0, float(n_experts)))
         top2 = data.draw(st.floats(0.0, 1.0))
         idle = data.draw(st.integers(0, n_experts - 1))
         debt = policy.topology_debt(n_effective=neff, top2_share=top2, dead=idle, n_experts=n_experts, top_k=1)
         harmed = policy.is_harm(scale, None if last is None else top2 - last, config)
-        backoff, last = policy.next_harm_backoff(backoff, harmed, config), top2
+        backoff, hold = policy.next_harm_backoff(backoff, hold, harmed, config)
+        last = top2
         pressure = policy.next_pressure(pressure, debt.total, config)
         integral = policy.next_integral(integral, n_effective=neff, n_experts=n_experts, config=config)
         drive = policy.drive_of(pressure, integral, config)
