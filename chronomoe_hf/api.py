@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import types
 import warnings
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,7 +32,7 @@ from chronomoe_hf.observe import (
     forward_parameters,
     open_window,
 )
-from chronomoe_hf.patches import Adapter, chrono_class, match
+from chronomoe_hf.patches import Adapter, chrono_class, match, probe, refusal
 from chronomoe_hf.router import LINK, RouterLink, RouterState
 from chronomoe_hf.save_hook import install_save_hook, remove_save_hook
 from chronomoe_hf.system import SYSTEM, ChronoSystem, Layer, find_system
@@ -105,6 +107,7 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     if fold:
         system.fold()
     for layer in system.layers:
+        layer.adapter.unbind(layer.router)
         _restore(layer.router)
         if layer.experts is not None:
             _restore(layer.experts)
@@ -140,8 +143,13 @@ def _discover(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
     for name, module in model.named_modules():
         adapter = match(module)
         if adapter is None:
-            if known_routers and isinstance(module, tuple(known_routers)):
-                refused.append(f"{name}: {type(module).__name__} has no adapter in this version of chronomoe_hf")
+            reason = refusal(module)
+            if reason is None and isinstance(module, tuple(known_routers)):
+                # jetmoe records its attention blocks, whose inner router has an adapter: then nothing is left alone.
+                if not any(match(inner) for inner in module.modules()):
+                    reason = f"{type(module).__name__} has no adapter in this version of chronomoe_hf"
+            if reason is not None:
+                refused.append(f"{name}: {reason}")
             continue
         reason = adapter.refused("observe")
         if reason is not None:
@@ -223,6 +231,7 @@ def _make_layer(
 ) -> Layer:
     parent = _block(model, name, adapter.experts)
     adapter.bind(router, parent)
+    _probe(adapter, router, parent)
     num_experts = adapter.num_experts(router)
     notes = []
     recorder = LayerRecorder(layer_id, num_experts, width, window, config.coherence)
@@ -264,6 +273,41 @@ def _make_layer(
         native_bias=native,
         notes=notes,
     )
+
+
+def _probe(adapter: Adapter, router: nn.Module, parent: nn.Module) -> None:
+    """Run the native router once on four made-up tokens and hold its output against the adapter.
+
+    A Transformers release that changes an order or a shape is then refused by name instead of miscounted. Routers
+    that need more than hidden states, and weights that are not here yet (meta, ZeRO-3), are not probed.
+
+    Raises:
+        ContractError: the output is not what the adapter describes.
+    """
+    weight = adapter.weight(router)
+    if weight.is_meta or weight.dim() != 2 or weight.numel() == 0 or not adapter.linear:
+        return
+    extra = [bias] if adapter.bias_arg and (bias := adapter.native_bias(router, parent)) is not None else []
+    hidden_TD = torch.linspace(-1.0, 1.0, 4 * weight.shape[-1], device=weight.device, dtype=weight.dtype).view(4, -1)
+    # Some routers keep what they saw (a capacity, a dtype), and training mode may draw random numbers: leave no trace.
+    before = dict(router.__dict__)
+    router.training = False
+    try:
+        output = _first_that_runs(router, (hidden_TD, hidden_TD[None]), extra)
+    finally:
+        router.__dict__.clear()
+        router.__dict__.update(before)
+    if output is None:
+        logger.debug("%s was not probed", adapter.router_class)
+        return
+    probe(adapter, router, output)
+
+
+def _first_that_runs(router: nn.Module, inputs: tuple[torch.Tensor, ...], extra: list[torch.Tensor]) -> Any:
+    for hidden in inputs:
+        with torch.no_grad(), contextlib.suppress(TypeError, RuntimeError, ValueError, IndexError, AttributeError):
+            return router(hidden, *extra)
+    return None
 
 
 def _input_width(adapter: Adapter, router: nn.Module) -> int:

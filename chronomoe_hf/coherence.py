@@ -135,7 +135,7 @@ class CoherenceBuffer:
         device = self.ema_CE.device
         ids_A = torch.as_tensor(active_expert_ids, dtype=torch.int64, device=device)
         active_E = torch.zeros(self.num_experts, dtype=torch.bool, device=device)
-        active_E[ids_A] = True
+        active_E.index_fill_(0, ids_A, True)
         phi_E = self._spread(torch.as_tensor(phi_raw, dtype=torch.float64, device=device), ids_A, "phi_raw")
         tokens_E = self._spread(torch.as_tensor(num_tokens, dtype=torch.int64, device=device), ids_A, "num_tokens")
         update_clocks_(self.ema_CE, self.updates_E, phi_E, active_E)

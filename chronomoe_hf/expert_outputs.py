@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from chronomoe_hf.observe import ExpertRows, LayerRecorder, TokenSample, sample_tokens
+from chronomoe_hf.patches import all_adapters
 from chronomoe_hf.router import LINK
 
 _TAPPED = ("grouped_mm", "batched_mm")
@@ -76,9 +77,44 @@ class ChronoExperts(nn.Module):
         num_k = index_TK.shape[1]
         index_SK = index_TK[sample.position_S]
         hidden_AD = hidden_TD[sample.position_S].repeat_interleave(num_k, 0)
-        ones_A1 = weight_TK.new_ones(hidden_AD.shape[0], 1)
-        rows_AD = super().forward(hidden_AD, index_SK.reshape(-1, 1), ones_A1)  # type: ignore[misc]
+        rows_AD = self._unweighted(hidden_AD, index_SK.reshape(-1, 1))
         _record(recorder, rows_AD.view(-1, num_k, rows_AD.shape[-1]), weight_TK, index_TK, sample)
+
+    def _unweighted(self, hidden_AD: Tensor, index_A1: Tensor) -> Tensor:
+        """Native outputs of one expert a row, weight 1."""
+        rows_AD: Tensor = super().forward(hidden_AD, index_A1, hidden_AD.new_ones(index_A1.shape))  # type: ignore[misc]
+        return rows_AD
+
+
+class ChronoDirectExperts(ChronoExperts):
+    """Mixin for experts called like the interface but without its backends; DBRX passes the batch unflattened."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
+        """The native module's inputs and output; records expert outputs on the way."""
+        recorder: LayerRecorder = self.__dict__[LINK].recorder
+        native = super(ChronoExperts, self).forward
+        output: Tensor = native(hidden_states, top_k_index, top_k_weights, *args)
+        if recorder.active and recorder.coherence.enabled:
+            with torch.no_grad():
+                self._replay(recorder, hidden_states.reshape(-1, hidden_states.shape[-1]), top_k_index, top_k_weights)
+        return output
+
+
+class ChronoDbrxExperts(ChronoDirectExperts):
+    """Mixin for DBRX experts, whose output keeps a batch axis."""
+
+    def _unweighted(self, hidden_AD: Tensor, index_A1: Tensor) -> Tensor:
+        return super()._unweighted(hidden_AD[None], index_A1)[0]
+
+
+class ChronoLongcatExperts(ChronoDirectExperts):
+    """Mixin for LongCat-Flash experts, which cannot be called with one slot a token."""
+
+    def _unweighted(self, hidden_AD: Tensor, index_A1: Tensor) -> Tensor:
+        weight_A2 = torch.cat([hidden_AD.new_ones(index_A1.shape), hidden_AD.new_zeros(index_A1.shape)], dim=1)
+        native = super(ChronoExperts, self).forward
+        rows_AD: Tensor = native(hidden_AD, index_A1.expand(-1, 2), weight_A2)
+        return rows_AD
 
 
 class ChronoSwitchExperts(nn.Module):
@@ -152,7 +188,13 @@ def _record(
     )
 
 
-_MIXINS: dict[str, type[nn.Module]] = {"interface": ChronoExperts, "switch": ChronoSwitchExperts}
+_MIXINS: dict[str, type[nn.Module]] = {
+    "interface": ChronoExperts,
+    "direct": ChronoDirectExperts,
+    "dbrx": ChronoDbrxExperts,
+    "longcat": ChronoLongcatExperts,
+    "switch": ChronoSwitchExperts,
+}
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -180,8 +222,8 @@ def __getattr__(name: str) -> type[nn.Module]:
             if module_name.startswith("transformers.models.") and ".modeling_" in module_name:
                 original = vars(module).get(name.removeprefix("Chrono"))
                 if isinstance(original, type) and original.__module__ == module_name:
-                    reader = "switch" if issubclass(original, nn.ModuleDict) else "interface"
+                    reader = next((a.experts_reader for a in all_adapters() if a.module == module_name), "none")
                     chrono = chrono_experts_class(reader, original)
-                    assert chrono is not None
-                    return chrono
+                    if chrono is not None:
+                        return chrono
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """The wrapped router: state, the two biases laws, the bridge veto, and the forward of ChronoRouter.
 
-Shape suffixes: L layers, E experts, T tokens, K experts per token, D router input width.
+Shape suffixes: L layers, E experts, T tokens, K experts per token, D router input width, B bends (2E).
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ if TYPE_CHECKING:  # the adapter's room lies to the right of this one; only its 
 
 LINK = "_chrono_link"
 """Name of the plain attribute through which a wrapped module finds its layer. Never a registered buffer."""
-
-_CENTRE_ITERATIONS = 24
 
 
 class Routing(NamedTuple):
@@ -227,7 +225,8 @@ def centre_and_clamp(beta_LE: Tensor, cap: float, mask_LE: Tensor | None = None)
     """Shift each layer so that the clamped bias sums to zero: both zero-centred and within +-cap.
 
     A bias common to all experts does nothing, so only the shift-free part may be spent on the cap. Clamping
-    after centring would bring a common part back; the shift is therefore found by bisection, in float64.
+    after centring would bring a common part back. The sum of the clamped values falls with the shift along a line
+    that bends at ``beta +- cap``: its root is read off between two bends, in float64.
 
     Args:
         beta_LE: shape ``(..., E)``.
@@ -240,16 +239,17 @@ def centre_and_clamp(beta_LE: Tensor, cap: float, mask_LE: Tensor | None = None)
     wide_LE = beta_LE.double()
     keep_LE = torch.ones_like(wide_LE) if mask_LE is None else mask_LE.double()
     num_L = keep_LE.sum(-1, keepdim=True).clamp_min(1.0)
-    # Centring first makes the common case (nothing touches the cap) exact: the bisection then starts at its answer.
+    # Centring first makes the common case (nothing touches the cap) exact.
     centred_LE = (wide_LE - (wide_LE * keep_LE).sum(-1, keepdim=True) / num_L) * keep_LE
-    low_L = centred_LE.amin(-1, keepdim=True) - cap
-    high_L = centred_LE.amax(-1, keepdim=True) + cap
-    for _ in range(_CENTRE_ITERATIONS):
-        mid_L = (low_L + high_L) / 2
-        too_high_L = ((centred_LE - mid_L).clamp(-cap, cap) * keep_LE).sum(-1, keepdim=True) > 0
-        low_L, high_L = torch.where(too_high_L, mid_L, low_L), torch.where(too_high_L, high_L, mid_L)
+    bend_LB, order_LB = torch.cat([centred_LE - cap, centred_LE + cap], dim=-1).sort(-1)
+    slope_LB = torch.cat([-keep_LE, keep_LE], dim=-1).gather(-1, order_LB).cumsum(-1)  # of the stretch after each bend
+    fall_LB = (slope_LB[..., :-1] * bend_LB.diff(dim=-1)).cumsum(-1)
+    sum_LB = torch.cat([cap * num_L, cap * num_L + fall_LB], dim=-1)
+    # The sum starts at cap * E > 0 and ends at -cap * E: the root lies after the last bend where it is positive.
+    at_L = (sum_LB > 0).sum(-1, keepdim=True) - 1
+    stretch_L = sum_LB.gather(-1, at_L) / slope_LB.gather(-1, at_L).clamp_max(-1.0)
     fits_L = centred_LE.abs().amax(-1, keepdim=True) <= cap
-    shift_L = torch.where(fits_L, torch.zeros_like(low_L), (low_L + high_L) / 2)
+    shift_L = torch.where(fits_L, 0.0, bend_LB.gather(-1, at_L) - stretch_L)
     return ((centred_LE - shift_L).clamp(-cap, cap) * keep_LE).to(beta_LE.dtype)
 
 

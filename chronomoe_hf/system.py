@@ -20,6 +20,7 @@ from chronomoe_hf.coherence import CoherenceBuffer
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import ControlDecision, Controller
 from chronomoe_hf.errors import StateWriteError
+from chronomoe_hf.fold import FoldReport, fold_system
 from chronomoe_hf.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
 from chronomoe_hf.observe import Accumulators, LayerRecorder, Switches
@@ -161,6 +162,7 @@ class ChronoSystem:
         device = self.layers[0].recorder.train.ints.device
         if device != self.bank.device:
             self.bank.to_(device)
+            self._native_frozen = self._native_frozen.to(device)
             self._bind()
             for layer in self.layers:
                 if layer.link.lens is not None:
@@ -259,8 +261,7 @@ class ChronoSystem:
 
     def _balance(self, count_LE: Tensor) -> None:
         beta = self.config.beta
-        frozen_L = self._native_frozen.to(count_LE.device)
-        self.bank.apply_balance(count_LE, beta, frozen_L)
+        self.bank.apply_balance(count_LE, beta, self._native_frozen)
         for layer in self.layers:
             if layer.native_bias:
                 count_E = count_LE[layer.layer_id, : layer.num_experts]
@@ -418,6 +419,12 @@ class ChronoSystem:
         if self.writer is not None:
             self.writer.write_many("routing_events", events)
         return snapshot
+
+    # ---- leaving -----------------------------------------------------------------------------------------------
+
+    def fold(self) -> list[FoldReport]:
+        """Write lens and beta into the model's own weights where that is exact; see ``fold.fold_system``."""
+        return fold_system(self)
 
     # ---- files -------------------------------------------------------------------------------------------------
 

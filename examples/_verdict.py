@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -92,14 +93,15 @@ def print_verdict(arms: list[Arm], path: Path, console: Console | None = None) -
 
 
 def _layer_table(record: dict[str, Any]) -> Table:
-    table = Table(title=f"{record['preset']}: last window, step {record['step']}", title_justify="left")
-    for name in ("layer", "Neff/E", "dead", "max violation", "phi slow", "active alerts"):
+    title = f"{record['preset']}: last window, step {record['step']}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("layer", "Neff/E", "dead", "max violation, of ceiling", "phi slow", "active alerts"):
         table.add_column(name, justify="left" if name == "active alerts" else "right")
     for row in record["layers"]:
         violation = DASH
         if row["max_violation"] is not None:
             share = row["max_violation_of_ceiling"]
-            violation = f"{row['max_violation']:.2f}" + (f" ({share:.0%} of ceiling)" if share is not None else "")
+            violation = f"{row['max_violation']:.2f}" + (f"  {share:4.0%}" if share is not None else "")
         phi = DASH if row["phi_min"] is None else f"{row['phi_min']:+.2f} .. {row['phi_max']:+.2f}"
         neff = row["neff_fraction"]
         table.add_row(
@@ -115,8 +117,14 @@ def _layer_table(record: dict[str, Any]) -> Table:
 
 
 def _summary_table(records: list[dict[str, Any]]) -> Table:
-    table = Table(title="Verdict", title_justify="left")
-    names = ("arm", "loss before", "loss after", "worst Neff/E", "dead", "worst violation", "alerts", "training")
+    table = Table(
+        title="Verdict",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        caption="losses on held-out code",
+        caption_justify="left",
+    )
+    names = ("arm", "loss before", "after", "worst Neff/E", "dead", "violation", "alerts", "time")
     for name in names:
         table.add_column(name, justify="left" if name == "arm" else "right")
     for record in records:
@@ -128,7 +136,7 @@ def _summary_table(records: list[dict[str, Any]]) -> Table:
             f"{record['loss_after']:.3f}",
             _number(min((row["neff_fraction"] for row in rows if row["neff_fraction"] is not None), default=None)),
             str(sum(row["dead"] or 0 for row in rows)),
-            f"{max(violations):.0%} of ceiling" if violations else DASH,
+            f"{max(violations):.0%}" if violations else DASH,
             str(sum(len(row["alerts"]) for row in rows)),
             f"{record['seconds']:.0f} s",
         )

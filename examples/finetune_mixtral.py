@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ class Options:
     steps: int = 300
     pretrain_steps: int = 400
     top_k: int = 1
-    interval: int = 20
+    interval: int = 10
     seed: int = 0
     learning_rate: float = 1e-3
     output_dir: Path | None = None
@@ -88,7 +87,7 @@ def training_arguments(options: Options, output_dir: Path) -> Any:
     """Trainer's arguments of the fine-tuning."""
     training = Training(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
     return base_arguments(
-        training, output_dir, logging_steps=options.interval, report_to=options.report_to, run_name=output_dir.name
+        training, output_dir, logging_steps=5 * options.interval, report_to=options.report_to, run_name=output_dir.name
     )
 
 
@@ -123,9 +122,7 @@ def run(options: Options) -> list[Arm]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line entry."""
     arms = run(parse_arguments(arguments))
-    path = save_verdict(arms)
-    print_verdict(arms, path)
-    print(json.dumps({"verdict": str(path)}))
+    print_verdict(arms, save_verdict(arms))
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def test_the_job_runs_end_to_end(
     # Both arms start from the same weights and see the same text; `observe` changes no number before training.
     assert arms[0].loss_before == arms[1].loss_before
     printed = capsys.readouterr().out
-    for word in ("Neff/E", "max violation", "active alerts", "loss after", preset, "routing_events.jsonl"):
+    for word in ("Neff/E", "max violation", "active alerts", "loss before", preset, "routing_events.jsonl"):
         assert word in printed
 
 

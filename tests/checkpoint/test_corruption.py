@@ -175,6 +175,7 @@ def seal(body: bytes) -> bytes:
         b'["a"',
         '{"a": 1'.encode("utf-16"),
     ],
+    ids=range(10),
 )
 def test_sealed_bytes_that_are_not_a_manifest(saved, body) -> None:
     (saved / MANIFEST_FILE).write_bytes(seal(body))
@@ -240,6 +241,7 @@ def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[
         (container(b'{"a":1,"a":1}'), "twice"),
         (container(b"\xff{}"), "bad safetensors header"),
     ],
+    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
 )
 def test_hostile_tensor_files(saved, payload, message) -> None:
     forge(saved, payload)

@@ -1,0 +1,31 @@
+"""One process of a run under torchrun: ``worker.py jobs.json``. Every job leaves ``result-<rank>.pt`` behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import cpu_engines
+import torch
+import training_job
+import transformers
+
+
+def main(path: str) -> None:
+    """Run the jobs of `path` one after the other, in this process."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    jobs = [training_job.Job(**fields) for fields in json.loads(Path(path).read_text())]
+    for engine in {job.engine for job in jobs}:
+        cpu_engines.ENGINES.get(engine, lambda: None)()
+    rank = int(os.environ.get("RANK", "0"))
+    for job in jobs:
+        training_job.save_result(job, rank, training_job.run(job))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,216 @@
+"""One small Trainer run, described by data: used inside pytest and by the worker processes of `tests/distributed`.
+
+The same description runs under every engine and in any number of processes, so results can be compared. Weights,
+state, and everything the model was fed are handed back; nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import VOCAB, tiny_model
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import chronomoe_hf
+from chronomoe_hf import ChronoConfig
+
+LENGTH = 16
+
+
+@dataclasses.dataclass(kw_only=True)
+class Job:
+    """What one process of a run does.
+
+    Args:
+        output_dir: of the Trainer; results of a worker go there too.
+        family: of `tiny.FAMILIES`.
+        engine: ``"plain"`` (no engine, or DDP under torchrun), ``"fsdp"``, ``"zero2"`` or ``"zero3"``.
+        preset, config: ChronoConfig preset and its fields as a dict of dicts.
+        arguments: TrainingArguments beyond the defaults below.
+        examples: rows of the data set.
+        seed: of the model's weights.
+        resume: checkpoint to resume from, or True.
+        kill_at: SIGKILL this process while that step is being computed.
+        trace: keep the weights at every step's start and every micro-batch.
+        final: also call ``trainer.save_model()`` at the end.
+    """
+
+    output_dir: str
+    family: str = "mixtral"
+    engine: str = "plain"
+    preset: str = "protect"
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    examples: int = 64
+    seed: int = 0
+    resume: str | bool | None = None
+    kill_at: int | None = None
+    trace: bool = False
+    final: bool = False
+
+
+def rows(count: int, *, seed: int = 7) -> list[dict[str, Tensor]]:
+    """`count` rows of LENGTH tokens; row i has i % 5 tokens of padding at its end."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for index in range(count):
+        ids = torch.randint(2, VOCAB, (LENGTH,), generator=generator)
+        mask = torch.ones_like(ids)
+        if index % 5:
+            mask[-(index % 5) :] = 0
+        out.append({"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    return out
+
+
+def chrono_config(job: Job) -> ChronoConfig:
+    """The job's ChronoConfig: its preset with the given fields laid over it."""
+    base = ChronoConfig.preset(job.preset).to_dict()
+    for name, value in job.config.items():
+        base[name] = {**base[name], **value} if isinstance(value, dict) else value
+    return ChronoConfig.from_dict(base)
+
+
+def training_arguments(job: Job) -> TrainingArguments:
+    """Small steps, no reporters, the engine of the job."""
+    arguments: dict[str, Any] = {
+        "output_dir": job.output_dir,
+        "use_cpu": True,
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 3,
+        "data_seed": 4,
+    }
+    if job.engine == "fsdp":
+        arguments["fsdp"] = True
+        arguments["fsdp_config"] = {"transformer_layer_cls_to_wrap": [_DECODER_LAYER[job.family]]}
+    if job.engine.startswith("zero"):
+        arguments |= {"use_cpu": False, "deepspeed": _deepspeed(int(job.engine[-1]))}
+    merged = {**arguments, **job.arguments}
+    if "fsdp_config" in job.arguments:
+        merged["fsdp_config"] = {**arguments["fsdp_config"], **job.arguments["fsdp_config"]}
+    return TrainingArguments(**merged)
+
+
+_DECODER_LAYER = {"mixtral": "MixtralDecoderLayer", "qwen3_moe": "Qwen3MoeDecoderLayer"}
+
+
+def _deepspeed(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_force_ds_cpu_optimizer": False,
+        # Nothing is small enough to stay whole: every router is partitioned.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 1},
+    }
+
+
+class Tracing(Trainer):
+    """Keeps every micro-batch that this process trains on."""
+
+    fed: list[list[dict[str, Tensor]]]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        self.fed[-1].append({name: value.detach().clone() for name, value in inputs.items()})
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class Tracer(TrainerCallback):
+    """Weights at the start of every step; the decisions and the state after it."""
+
+    def __init__(self, trainer: Tracing) -> None:
+        self.trainer = trainer
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weights.append(whole_weights(kwargs["model"]))
+        self.trainer.fed.append([])
+
+
+class Killer(TrainerCallback):
+    """SIGKILL in the middle of a step: nothing gets a chance to tidy up."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter in full on the CPU, by name. Collective under FSDP and ZeRO-3."""
+    out: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        name = name.replace("_checkpoint_wrapped_module.", "")
+        if isinstance(parameter, DTensor):
+            out[name] = parameter.detach().full_tensor().clone()
+        elif hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                out[name] = parameter.detach().clone()
+        else:
+            out[name] = parameter.detach().clone()
+    return out
+
+
+def make_trainer(job: Job) -> Tracing:
+    """Model, data, Trainer and ``attach``, as a user would write them."""
+    arguments = training_arguments(job)
+    model = tiny_model(job.family, seed=job.seed)
+    data = rows(job.examples)
+    trainer = Tracing(model, arguments, train_dataset=data, eval_dataset=rows(6, seed=11))
+    trainer.fed = [[]]
+    chronomoe_hf.attach(trainer, chrono_config(job))
+    return trainer
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train, and hand back what this process saw and ended with."""
+    trainer = make_trainer(job)
+    tracer = Tracer(trainer)
+    if job.trace:
+        trainer.add_callback(tracer)
+    if job.kill_at is not None:
+        trainer.add_callback(Killer(job.kill_at))
+    trainer.train(resume_from_checkpoint=job.resume)
+    if job.final:
+        trainer.save_model()
+    system = chronomoe_hf.system_of(trainer.model)
+    state = system.state_dict()
+    return {
+        "distributed_type": str(trainer.accelerator.distributed_type),
+        "weights": whole_weights(trainer.model),
+        "tensors": state["tensors"],
+        "meta": {name: value for name, value in state["meta"].items() if name not in ("run_id", "attempt")},
+        "decisions": [decision.to_record() for decision in system.decisions],
+        "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "fed": trainer.fed,
+        "trace": tracer.weights,
+    }
+
+
+def save_result(job: Job, rank: int, result: dict[str, Any]) -> None:
+    """Leave `result` where the test that started this process looks for it."""
+    Path(job.output_dir).mkdir(parents=True, exist_ok=True)
+    torch.save(result, result_path(job.output_dir, rank))
+
+
+def result_path(output_dir: str | Path, rank: int) -> Path:
+    """Where `save_result` puts a rank's result."""
+    return Path(output_dir) / f"result-{rank}.pt"
