@@ -238,6 +238,8 @@ def _make_layer(
     native = config.beta.law == "balance" and config.beta.native and adapter.native_bias(router, parent) is not None
     if not native and config.beta.law != "none" and (reason := adapter.refused("beta")):
         raise UnsupportedArchitectureError(f"{name}: beta is not supported: {reason}; use ChronoConfig.observe()")
+    if native:
+        _keep_native_bias_in_fp32(adapter, router, parent)
     state = RouterState.fresh(layer_id, num_experts, config.beta.k_max)
     state.scope = "selection" if config.beta.law == "balance" else config.beta.scope
     if config.beta.law == "balance":
@@ -273,6 +275,19 @@ def _make_layer(
         native_bias=native,
         notes=notes,
     )
+
+
+def _keep_native_bias_in_fp32(adapter: Adapter, router: nn.Module, parent: nn.Module) -> None:
+    """Some families load their bias in bf16, where steps of a thousandth are rounded away: keep it in fp32."""
+    bias = adapter.native_bias(router, parent)
+    assert bias is not None
+    for module in (*router.modules(), parent):
+        for name, value in [*module._buffers.items(), *module._parameters.items()]:
+            if value is not None and value.data_ptr() == bias.data_ptr() and value.dtype != torch.float32:
+                if name in module._buffers:
+                    module._buffers[name] = value.float()
+                else:
+                    value.data = value.data.float()
 
 
 def _probe(adapter: Adapter, router: nn.Module, parent: nn.Module) -> None:

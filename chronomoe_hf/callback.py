@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from chronomoe_hf.api import system_of, wrap
 from chronomoe_hf.checkpoint import has_state
 from chronomoe_hf.config import ChronoConfig
-from chronomoe_hf.errors import ChronoError, ConfigError, StateWriteError, TelemetryError
+from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError
 from chronomoe_hf.resume import ResumePath, check_weights, hook_trainer, restore
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import SystemSnapshot
@@ -111,8 +111,7 @@ class ChronoCallback(TrainerCallback):
             saved = None if manifest is None else manifest.get("fingerprint")
             check_weights(system, kwargs["model"], Path(best), saved, state.global_step)
         system.close_telemetry()
-        if system.failed_save is not None:
-            raise StateWriteError(f"chronomoe state could not be saved in {system.failed_save}, and strict_save is set")
+        system.require_saved()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Fallback for a callback that was not attached: Trainer has written its checkpoint, ours goes beside it."""

@@ -170,7 +170,8 @@ class BetaConfig(_Part):
         scope: ``"routing"`` (selection and weights from biased logits) or ``"selection"`` (weights from clean).
             The balance law always uses ``"selection"``.
         native: balance law, update the model's own correction bias where it has one.
-        native_rate: balance law on a native bias, in that tensor's own score units per step.
+        native_rate: balance law on a native bias, in that tensor's own score units per step; ``None`` = the step that
+            `rate` means in logits, through the slope of the family's score (scale-free).
     """
 
     law: Literal["none", "coherence", "balance"] = "coherence"
@@ -183,11 +184,13 @@ class BetaConfig(_Part):
     balance_cap: float = 4.0
     scope: Literal["routing", "selection"] = "routing"
     native: bool = True
-    native_rate: float = 0.001
+    native_rate: float | None = None
 
     def _check(self) -> None:
-        for name in ("eta", "k_max", "rate", "balance_cap", "native_rate", "stale_after"):
+        for name in ("eta", "k_max", "rate", "balance_cap", "stale_after"):
             _positive(f"beta.{name}", getattr(self, name))
+        if self.native_rate is not None:
+            _positive("beta.native_rate", self.native_rate)
         if isinstance(self.tau, float):
             _between("beta.tau", self.tau, -1.0, 1.0)
 
@@ -229,18 +232,27 @@ class ControlConfig(_Part):
         min_pressure: below it the controller abstains and nothing is forgotten.
         gate: ``"integral"`` (leaky integral of the Neff shortfall) or ``"pressure"`` (the original gate).
         integral_target: fraction of E below which the integral gate accumulates.
-        integral_gain, integral_leak: integral <- leak * integral + gain * max(0, target - Neff/E).
+        integral_min_share: fraction of the fair share below which the idlest expert counts as a shortfall too; it
+            sees a dead expert in a wide layer whose Neff is well above the target. 0 = Neff alone.
+        integral_gain, integral_leak: integral <- leak * integral + gain * shortfall, shortfall = the larger of
+            target - Neff/E and min_share - E * smallest share, not below 0.
         c1, c2: pressure and heat gains of the lens scale.
         pressure_cap: pressure counts at most this much towards the scale.
         scale_max: cap on the lens scale (logit standard deviations).
         warmup_steps, warmup_scale_max: the cap before that step.
-        harm_threshold: rise of top-2 share that counts as harm.
+        harm_threshold: rise of top-2 share between two evaluations that counts as harm.
         harm_min_scale: scale above which a rise is blamed on the lens.
         harm_factor, harm_floor, harm_recovery: multiplicative back-off, its floor, recovery of the gap to 1.
         harm_abstain: abstain below this back-off.
+        harm_restart: after a verdict, compare anew and let the back-off rest for one evaluation: that window shows
+            what the back-off did, not what the lens did.
         harm_hold: evaluations without recovery once harm has led to abstention; 0 = the original, which probes the
             lens again at every other evaluation.
         quota_top2: relative top-2 share above which a quota is logged.
+
+    The original law: ``ControlConfig(gate="pressure", scale_max=0.5, warmup_steps=100, harm_threshold=0.02,
+    harm_restart=False, harm_hold=0)`` with ``LensConfig(memory=0.0)``. Why the defaults differ, in numbers:
+    ``benchmarks/results/balance.md``.
     """
 
     enabled: bool = True
@@ -250,20 +262,22 @@ class ControlConfig(_Part):
     min_pressure: float = 0.01
     gate: Literal["integral", "pressure"] = "integral"
     integral_target: float = 0.65
-    integral_gain: float = 0.5
-    integral_leak: float = 0.98
+    integral_min_share: float = 0.1
+    integral_gain: float = 2.0
+    integral_leak: float = 0.99
     c1: float = 1.0
     c2: float = 0.0
     pressure_cap: float = 0.5
-    scale_max: float = 0.5
-    warmup_steps: int = 100
+    scale_max: float = 4.0
+    warmup_steps: int = 0
     warmup_scale_max: float = 0.02
-    harm_threshold: float = 0.02
+    harm_threshold: float = 0.1
     harm_min_scale: float = 0.01
     harm_factor: float = 0.5
     harm_floor: float = 0.1
     harm_recovery: float = 0.2
     harm_abstain: float = 0.15
+    harm_restart: bool = True
     harm_hold: int = 6
     quota_top2: float = 0.90
 
@@ -273,6 +287,7 @@ class ControlConfig(_Part):
             "forget_base",
             "min_pressure",
             "integral_target",
+            "integral_min_share",
             "integral_leak",
             "pressure_cap",
             "harm_factor",
@@ -295,10 +310,17 @@ class LensConfig(_Part):
     Args:
         enabled: open a lens when the controller asks for it.
         basis: ``"least_squares"`` or ``"router"`` (the original).
+        memory: how much of the lens in force goes into the next one, per evaluation. The shares that a basis is
+            computed from were measured *under* the lens, so a basis without memory (0, the original) undoes itself as
+            soon as it works: it settles half-way, or swings between two states where its scale is large.
     """
 
     enabled: bool = True
     basis: Literal["least_squares", "router"] = "least_squares"
+    memory: float = 0.99
+
+    def _check(self) -> None:
+        _between("lens.memory", self.memory, 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ Shape suffixes: E experts, A and B the two dimensions of an expert's weight.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import sys
@@ -18,6 +17,7 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from chronomoe_hf.errors import StateCorruptError, StateError, StateMismatchError, StateMissingError
 
@@ -171,8 +171,8 @@ def repair_weights(model: nn.Module, checkpoint_dir: str | Path) -> list[str]:
         raise StateError(f"{type(model).__name__} is not a transformers PreTrainedModel; load its weights yourself")
     _refuse_unrepairable(model)
     directory = Path(checkpoint_dir)
-    if not any(directory.glob("*.safetensors")):
-        raise StateMissingError(f"{directory} holds no *.safetensors weights to repair from; {_REBUILD}")
+    if not any((directory / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        raise StateMissingError(f"{directory} holds no {SAFE_WEIGHTS_NAME} to repair from; {_REBUILD}")
     live = model.state_dict()
     reference, missing = _load_reference(model, directory, live)
     repaired = []
@@ -211,7 +211,7 @@ def _load_reference(
         try:
             reference, info = type(model).from_pretrained(
                 directory,
-                config=copy.deepcopy(model.config),  # from_pretrained writes into the config it is given
+                config=model.config,
                 dtype=functools.reduce(torch.promote_types, dtypes),
                 local_files_only=True,
                 use_safetensors=True,  # never unpickle

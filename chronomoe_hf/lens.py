@@ -111,6 +111,20 @@ def router_basis(mu_D: Tensor, weight_ED: Tensor, share_E: Tensor | Sequence[flo
     return _reader(mu_D), (direction_D / norm).unsqueeze(0).float()
 
 
+def carried(old_scale: float, new_scale: float, memory: float) -> float:
+    """Fraction of the old basis in the new one, so that scale times basis is a leaky sum of corrections.
+
+    With A = scale * basis, the new A is ``memory * A_old + (s_new - memory * s_old) * fresh``: what the scale gains
+    over its own decay is spent on the fresh direction, and a scale that only decays keeps its direction.
+
+    Args:
+        old_scale: scale in force during the window.
+        new_scale: scale of the next window, positive.
+        memory: decay per evaluation, in [0, 1]; 0 forgets the old basis.
+    """
+    return min(memory * old_scale, new_scale) / new_scale
+
+
 def fold_weight(weight_ED: Tensor, V_DR: Tensor, U_RD: Tensor, scale: float) -> Tensor:
     """The router weight that routes like the lens: ``W' = W + s (W U^T) V^T``.
 
@@ -202,8 +216,18 @@ class ChronoLens:
         share_E: Tensor | Sequence[float],
         logit_std: float,
         basis: BasisName = "least_squares",
+        carry: float = 0.0,
     ) -> str | None:
         """Compute and set the steering basis of a window; arguments as in :func:`least_squares_basis`.
+
+        Args:
+            mu_D: see there.
+            weight_ED: see there.
+            share_E: see there.
+            logit_std: see there.
+            basis: which basis.
+            carry: in [0, 1]; the new lens moves the mean token by `carry` times what the old basis did, plus
+                ``1 - carry`` times the fresh correction. :func:`carried` says how much of a lens to keep.
 
         Returns:
             None, or why the inputs are degenerate; the basis is then empty and the lens an exact identity
@@ -212,11 +236,16 @@ class ChronoLens:
         self.note = basis_problem(mu_D, weight_ED, share_E, logit_std)
         if self.note is not None:
             self.set_basis(*_no_basis(self.d_model))
-        elif basis == "router":
-            self.set_basis(*router_basis(mu_D, weight_ED, share_E))
+            return self.note
+        if basis == "router":
+            V_DR, U_RD = router_basis(mu_D, weight_ED, share_E)
         else:
-            self.set_basis(*least_squares_basis(mu_D, weight_ED, share_E, logit_std))
-        return self.note
+            V_DR, U_RD = least_squares_basis(mu_D, weight_ED, share_E, logit_std)
+        if carry > 0.0:
+            held_D = (_host64(mu_D) @ _host64(self.V)) @ _host64(self.U)
+            U_RD = (carry * held_D + (1.0 - carry) * U_RD.double()).float()
+        self.set_basis(V_DR, U_RD)
+        return None
 
     def set_scale(self, scale: float) -> None:
         """Open (or with 0 close) the lens; `scale` in logit standard deviations, finite and not negative."""
@@ -301,6 +330,7 @@ class IdentityLens:
         share_E: Tensor | Sequence[float],
         logit_std: float,
         basis: BasisName = "least_squares",
+        carry: float = 0.0,
     ) -> str | None:
         """Ignored; returns why."""
         return self.note or "this layer has no lens"

@@ -35,11 +35,13 @@ class Switches:
         training: record training forwards.
         evaluation: record forwards in eval mode (set while Trainer evaluates, or by ``system.recording_eval()``).
         router_input: also sum router inputs (set for the one step before a lens may be steered).
+        steered: beta or a lens acts in some layer (only compiled graphs go by it, see ``ChronoRouter.forward``).
     """
 
     training: bool = True
     evaluation: bool = False
     router_input: bool = False
+    steered: bool = False
 
 
 class RecordingWindow:
@@ -190,6 +192,11 @@ class LayerRecorder:
         """Whether the running forward is recorded."""
         return self.window.mode != "off"
 
+    @property
+    def steered(self) -> bool:
+        """Whether anything steers in any layer of the system."""
+        return self.window.switches.steered
+
     def _sums(self, device: torch.device) -> Accumulators:
         sums = self.train if self.window.mode == "train" else self.eval
         if sums.ints.device != device:
@@ -250,8 +257,12 @@ class LayerRecorder:
             sums.floats[start:].add_(torch.stack([scalars.get(name, nothing) for name in PER_LAYER]))
 
     def router_input(self, hidden: Tensor) -> None:
-        """Sum of router inputs over real tokens, only in the step before a lens may be steered."""
-        if not self.window.switches.router_input or self.window.mode != "train":
+        """Sum of router inputs over real tokens, only in the step before a lens may be steered.
+
+        A compiled graph sums in every step: the sum is cheap, a second variant of the graph is not.
+        """
+        wanted = torch.compiler.is_compiling() or self.window.switches.router_input
+        if not wanted or self.window.mode != "train":
             return
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             input_D = self._sums(hidden.device).input_D

@@ -44,6 +44,10 @@ class Recorder(Protocol):
     def active(self) -> bool:
         """Whether this forward is recorded."""
 
+    @property
+    def steered(self) -> bool:
+        """Whether anything steers in any layer of the system."""
+
     def routing(
         self,
         routing: Routing,
@@ -146,14 +150,18 @@ class ChronoRouter(nn.Module):
         link: RouterLink = self.__dict__[LINK]
         state, lens, adapter = link.state, link.lens, self.adapter
         recording = link.recorder.active
-        if not (recording or state.steering or link.lens_open):
+        # Lenses open layer by layer, and a graph for every pattern of open ones would soon reach the compiler's limit:
+        # in a compiled graph they open together, those at scale 0 shifting by exactly 0.
+        together = torch.compiler.is_compiling() and lens is not None and link.recorder.steered
+        lens_open = together or link.lens_open
+        if not (recording or state.steering or lens_open):
             return output
         routing = adapter.read(self, output)
         disagreement = differs_T = None
-        if state.steering or link.lens_open:
+        if state.steering or lens_open:
             clean_TE = z_TE = routing.logits_TE
             beta_E = state.beta_applied.to(z_TE.device)
-            if link.lens_open:
+            if lens_open:
                 assert lens is not None
                 z_TE = z_TE.float() + lens.logit_shift(_flat(args[0]), adapter.weight(self))
             output = adapter.steer(self, output, z_TE, beta_E, state.scope, args, kwargs)

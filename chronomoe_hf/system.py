@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from chronomoe_hf import distributed, persistence
 from chronomoe_hf.bank import StateBank
 from chronomoe_hf.coherence import CoherenceBuffer
-from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.config import BetaConfig, ChronoConfig
 from chronomoe_hf.controller import ControlDecision, Controller
 from chronomoe_hf.errors import StateWriteError
 from chronomoe_hf.fold import FoldReport, fold_system
-from chronomoe_hf.lens import ChronoLens
+from chronomoe_hf.lens import ChronoLens, carried
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
 from chronomoe_hf.observe import Accumulators, LayerRecorder, Switches
 from chronomoe_hf.patches import Adapter
@@ -221,7 +221,9 @@ class ChronoSystem:
                 _zero(sums)
 
     def begin(self) -> None:
-        """Start of a training run: leftovers of earlier forwards and of an unfinished window are dropped."""
+        """Start of a training run: leftovers of earlier forwards and of an unfinished window are dropped. Collective."""
+        self.run_id = str(distributed.broadcast_object(self.run_id))  # every process has drawn its own
+        self.controller.initialize(run_id=self.run_id)
         self.discard()
         self.bank.window_LR.zero_()
         self.window_steps = 0
@@ -232,6 +234,7 @@ class ChronoSystem:
         # a pass over the hidden states for numbers that are thrown away.
         upcoming = (step + 1) % self.config.interval == 0
         self.switches.router_input = self.config.lens.enabled and self.config.control.enabled and upcoming
+        self.switches.steered = any(layer.link.state.steering or layer.link.lens_open for layer in self.layers)
 
     def _take(self, mode: str = "train", with_inputs: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Sums of all layers since the last take, over all ranks, and (where asked) mean router inputs."""
@@ -252,12 +255,28 @@ class ChronoSystem:
         start = row_LR.numel()
         row_LR = flat[:start].view_as(row_LR)
         inputs = list(flat[start + 1 :].split([w.numel() for w in wide])) if wide else []
-        if self.config.checkpoint.strict_save and distributed.active() and float(flat[start]) > 0:
+        if self.config.checkpoint.strict_save and distributed.active():
+            self._require_saved(flat[start])
+        return row_LR, inputs
+
+    def require_saved(self) -> None:
+        """Raise on every rank if a state could not be written. Collective with ``strict_save``, else nothing.
+
+        The step after a failed write does the same; this is for the last one, which no step follows.
+
+        Raises:
+            StateWriteError: the main process could not write.
+        """
+        if self.config.checkpoint.strict_save:
+            failed = torch.full((), float(self.failed_save is not None), dtype=torch.float64, device=self.bank.device)
+            self._require_saved(distributed.all_reduce_sum_(failed))
+
+    def _require_saved(self, failures: Tensor) -> None:
+        if float(failures) > 0:
             raise StateWriteError(
-                f"chronomoe state could not be saved ({self.failed_save or 'on the main process'}), and strict_save "
+                f"chronomoe state could not be saved ({self.failed_save or 'by the main process'}), and strict_save "
                 "is set; free space or fix permissions and resume from the last checkpoint"
             )
-        return row_LR, inputs
 
     def _balance(self, count_LE: Tensor) -> None:
         beta = self.config.beta
@@ -265,7 +284,7 @@ class ChronoSystem:
         for layer in self.layers:
             if layer.native_bias:
                 count_E = count_LE[layer.layer_id, : layer.num_experts]
-                _update_native(layer, count_E, beta.native_rate, beta.rule)
+                _update_native(layer, count_E, beta)
             layer.link.state.steering = not layer.native_bias
         self.governed = True
 
@@ -307,13 +326,35 @@ class ChronoSystem:
             distributed.require_agreement(self._checksum(), "chronomoe state")
         events = self._events(step)
         snapshot = self._summarise(events, step, self.alerts)
+        held = {layer_id: lens.scale for layer_id, lens in self.lenses.items()}
         self.decisions = self.controller.update(snapshot, self.lenses)
+        keep_L = self._share_control()
         pruned = self.lifecycle.evaluate(snapshot) if self.config.lifecycle.enabled else []
         self.prune_decisions.extend(pruned)
         self._record(events, snapshot, self.decisions, pruned)
-        self._actuate(step, inputs, snapshot)
+        self._actuate(step, keep_L)
+        if inputs:
+            self._aim_lenses(inputs, snapshot, held)
         self._reset_window(snapshot)
         return snapshot
+
+    def _share_control(self) -> Tensor:
+        """Rank 0's lens scales and beta multipliers on every rank, in one small broadcast; returns the multipliers.
+
+        The ranks have decided from the same numbers, but on hosts of different kinds the last bit of a logarithm may
+        differ, and a lens that is open on one rank only would hang engines that gather weights in the forward.
+        """
+        control_L2 = torch.zeros(len(self.layers), 2, dtype=torch.float64)
+        control_L2[:, 1] = 1.0
+        for decision in self.decisions:
+            control_L2[decision.layer_id, 1] = decision.beta_multiplier
+        for layer_id, lens in self.lenses.items():
+            control_L2[layer_id, 0] = lens.scale
+        if distributed.active():
+            control_L2 = distributed.broadcast_(control_L2.to(self.bank.device)).cpu()
+            for layer_id, lens in self.lenses.items():
+                lens.set_scale(float(control_L2[layer_id, 0]))
+        return control_L2[:, 1]
 
     def _checksum(self) -> Tensor:
         bank = self.bank
@@ -325,21 +366,17 @@ class ChronoSystem:
         self.window_steps = 0
         self.overhead_s = 0.0
 
-    def _actuate(self, step: int, inputs: list[Tensor], snapshot: SystemSnapshot) -> None:
-        """Beta, forgetting and lens bases for the next window. Every rank does the same arithmetic."""
+    def _actuate(self, step: int, keep_L: Tensor) -> None:
+        """Beta and forgetting for the next window. Every rank does the same arithmetic."""
         if self.config.beta.law == "coherence":
             self.bank.apply_coherence(step, self.config.beta)
-            keep = [1.0] * len(self.layers)
-            for decision in self.decisions:
-                keep[decision.layer_id] = decision.beta_multiplier
-            self.bank.forget(torch.tensor(keep))
+            self.bank.forget(keep_L)
             for layer in self.layers:
                 layer.link.state.steering = True
             self.governed = True
-        if inputs:
-            self._aim_lenses(inputs, snapshot)
 
-    def _aim_lenses(self, inputs: list[Tensor], snapshot: SystemSnapshot) -> None:
+    def _aim_lenses(self, inputs: list[Tensor], snapshot: SystemSnapshot, held: dict[int, float]) -> None:
+        """Lens bases for the next window; `held` are the scales of this one. Every rank does the same arithmetic."""
         with_lens = [layer for layer in self.layers if layer.recorder.train.input_D is not None]
         by_id = {layer.layer_id: layer for layer in snapshot.layers}
         for layer, total_D in zip(with_lens, inputs, strict=True):
@@ -352,7 +389,8 @@ class ChronoSystem:
             mean_D = (total_D[:-1] / total_D[-1].clamp_min(1.0)).float()
             weight_ED = distributed.full_weight(layer.adapter.weight(layer.router))
             std = float(layer.link.state.logit_std_ema)
-            lens.aim(mean_D, weight_ED, shares, std, self.config.lens.basis)
+            carry = carried(held[layer.layer_id], lens.scale, self.config.lens.memory)
+            lens.aim(mean_D, weight_ED, shares, std, self.config.lens.basis, carry)
             self.governed = True
 
     def _record(
@@ -508,10 +546,15 @@ def _zero(sums: Accumulators) -> None:
         sums.input_D.zero_()
 
 
-def _update_native(layer: Layer, count_E: Tensor, rate: float, rule: str) -> None:
+def _update_native(layer: Layer, count_E: Tensor, beta: BetaConfig) -> None:
     """The balance law on the model's own correction bias, in its score units; only the change is centred."""
     bias_E = layer.adapter.native_bias(layer.router, layer.parent)
     assert bias_E is not None
-    step_E = balance_step(count_E, layer.num_experts, rate, rule)
+    step_E = balance_step(count_E, layer.num_experts, 1.0, beta.rule)
+    if beta.native_rate is not None:
+        step_E = step_E * beta.native_rate
+    else:
+        slope = layer.adapter.rule.bias_slope(layer.num_experts)
+        step_E = step_E * (beta.rate * slope * layer.link.state.logit_std_ema.double())
     with torch.no_grad():
         bias_E.add_((step_E - step_E.mean()).to(device=bias_E.device, dtype=bias_E.dtype))

@@ -14,6 +14,7 @@ from rich.table import Table
 from chronomoe_hf import LayerSnapshot, SystemSnapshot
 
 DASH = "-"
+_CAPTION = "Losses on held-out code. Violation: the worst layer's, of its ceiling."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,21 +95,19 @@ def print_verdict(arms: list[Arm], path: Path, console: Console | None = None) -
 
 def _layer_table(record: dict[str, Any]) -> Table:
     title = f"{record['preset']}: last window, step {record['step']}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for name in ("layer", "Neff/E", "dead", "max violation, of ceiling", "phi slow", "active alerts"):
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0))
+    for name in ("layer", "Neff/E", "dead", "max violation", "of ceiling", "phi slow", "active alerts"):
         table.add_column(name, justify="left" if name == "active alerts" else "right")
     for row in record["layers"]:
-        violation = DASH
-        if row["max_violation"] is not None:
-            share = row["max_violation_of_ceiling"]
-            violation = f"{row['max_violation']:.2f}" + (f"  {share:4.0%}" if share is not None else "")
+        share = row["max_violation_of_ceiling"]
         phi = DASH if row["phi_min"] is None else f"{row['phi_min']:+.2f} .. {row['phi_max']:+.2f}"
         neff = row["neff_fraction"]
         table.add_row(
             str(row["layer"]),
             _number(neff),
-            DASH if row["dead"] is None else f"{row['dead']} of {row['n_experts']}",
-            violation,
+            DASH if row["dead"] is None else f"{row['dead']}/{row['n_experts']}",
+            _number(row["max_violation"]),
+            DASH if share is None else f"{share:.0%}",
             phi,
             ", ".join(row["alerts"]) or "none",
             style="red" if row["dead"] or (neff is not None and neff < 0.4) else None,
@@ -121,10 +120,11 @@ def _summary_table(records: list[dict[str, Any]]) -> Table:
         title="Verdict",
         title_justify="left",
         box=SIMPLE_HEAD,
-        caption="losses on held-out code",
+        padding=(0, 0),
+        caption=_CAPTION,
         caption_justify="left",
     )
-    names = ("arm", "loss before", "after", "worst Neff/E", "dead", "violation", "alerts", "time")
+    names = ("arm", "loss before", "after", "worst Neff/E", "dead", "violation", "alerts")
     for name in names:
         table.add_column(name, justify="left" if name == "arm" else "right")
     for record in records:
@@ -138,7 +138,6 @@ def _summary_table(records: list[dict[str, Any]]) -> Table:
             str(sum(row["dead"] or 0 for row in rows)),
             f"{max(violations):.0%}" if violations else DASH,
             str(sum(len(row["alerts"]) for row in rows)),
-            f"{record['seconds']:.0f} s",
         )
     return table
 

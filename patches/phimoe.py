@@ -45,6 +45,10 @@ def _generator(device: torch.device) -> torch.Generator:
 class SparsemixerRule:
     """Softmax over the experts near the maximum; sampled in training."""
 
+    def bias_slope(self, num_experts: int) -> float:
+        """PhiMoE has no native bias; one would be added to the logits."""
+        return 1.0
+
     def distribution(self, router: nn.Module, logits_TE: Tensor) -> Tensor:
         """Softmax over all experts, fp32 ``[T, E]``: the law before the threshold."""
         return softmax_distribution(logits_TE)

@@ -120,6 +120,10 @@ class Rule(Protocol):
         """Return the score distribution over all experts, fp32 ``[T, E]``, rows summing to 1."""
         ...
 
+    def bias_slope(self, num_experts: int) -> float:
+        """Return how much the quantity that a native bias is added to moves per unit of logit, typically."""
+        ...
+
 
 @dataclass(frozen=True)
 class ScoreTopK:
@@ -141,6 +145,10 @@ class ScoreTopK:
     def score_fn(self, router: nn.Module) -> ScoreFn:
         """Return the score function: one of `SCORES`, or the router's own."""
         return setting(router, self.score[1:]) if self.score.startswith("@") else SCORES[self.score]
+
+    def bias_slope(self, num_experts: int) -> float:
+        """Softmax scores move by p (1 - p), about 1 / E near balance; sigmoid-like ones by a quarter at most."""
+        return 1.0 / num_experts if self.score in ("softmax", "softmax32") else 0.25
 
     def route(
         self,
@@ -224,6 +232,10 @@ class TopKSquash:
     squash: str = "softmax"
     renorm: Renorm | None = None
     divisor: Setting = None
+
+    def bias_slope(self, num_experts: int) -> float:
+        """The native bias is added to the logits themselves."""
+        return 1.0
 
     def squash_name(self, router: nn.Module) -> str:
         """Return ``"softmax"`` or ``"sigmoid"``."""

@@ -96,7 +96,9 @@ def test_padding_and_non_finite_tokens_are_in_no_sum() -> None:
     logits[1, 0], logits[2, 3] = math.nan, math.inf
     disagreement = (torch.full((4,), math.nan), torch.ones(4), torch.ones(4))
     disagreement[0][0] = disagreement[0][3] = 0.5
-    forward.call(0, logits, [True, True, False, True], disagreement=disagreement, differs=torch.ones(4, dtype=torch.bool))
+    forward.call(
+        0, logits, [True, True, False, True], disagreement=disagreement, differs=torch.ones(4, dtype=torch.bool)
+    )
     row, sums = Row(WIDTH), forward.row()[0]
     assert torch.isfinite(sums).all()
     assert {name: int(row.meta(sums, name)) for name in META} == {"tokens": 2, "dropped": 0, "nonfinite": 1, "calls": 1}
@@ -108,7 +110,9 @@ def test_padding_and_non_finite_tokens_are_in_no_sum() -> None:
 def test_a_step_without_a_comparison_keeps_disagreement_and_relevance() -> None:
     forward, bank = Forward(), StateBank(list(EXPERTS))
     logits = torch.randn(3, 4)
-    forward.call(0, logits, disagreement=(torch.tensor([0.2, 0.4, 0.6]), torch.tensor([0.0, 1.0, 0.0]), torch.ones(3) / 4))
+    forward.call(
+        0, logits, disagreement=(torch.tensor([0.2, 0.4, 0.6]), torch.tensor([0.0, 1.0, 0.0]), torch.ones(3) / 4)
+    )
     bank.fold(forward.row(), 1, VetoConfig())
     forward.call(0, logits)
     bank.fold(forward.row(), 2, VetoConfig())

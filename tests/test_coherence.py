@@ -67,10 +67,18 @@ def test_clocks_follow_the_recurrence_for_the_experts_that_were_seen(num_experts
         phi = [draw.uniform(-1, 1) for _ in active]
         number = [draw.randrange(1, 50) for _ in active]
         if step % 2:
-            buffer.update(torch.tensor(phi, dtype=torch.float64), torch.tensor(active), step, torch.tensor(number))
+            buffer.update(
+                torch.tensor(phi, dtype=torch.float64),
+                torch.tensor(active),
+                step,
+                torch.tensor(number, dtype=torch.int64),
+            )
         else:  # all experts' values, of which only the active ones count
             wide, counts = torch.full((num_experts,), 9.0, dtype=torch.float64), torch.full((num_experts,), 99)
-            wide[active], counts[active] = torch.tensor(phi, dtype=torch.float64), torch.tensor(number)
+            wide[active], counts[active] = (
+                torch.tensor(phi, dtype=torch.float64),
+                torch.tensor(number, dtype=torch.int64),
+            )
             buffer.update(wide, active, step, counts)
         for expert in range(num_experts):
             series[expert].append(phi[active.index(expert)] if expert in active else None)

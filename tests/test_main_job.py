@@ -9,6 +9,7 @@ from pathlib import Path
 import _text_job as job
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoTokenizer
 
 SMALL = job.ModelSize(layers=2, hidden=32, intermediate=16, heads=2, experts=4, top_k=2, vocab=400, length=32)
@@ -153,7 +154,7 @@ def test_the_job_runs_end_to_end(
     )
     arms = finetune_mixtral.run(options)
     path = save_verdict(arms)
-    print_verdict(arms, path)
+    print_verdict(arms, path, Console(width=80))
     check_run(tmp_path, ["observe", preset], SMALL.layers)
     # Both arms start from the same weights and see the same text; `observe` changes no number before training.
     assert arms[0].loss_before == arms[1].loss_before

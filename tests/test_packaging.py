@@ -85,7 +85,7 @@ def test_every_import_is_a_declared_dependency() -> None:
     found = third_party_imports()
     assert "torch" in found
     # Optional at run time, behind a function that says so: an import there needs an extra, not a core dependency.
-    optional = declared("peft", "trl", "tensorboard")
+    optional = declared("peft", "trl", "tensorboard", "deepspeed")
     # Comes with Transformers itself, whose requirement decides the version.
     through_transformers = {"huggingface-hub"}
     unknown = {

@@ -36,6 +36,7 @@ class Job:
         arguments: TrainingArguments beyond the defaults below.
         examples: rows of the data set.
         seed: of the model's weights.
+        model: overrides of the tiny model's configuration.
         resume: checkpoint to resume from, or True.
         kill_at: SIGKILL this process while that step is being computed.
         trace: keep the weights at every step's start and every micro-batch.
@@ -50,6 +51,7 @@ class Job:
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     examples: int = 64
     seed: int = 0
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
     resume: str | bool | None = None
     kill_at: int | None = None
     trace: bool = False
@@ -130,15 +132,22 @@ class Tracing(Trainer):
 
 
 class Tracer(TrainerCallback):
-    """Weights at the start of every step; the decisions and the state after it."""
+    """Weights and state when training begins (resumed or not); with `every_step`, weights at every step's start."""
 
-    def __init__(self, trainer: Tracing) -> None:
+    def __init__(self, trainer: Tracing, every_step: bool) -> None:
         self.trainer = trainer
+        self.every_step = every_step
         self.weights: list[dict[str, Tensor]] = []
+        self.begin: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        system = chronomoe_hf.system_of(self.trainer.model)
+        self.begin = {"weights": whole_weights(kwargs["model"]), "tensors": system.state_dict()["tensors"]}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.weights.append(whole_weights(kwargs["model"]))
         self.trainer.fed.append([])
+        if self.every_step:
+            self.weights.append(whole_weights(kwargs["model"]))
 
 
 class Killer(TrainerCallback):
@@ -172,7 +181,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 def make_trainer(job: Job) -> Tracing:
     """Model, data, Trainer and ``attach``, as a user would write them."""
     arguments = training_arguments(job)
-    model = tiny_model(job.family, seed=job.seed)
+    model = tiny_model(job.family, seed=job.seed, **job.model)
     data = rows(job.examples)
     trainer = Tracing(model, arguments, train_dataset=data, eval_dataset=rows(6, seed=11))
     trainer.fed = [[]]
@@ -183,9 +192,8 @@ def make_trainer(job: Job) -> Tracing:
 def run(job: Job) -> dict[str, Any]:
     """Train, and hand back what this process saw and ended with."""
     trainer = make_trainer(job)
-    tracer = Tracer(trainer)
-    if job.trace:
-        trainer.add_callback(tracer)
+    tracer = Tracer(trainer, job.trace)
+    trainer.add_callback(tracer)
     if job.kill_at is not None:
         trainer.add_callback(Killer(job.kill_at))
     trainer.train(resume_from_checkpoint=job.resume)
@@ -201,6 +209,7 @@ def run(job: Job) -> dict[str, Any]:
         "decisions": [decision.to_record() for decision in system.decisions],
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "fed": trainer.fed,
+        "begin": tracer.begin,
         "trace": tracer.weights,
     }
 

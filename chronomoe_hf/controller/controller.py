@@ -179,10 +179,15 @@ class Controller:
             state.harm_backoff, state.harm_hold, harmed, config
         )
         state.num_harms += harmed
-        state.last_top2 = top2
+        # The window after a back-off shows the back-off: judging it as well would blame the lens for its own absence.
+        state.last_top2 = None if harmed and config.harm_restart else top2
         state.pressure = policy.next_pressure(state.pressure, debt.total, config)
         state.integral = policy.next_integral(
-            state.integral, n_effective=seen.n_effective, n_experts=n_experts, config=config
+            state.integral,
+            n_effective=seen.n_effective,
+            n_experts=n_experts,
+            config=config,
+            min_share=min(seen.shares),
         )
         return debt, quota, harmed
 

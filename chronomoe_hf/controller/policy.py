@@ -100,13 +100,20 @@ def beta_multiplier(pressure: float, config: ControlConfig) -> float:
     return 1.0 - forgetting_of(pressure, config) if pressure >= config.min_pressure else 1.0
 
 
-def next_integral(integral: float, *, n_effective: float, n_experts: int, config: ControlConfig) -> float:
-    """Leaky integral of the Neff shortfall: ``leak * integral + gain * max(0, target - Neff/E)``.
+def next_integral(
+    integral: float, *, n_effective: float, n_experts: int, config: ControlConfig, min_share: float | None = None
+) -> float:
+    """Leaky integral of the shortfall: ``leak * integral + gain * shortfall``.
+
+    The shortfall is ``max(0, target - Neff/E, integral_min_share - E * min_share)``: with many experts one of them can
+    die while Neff and debt hardly notice (one of 32: Neff/E 0.97, debt 0.006).
 
     Held within [0, scale_max]: a layer that stays collapsed would otherwise wind it up to
     ``gain * target / (1 - leak)``, 32 times the largest scale, and keep a healed layer under the lens for a long time.
     """
     shortfall = max(0.0, config.integral_target - n_effective / n_experts)
+    if min_share is not None:
+        shortfall = max(shortfall, config.integral_min_share - n_experts * min_share)
     return clip(config.integral_leak * integral + config.integral_gain * shortfall, 0.0, config.scale_max)
 
 
@@ -154,14 +161,14 @@ def next_harm_backoff(backoff: float, hold: int, harmed: bool, config: ControlCo
         backoff: factor in force, in [harm_floor, 1].
         hold: evaluations left without recovery.
         harmed: :func:`is_harm`.
-        config: thresholds.
+        config: thresholds; with `harm_restart` every verdict holds the back-off for one evaluation, which is not judged.
 
     Returns:
         The new back-off and hold.
     """
     if harmed:
         backoff = clip(backoff * config.harm_factor, config.harm_floor, 1.0)
-        return backoff, config.harm_hold if backoff < config.harm_abstain else 0
+        return backoff, config.harm_hold if backoff < config.harm_abstain else int(config.harm_restart)
     if hold > 0:
         return backoff, hold - 1
     return clip(backoff + config.harm_recovery * (1.0 - backoff), config.harm_floor, 1.0), 0

@@ -18,11 +18,11 @@ class LayerControlState:
 
     Attributes:
         pressure: moving average of the topology debt, in [0, 1].
-        integral: leaky integral of the Neff shortfall, in [0, scale_max].
+        integral: leaky integral of the shortfall, in [0, scale_max].
         harm_backoff: factor on the lens scale, in [harm_floor, 1].
         harm_hold: evaluations left in which harm_backoff does not recover.
         last_scale: lens scale set at the last evaluation, logit standard deviations.
-        last_top2: relative top-2 share at the last evaluation with evidence, None before the first.
+        last_top2: relative top-2 share at the last evaluation with evidence, None before the first and after harm.
         last_step: optimizer step of the last evaluation, None before the first.
         num_evaluations, num_abstained, num_harms: counts since the start of the run.
     """

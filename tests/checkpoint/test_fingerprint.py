@@ -152,3 +152,10 @@ def test_names_on_one_side_differ_and_unreadable_weights_do_not() -> None:
     assert compare_fingerprints(lines, fingerprint([("a", torch.ones(2)), ("m", torch.ones(2, 2))])) == []
     assert compare_fingerprints(lines, {}) == ["a"]
     assert compare_fingerprints({}, lines) == ["a"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_device_does_not_matter(dtype) -> None:
+    router, experts = torch.randn(4, 16).to(dtype), torch.randn(4, 40, 16).to(dtype)
+    assert fingerprint([("r", router.cuda()), ("e", experts.cuda())]) == fingerprint([("r", router), ("e", experts)])

@@ -9,8 +9,17 @@ import pytest
 from chronomoe_hf.config import ControlConfig
 from chronomoe_hf.controller import policy
 
-CONFIG = ControlConfig()
-ORIGINAL = ControlConfig(gate="pressure")
+# Round numbers for sums by hand; the defaults are measured ones.
+HAND = {
+    "integral_gain": 0.5,
+    "integral_leak": 0.98,
+    "scale_max": 0.5,
+    "warmup_steps": 100,
+    "harm_threshold": 0.02,
+    "harm_restart": False,
+}
+CONFIG = ControlConfig(**HAND)
+ORIGINAL = ControlConfig(**HAND, gate="pressure")
 
 
 @pytest.mark.parametrize(
@@ -93,6 +102,19 @@ def test_integral_leaks_accumulates_and_does_not_wind_up():
     assert policy.next_integral(0.0, n_effective=0.65 * 64, n_experts=64, config=CONFIG) == 0.0
 
 
+@pytest.mark.parametrize(("fraction", "min_share", "shortfall"), [
+    (0.97, 0.0, 0.1),  # one dead expert in a wide, otherwise even layer
+    (0.97, 0.05 / 32, 0.05),
+    (0.97, 0.1 / 32, 0.0),
+    (0.45, 0.0, 0.2),  # the larger of the two counts
+])
+def test_integral_sees_an_idle_expert_that_neff_does_not(fraction, min_share, shortfall):
+    kwargs = {"n_effective": fraction * 32, "n_experts": 32, "min_share": min_share}
+    assert policy.next_integral(0.0, **kwargs, config=CONFIG) == pytest.approx(0.5 * shortfall, abs=1e-12)
+    blind = ControlConfig(**HAND, integral_min_share=0.0)
+    assert policy.next_integral(0.0, **kwargs, config=blind) == pytest.approx(0.5 * max(0.0, 0.65 - fraction))
+
+
 def test_drive_of_both_gates():
     assert policy.drive_of(0.7, 0.3, ORIGINAL) == 0.5  # pressure counts at most pressure_cap
     assert policy.drive_of(0.2, 0.3, ORIGINAL) == 0.2
@@ -101,7 +123,7 @@ def test_drive_of_both_gates():
 
 
 def test_scale_gains_caps_warm_up_and_backoff():
-    config = ControlConfig(c1=2.0, c2=0.5)
+    config = ControlConfig(**HAND, c1=2.0, c2=0.5)
     assert policy.lens_scale(drive=0.1, heat=0.2, harm_backoff=1.0, step=100, config=config) == pytest.approx(0.3)
     assert policy.lens_scale(drive=0.4, heat=0.9, harm_backoff=1.0, step=100, config=config) == 0.5
     assert policy.lens_scale(drive=0.4, heat=0.9, harm_backoff=0.25, step=100, config=config) == 0.125
@@ -127,14 +149,19 @@ def run_backoff(verdicts: list[bool], config: ControlConfig) -> list[float]:
 
 
 def test_backoff_halves_to_its_floor_and_recovers_a_fifth_of_the_gap():
-    seen = run_backoff([True, True, True, True, False, False], ControlConfig(harm_hold=0))
+    seen = run_backoff([True, True, True, True, False, False], ControlConfig(harm_hold=0, harm_restart=False))
     assert seen == pytest.approx([0.5, 0.25, 0.125, 0.1, 0.28, 0.424], abs=1e-12)
 
 
 def test_backoff_waits_out_the_hold_only_after_it_led_to_abstention():
-    config = ControlConfig(harm_hold=2)
+    config = ControlConfig(harm_hold=2, harm_restart=False)
     seen = run_backoff([True, False, True, True, True, False, False, False], config)
     assert seen == pytest.approx([0.5, 0.6, 0.3, 0.15, 0.1, 0.1, 0.1, 0.28], abs=1e-12)
+
+
+def test_with_a_restart_every_verdict_rests_the_backoff_for_one_evaluation():
+    seen = run_backoff([True, False, False, True, False], ControlConfig(harm_hold=2, harm_restart=True))
+    assert seen == pytest.approx([0.5, 0.5, 0.6, 0.3, 0.3], abs=1e-12)
 
 
 @pytest.mark.parametrize(

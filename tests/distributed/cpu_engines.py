@@ -31,6 +31,10 @@ def allow_fsdp() -> None:
 
 def allow_deepspeed() -> None:
     """Make ``TrainingArguments(use_cpu=False, deepspeed=...)`` find gloo and all its processes."""
+    import deepspeed.comm.torch
+
+    # A shared-memory shortcut that is compiled with ninja on first use: minutes, for tests that need seconds.
+    deepspeed.comm.torch.build_shm_op = lambda: None
     original = state.PartialState._prepare_backend
 
     @functools.wraps(original)
