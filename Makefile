@@ -8,13 +8,14 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 ARGS   ?=
 
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow test-versions check format clean
 
 help:
 	@echo "make demo       the main job: fine-tune a small Mixtral and print its routing verdict (about 5 minutes, 2 cores)"
 	@echo "make check      lint, format, types, import order"
 	@echo "make test       the fast tests      (ARGS='-k name' is passed on to pytest)"
 	@echo "make test-slow  the slow tests"
+	@echo "make test-versions  a reduced suite with older Transformers releases"
 	@echo "make format     rewrite the sources in the project's format"
 	@echo "make clean      remove builds and caches, keep .venv"
 
@@ -36,6 +37,10 @@ test: $(STAMP)
 # pytest leaves with 5 when nothing is selected; a project without slow tests is not a failure.
 test-slow: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS) || test $$? -eq 5
+
+# Each older Transformers release in an environment of its own, a reduced suite.
+test-versions: $(STAMP)
+	$(TEST_ENV) $(BIN)/python tests/older_releases.py
 
 # mypy cannot follow the mapped folder in an editable install, so it reads a copy laid out as installed.
 check: $(STAMP)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import types
 import warnings
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.discovery import FoundLayer, find_layers, root_of
 from chronomoe_hf.errors import (
     AlreadyWrappedError,
     NoMoELayersError,
@@ -32,14 +34,14 @@ from chronomoe_hf.observe import (
     forward_parameters,
     open_window,
 )
-from chronomoe_hf.patches import Adapter, chrono_class, match, probe, refusal
+from chronomoe_hf.patches import Adapter, chrono_class, probe
 from chronomoe_hf.router import LINK, RouterLink, RouterState
 from chronomoe_hf.save_hook import install_save_hook, remove_save_hook
 from chronomoe_hf.system import SYSTEM, ChronoSystem, Layer, find_system
 
 logger = logging.getLogger("chronomoe_hf")
 
-_WRAPPER_PREFIXES = ("_orig_mod", "base_model", "module", "_checkpoint_wrapped_module", "base_layer")
+TESTED_VERSIONS = ("5.13.1", "5.16.1", "5.19.0", "5.23.0")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,28 +71,41 @@ def wrap(model: Model, config: ChronoConfig | None = None) -> Model:
                 "this model is already wrapped with another config; call chronomoe_hf.unwrap(model) first "
                 f"(different: {', '.join(_differences(system.config, config))})"
             )
+        install_save_hook(model)  # a wrapper that was added since (PEFT) has a save_pretrained of its own
         return model
-    config = ChronoConfig() if config is None else config
-    found = _discover(model)
+    _check_version()
+    root = root_of(model)
+    _install(root, _discover(root), ChronoConfig() if config is None else config)
+    for module in (root, model):
+        install_save_hook(module)
+    return model
+
+
+def _install(root: nn.Module, found: list[FoundLayer], config: ChronoConfig) -> None:
     switches = Switches()
-    width = max(adapter.num_experts(router) for _, router, adapter in found)
+    width = max(layer.adapter.num_experts(layer.router) for layer in found)
     windows: dict[nn.Module, RecordingWindow] = {}
     layers = []
-    for layer_id, (name, router, adapter) in enumerate(found):
-        owner = _owner(model, name)
-        if owner not in windows:
-            windows[owner] = RecordingWindow(switches, forward_parameters(owner), _pad_token_id(owner))
-        layers.append(_make_layer(model, layer_id, name, router, adapter, windows[owner], width, config))
-    system = ChronoSystem(model, layers, config, switches)
-    for layer in layers:
-        _swap(layer)
+    for layer_id, layer in enumerate(found):
+        if layer.owner not in windows:
+            windows[layer.owner] = RecordingWindow(
+                switches, forward_parameters(layer.owner), _pad_token_id(layer.owner)
+            )
+        layers.append(_make_layer(layer_id, layer, windows[layer.owner], width, config))
+    system = ChronoSystem(root, layers, config, switches)
+    for made in layers:
+        _swap(made)
     for owner, window in windows.items():
         owner.__dict__[WINDOW] = window
         owner.register_forward_pre_hook(open_window, with_kwargs=True)
         owner.register_forward_hook(close_window, always_call=True)
-    model.__dict__[SYSTEM] = system
-    install_save_hook(model)
-    return model
+    root.__dict__[SYSTEM] = system
+
+
+def _pad_token_id(owner: nn.Module) -> int | None:
+    config = getattr(owner, "config", None)
+    pad = getattr(config, "pad_token_id", None)
+    return pad if isinstance(pad, int) else None
 
 
 def unwrap(model: Model, fold: bool = False) -> Model:
@@ -102,8 +117,13 @@ def unwrap(model: Model, fold: bool = False) -> Model:
 
     Raises:
         NotWrappedError: `model` carries no ChronoSystem.
+        WrapError: FSDP has sharded a router or its experts as units of their own (their classes cannot be put back),
+            or, with `fold`, a weight that would change is sharded. Nothing was changed.
     """
     system = system_of(model)
+    for layer in system.layers:
+        for module in filter(None, (layer.router, layer.experts)):
+            _check_not_sharded(layer.name, module, "unwrap a model loaded from its checkpoint instead")
     if fold:
         system.fold()
     for layer in system.layers:
@@ -114,6 +134,8 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     for module in system.model.modules():
         if module.__dict__.pop(WINDOW, None) is not None:
             _remove_hooks(module)
+    for module in model.modules():
+        remove_save_hook(module)
     remove_save_hook(system.model)
     system.close_telemetry()
     del system.model.__dict__[SYSTEM]
@@ -132,34 +154,27 @@ def system_of(model: nn.Module) -> ChronoSystem:
     return system
 
 
-# ---- finding routers ---------------------------------------------------------------------------------------------
+@functools.cache
+def _check_version() -> None:
+    installed = version("transformers")
+    if installed not in TESTED_VERSIONS:
+        warnings.warn(
+            f"chronomoe_hf is tested with Transformers {', '.join(TESTED_VERSIONS)}; {installed} is installed. Each "
+            "router is still held against its adapter when it is wrapped, and refused if its outputs have changed.",
+            stacklevel=3,
+        )
 
 
-def _discover(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
-    """Every supported router by name, in module order; says what is refused, and raises if nothing is left."""
-    found: list[tuple[str, nn.Module, Adapter]] = []
-    refused: list[str] = []
-    known_routers = _declared_router_classes(model)
-    for name, module in model.named_modules():
-        adapter = match(module)
-        if adapter is None:
-            reason = refusal(module)
-            if reason is None and isinstance(module, tuple(known_routers)):
-                # jetmoe records its attention blocks, whose inner router has an adapter: then nothing is left alone.
-                if not any(match(inner) for inner in module.modules()):
-                    reason = f"{type(module).__name__} has no adapter in this version of chronomoe_hf"
-            if reason is not None:
-                refused.append(f"{name}: {reason}")
-            continue
-        reason = adapter.refused("observe")
-        if reason is not None:
-            refused.append(f"{name}: {reason}")
-        else:
-            found.append((name, module, adapter))
+# ---- making layers -----------------------------------------------------------------------------------------------
+
+
+def _discover(model: nn.Module) -> list[FoundLayer]:
+    """Every layer that can be wrapped; warns of what is refused, and raises if nothing is left."""
+    found, refused = find_layers(model)
     if not found and refused:
         raise UnsupportedArchitectureError(
             f"no MoE layer of {type(model).__name__} can be wrapped:\n  "
-            + "\n  ".join(refused)
+            + "\n  ".join(map(str, refused))
             + "\nCONTRIBUTING.md shows how to add an architecture."
         )
     if not found:
@@ -167,69 +182,17 @@ def _discover(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
             f"{type(model).__name__} has no MoE layer that chronomoe_hf knows "
             f"(searched {sum(1 for _ in model.modules())} modules); is this the model you meant to wrap?"
         )
+    if any(LINK in layer.router.__dict__ for layer in found):
+        raise AlreadyWrappedError(
+            f"this {type(model).__name__} is part of a wrapped model; use that one, or chronomoe_hf.unwrap it first"
+        )
     for line in refused:
         warnings.warn(f"chronomoe_hf leaves a layer alone: {line}", stacklevel=3)
     return found
 
 
-def _declared_router_classes(model: nn.Module) -> set[type]:
-    """Router classes that the model's own library says it records, so that an unknown family is named, not missed."""
-    classes: set[type] = set()
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            recorders = getattr(module, "_can_record_outputs", None) or {}
-            entries = recorders.get("router_logits", [])
-            for entry in entries if isinstance(entries, list | tuple) else [entries]:
-                target = getattr(entry, "target_class", entry)
-                if isinstance(target, type):
-                    classes.add(target)
-    return classes
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    """Innermost PreTrainedModel on the path to a router; the root itself when there is none."""
-    owner: nn.Module = model
-    module: nn.Module = model
-    for part in name.split(".")[:-1]:
-        module = getattr(module, part)
-        if isinstance(module, PreTrainedModel):
-            owner = module
-    return owner
-
-
-def _pad_token_id(owner: nn.Module) -> int | None:
-    config = getattr(owner, "config", None)
-    pad = getattr(config, "pad_token_id", None)
-    return pad if isinstance(pad, int) else None
-
-
-def _clean(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PREFIXES)
-
-
-def _block(model: nn.Module, name: str, experts: str | None) -> nn.Module:
-    """The router's parent; PEFT may have put wrappers between them."""
-    parts = name.split(".")[:-1]
-    path = [model]
-    for part in parts:
-        path.append(getattr(path[-1], part))
-    for module in reversed(path):
-        if experts is not None and experts in module._modules:
-            return module
-    return path[-1]
-
-
-def _make_layer(
-    model: nn.Module,
-    layer_id: int,
-    name: str,
-    router: nn.Module,
-    adapter: Adapter,
-    window: RecordingWindow,
-    width: int,
-    config: ChronoConfig,
-) -> Layer:
-    parent = _block(model, name, adapter.experts)
+def _make_layer(layer_id: int, found: FoundLayer, window: RecordingWindow, width: int, config: ChronoConfig) -> Layer:
+    name, router, adapter, parent = found.name, found.router, found.adapter, found.parent
     adapter.bind(router, parent)
     _probe(adapter, router, parent)
     num_experts = adapter.num_experts(router)
@@ -253,20 +216,15 @@ def _make_layer(
     input_width = link.lens.d_model if link.lens is not None else 0
     recorder.train = Accumulators.zeros(width, input_width)
     recorder.eval = Accumulators.zeros(width)
-    experts = _experts_module(parent, adapter)
-    if config.coherence.enabled:
-        reason = adapter.refused("coherence") or _unreadable(experts, adapter)
-        if reason is not None:
-            experts = None
-            notes.append(f"no coherence: {reason}")
-    else:
-        experts = None
+    if config.coherence.enabled and found.unreadable is not None:
+        notes.append(f"no coherence: {found.unreadable}")
+    readable = config.coherence.enabled and found.unreadable is None
     return Layer(
         layer_id=layer_id,
-        name=_clean(name),
+        name=name,
         adapter=adapter,
         router=router,
-        experts=experts,
+        experts=found.experts if readable else None,
         parent=parent,
         num_experts=num_experts,
         top_k=adapter.top_k(router),
@@ -332,25 +290,6 @@ def _input_width(adapter: Adapter, router: nn.Module) -> int:
     return int(shape[-1])
 
 
-def _experts_module(parent: nn.Module, adapter: Adapter) -> nn.Module | None:
-    if adapter.experts is None:
-        return None
-    module = parent.get_submodule(adapter.experts)
-    while "base_layer" in module._modules:  # PEFT parameter wrappers call through to this module
-        module = module.get_submodule("base_layer")
-    return module
-
-
-def _unreadable(experts: nn.Module | None, adapter: Adapter) -> str | None:
-    if experts is None:
-        return f"the experts of {adapter.family} cannot be reached"
-    if chrono_experts_class(adapter.experts_reader, type(experts)) is None:
-        return f"no reader for the experts of {adapter.family} ({adapter.experts_reader})"
-    if "forward" in experts.__dict__ and not hasattr(experts, "_old_forward"):
-        return "the experts' forward was replaced on the instance (expert or tensor parallel)"
-    return None
-
-
 # ---- swapping classes --------------------------------------------------------------------------------------------
 
 
@@ -369,13 +308,18 @@ def _swap(layer: Layer) -> None:
 
 
 def _check_swappable(name: str, module: nn.Module) -> None:
-    if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
-        raise WrapError(f"{name} is already sharded by FSDP; call chronomoe_hf.wrap(model) before accelerator.prepare")
+    _check_not_sharded(name, module, "call chronomoe_hf.wrap(model) before accelerator.prepare")
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
         raise WrapError(
             f"{name}: something replaced forward on this instance, which would bypass the wrapped router; "
             "wrap the model before tensor or expert parallelism is applied"
         )
+
+
+def _check_not_sharded(name: str, module: nn.Module, way_out: str) -> None:
+    # fully_shard mixes its own class into the module's; swapping that class would take the sharding logic out.
+    if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        raise WrapError(f"{name}: {type(module).__name__} is sharded by FSDP; {way_out}")
 
 
 def _rebind_hooked_forward(module: nn.Module) -> None:

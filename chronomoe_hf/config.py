@@ -165,7 +165,8 @@ class BetaConfig(_Part):
         k_max: coherence law, cap on \\|beta_coeff\\|.
         stale_after: optimizer steps without a token after which an expert's beta rests.
         rule: balance law, ``"proportional"`` or ``"sign"`` (the published loss-free rule).
-        rate: balance law, bias per step.
+        rate: balance law, bias per step. The proportional rule moves by the relative error times this, so it may be
+            far above a rate that suits the sign rule.
         balance_cap: balance law, cap on \\|beta_coeff\\|.
         scope: ``"routing"`` (selection and weights from biased logits) or ``"selection"`` (weights from clean).
             The balance law always uses ``"selection"``.
@@ -180,7 +181,7 @@ class BetaConfig(_Part):
     k_max: float = 0.3
     stale_after: int = 1000
     rule: Literal["proportional", "sign"] = "proportional"
-    rate: float = 0.03
+    rate: float = 0.3
     balance_cap: float = 4.0
     scope: Literal["routing", "selection"] = "routing"
     native: bool = True
@@ -262,7 +263,7 @@ class ControlConfig(_Part):
     min_pressure: float = 0.01
     gate: Literal["integral", "pressure"] = "integral"
     integral_target: float = 0.65
-    integral_min_share: float = 0.1
+    integral_min_share: float = 0.03
     integral_gain: float = 2.0
     integral_leak: float = 0.99
     c1: float = 1.0
@@ -271,7 +272,7 @@ class ControlConfig(_Part):
     scale_max: float = 4.0
     warmup_steps: int = 0
     warmup_scale_max: float = 0.02
-    harm_threshold: float = 0.1
+    harm_threshold: float = 0.15
     harm_min_scale: float = 0.01
     harm_factor: float = 0.5
     harm_floor: float = 0.1

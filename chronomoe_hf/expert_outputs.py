@@ -206,8 +206,8 @@ def chrono_experts_class(reader: str, original_class: type[nn.Module]) -> type[n
         original_class: class of the experts module.
     """
     mixin = _MIXINS.get(reader)
-    if mixin is None:
-        return None
+    if mixin is None or issubclass(original_class, mixin):
+        return None if mixin is None else original_class
     if original_class not in _CLASSES:
         name = f"Chrono{original_class.__name__}"
         space = {"__module__": __name__, "__qualname__": name}

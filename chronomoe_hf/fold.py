@@ -154,5 +154,5 @@ def _require_whole(layer: Layer) -> None:
     if steers and distributed.is_sharded(layer.adapter.weight(layer.router)):
         raise WrapError(
             f"layer {layer.layer_id} ({layer.name}): the router's weight is sharded over ranks, and folding needs it "
-            "whole; save the model, load it on one process, restore the state with system.load(directory), and fold there"
+            "whole; save the model, load it in one process, restore the state with system.load(directory), fold there"
         )

@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import StateError, WeightMismatchError
-from chronomoe_hf.fingerprint import compare_fingerprints, repair_weights
+from chronomoe_hf.fingerprint import UNREADABLE, compare_fingerprints, repair_weights
 from chronomoe_hf.persistence import live_fingerprint
 from chronomoe_hf.system import ChronoSystem
 
@@ -97,11 +97,14 @@ def check_weights(
     Returns:
         Names of the tensors that were repaired.
     """
-    wrong = compare_fingerprints(saved, live_fingerprint(system)) if saved is not None else []
-    if saved is not None and not wrong:
+    live = live_fingerprint(system)
+    wrong = compare_fingerprints(saved, live) if saved is not None else []
+    # FSDP and ZeRO-3 leave no fingerprint to compare with; what they saved may well be resumed by a plain run.
+    blind = saved is None or any(saved.get(name) == UNREADABLE != line for name, line in live.items())
+    if not wrong and not blind:
         return []
     policy = system.config.checkpoint.repair
-    if saved is None and (policy != "repair" or not any(directory.glob("*.safetensors"))):
+    if not wrong and (policy != "repair" or not any(directory.glob("*.safetensors"))):
         return []
     detail = f"{len(wrong)} router and expert weights differ from {directory} (first: {wrong[0]})" if wrong else ""
     if policy == "raise" and wrong:

@@ -19,7 +19,7 @@ from chronomoe_hf.bank import StateBank
 from chronomoe_hf.coherence import CoherenceBuffer
 from chronomoe_hf.config import BetaConfig, ChronoConfig
 from chronomoe_hf.controller import ControlDecision, Controller
-from chronomoe_hf.errors import StateWriteError
+from chronomoe_hf.errors import ConfigError, StateWriteError
 from chronomoe_hf.fold import FoldReport, fold_system
 from chronomoe_hf.lens import ChronoLens, carried
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
@@ -388,7 +388,7 @@ class ChronoSystem:
                 continue
             mean_D = (total_D[:-1] / total_D[-1].clamp_min(1.0)).float()
             weight_ED = distributed.full_weight(layer.adapter.weight(layer.router))
-            std = float(layer.link.state.logit_std_ema)
+            std = by_id[layer.layer_id].logit_std or 1.0  # of the snapshot: already on the host
             carry = carried(held[layer.layer_id], lens.scale, self.config.lens.memory)
             lens.aim(mean_D, weight_ED, shares, std, self.config.lens.basis, carry)
             self.governed = True
@@ -550,6 +550,11 @@ def _update_native(layer: Layer, count_E: Tensor, beta: BetaConfig) -> None:
     """The balance law on the model's own correction bias, in its score units; only the change is centred."""
     bias_E = layer.adapter.native_bias(layer.router, layer.parent)
     assert bias_E is not None
+    if distributed.is_sharded(bias_E) or bias_E.numel() != layer.num_experts:
+        raise ConfigError(
+            f"layer {layer.layer_id} ({layer.name}): the correction bias of {layer.adapter.family} is a parameter, and "
+            "this engine has sharded it over the ranks, so it cannot be updated in place; set BetaConfig(native=False)"
+        )
     step_E = balance_step(count_E, layer.num_experts, 1.0, beta.rule)
     if beta.native_rate is not None:
         step_E = step_E * beta.native_rate

@@ -210,7 +210,7 @@ def outcomes(log: Log, extreme: list[Veto], mild: list[Veto]) -> list[tuple[str,
         (
             "beta is applied and its disagreement with the plain router is logged",
             log.effect > 0 and all(js is not None and js > 0 for js in measured),
-            f"the output moves by up to {log.effect:.2g}; JS in {len(measured)} of {windows - 1} windows after the first",
+            f"it moves the output by up to {log.effect:.2g}; JS in {len(measured)} of {windows - 1} later windows",
         ),
         (
             "coherence stays on the device: one transfer per interval",
@@ -250,9 +250,7 @@ def main() -> int:
     block = chronomoe_hf.wrap(build_block(), config)
     system = chronomoe_hf.system_of(block)
     count_transfers(system, log)
-    print(
-        f"{'step':>5} {'loss':>8} {'JS':>9} {'flip':>7} {'relevance':>9} {'beta mean':>9} {'std':>8} {'max':>8} {'Neff':>6}"
-    )
+    print(" step     loss        JS    flip relevance beta mean      std      max   Neff")
     steps(block, system, task, 1, LEARNING_STEPS, True, log)
 
     learned = copy.deepcopy(block)

@@ -21,6 +21,7 @@ ROOMS = (
     "bank",
     "patches",
     "expert_outputs",
+    "discovery",
     "telemetry",
     "readout",
     "controller",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from chronomoe_hf.lens import (
     ChronoLens,
     IdentityLens,
     basis_problem,
+    carried,
     fold_weight,
     least_squares_basis,
     router_basis,
@@ -127,6 +129,61 @@ def test_more_experts_than_dimensions_gets_the_closest_shift():
     assert residual.norm() > 0.1, "bad test setup: an exact solution exists"
     # The normal equations: what is left is orthogonal to every reachable shift.
     assert (weight.double().T @ residual).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("basis", ["least_squares", "router"])
+def test_carry_mixes_what_the_lens_did_with_what_it_should_do(basis):
+    """New shift of the mean token = carry * old shift + (1 - carry) * fresh shift, for a mean that has moved."""
+    weight, mu, moved_mu = torch.randn(8, 32), torch.randn(32) + 0.5, torch.randn(32) + 0.5
+    first, second = collapsed_share(8), collapsed_share(8)[::-1]
+    lens, fresh = ChronoLens(32), ChronoLens(32)
+    lens.aim(mu, weight, first, 1.3, basis)
+    fresh.aim(moved_mu, weight, second, 1.3, basis)
+    lens.set_scale(1.0)
+    fresh.set_scale(1.0)
+    old_shift = lens.logit_shift(moved_mu[None], weight)
+    lens.aim(moved_mu, weight, second, 1.3, basis, carry=0.7)
+    expected = 0.7 * old_shift + 0.3 * fresh.logit_shift(moved_mu[None], weight)
+    assert (old_shift - expected).abs().max() > 0.05, "bad test setup"
+    torch.testing.assert_close(lens.logit_shift(moved_mu[None], weight), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "memory", "share"),
+    [(0.0, 0.5, 0.99, 0.0), (0.5, 0.5, 0.0, 0.0), (1.0, 2.0, 0.9, 0.45), (1.0, 0.9, 0.9, 1.0), (1.0, 0.2, 0.9, 1.0)],
+)
+def test_what_is_carried_makes_scale_times_basis_a_leaky_sum(old, new, memory, share):
+    assert carried(old, new, memory) == pytest.approx(share, abs=1e-12)
+
+
+def closed_loop(memory: float, scale: float, gain: float, rounds: int = 40) -> list[float]:
+    """Neff/E of a fixed skewed population, top-1, steered by shares that were measured under the lens."""
+    generator = torch.Generator().manual_seed(0)
+    noise, mu = torch.randn(4000, 64, generator=generator), torch.full((64,), 2.0)
+    x, weight = mu + noise - noise.mean(0), torch.randn(8, 64, generator=generator) / 8
+    weight = weight - torch.outer(weight @ mu, mu) / mu.dot(mu)
+    weight = weight + torch.outer(torch.tensor([2.0, 1.5, 0.5, 0.0, 0.0, -0.5, -1.5, -2.0]), mu) / mu.dot(mu)
+    lens, seen, integral = ChronoLens(64), [], 0.0
+    for _ in range(rounds):
+        chosen = (x @ weight.T + lens.logit_shift(x, weight)).argmax(-1)
+        share = torch.bincount(chosen, minlength=8).double() / len(x)
+        seen.append(float(torch.exp(-torch.special.xlogy(share, share).sum())) / 8)
+        integral = min(scale, 0.99 * integral + gain * max(0.0, 0.65 - seen[-1])) if gain else scale
+        if integral > 0.0:
+            lens.aim(mu, weight, share.tolist(), 1.0, carry=carried(lens.scale, integral, memory))
+        lens.set_scale(integral)
+    return seen
+
+
+def test_a_lens_with_memory_holds_a_floor_that_one_without_cannot():
+    small, large = closed_loop(0.0, 0.5, 0.0), closed_loop(0.0, 2.0, 0.0)
+    held = closed_loop(0.99, 4.0, 2.0)
+    assert held[0] == small[0] == large[0] < 0.5, "bad test setup: not collapsed"
+    assert max(small[10:]) < 0.6, "a small scale settles half-way"
+    swing = [abs(b - a) for a, b in itertools.pairwise(large[10:])]
+    assert min(large[10:]) < 0.6 and max(swing) > 0.05, "a large scale swings"
+    assert min(held[10:]) > 0.6
+    assert max(abs(b - a) for a, b in itertools.pairwise(held[20:])) < 0.02
 
 
 def test_lens_is_token_dependent_through_the_mean_direction():

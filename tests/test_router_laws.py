@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -264,7 +265,7 @@ def test_any_bias_can_be_centred_and_keeps_its_order(values: list[float], cap: f
     assert float(got.abs().max()) <= cap
     assert abs(float(got.mean())) < 1e-6
     order = sorted(range(len(values)), key=values.__getitem__)
-    assert all(got[a] <= got[b] for a, b in zip(order, order[1:], strict=False))
+    assert all(got[a] <= got[b] for a, b in pairwise(order))
     again = centre_and_clamp(got, cap)
     assert again.tolist() == pytest.approx(got.tolist(), abs=2e-6), "a centred bias is left alone"
 

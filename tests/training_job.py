@@ -36,9 +36,10 @@ class Job:
         arguments: TrainingArguments beyond the defaults below.
         examples: rows of the data set.
         seed: of the model's weights.
-        model: overrides of the tiny model's configuration.
+        model: overrides of the tiny model's configuration; ``dtype`` by name.
         resume: checkpoint to resume from, or True.
-        kill_at: SIGKILL this process while that step is being computed.
+        fault: ``[name, step]``, one of FAULTS.
+        blank: every second row is nothing but padding.
         trace: keep the weights at every step's start and every micro-batch.
         final: also call ``trainer.save_model()`` at the end.
     """
@@ -53,7 +54,8 @@ class Job:
     seed: int = 0
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     resume: str | bool | None = None
-    kill_at: int | None = None
+    fault: tuple[str, int] | None = None
+    blank: bool = False
     trace: bool = False
     final: bool = False
 
@@ -150,15 +152,44 @@ class Tracer(TrainerCallback):
             self.weights.append(whole_weights(kwargs["model"]))
 
 
-class Killer(TrainerCallback):
-    """SIGKILL in the middle of a step: nothing gets a chance to tidy up."""
+class Fault(TrainerCallback):
+    """Something goes wrong while `step` is being computed."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.happen(kwargs["model"], args.process_index)
+
+    def happen(self, model: nn.Module, rank: int) -> None:
+        raise NotImplementedError
+
+
+class Kill(Fault):
+    """SIGKILL: nothing gets a chance to tidy up."""
+
+    def happen(self, model: nn.Module, rank: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class CorruptBeta(Fault):
+    """One bit of memory turns over, on rank 1."""
+
+    def happen(self, model: nn.Module, rank: int) -> None:
+        if rank == 1:
+            chronomoe_hf.system_of(model).bank.beta_LE[1, 3] += 1e-6
+
+
+class CorruptScale(Fault):
+    """Rank 1's controller has come to remember another history of its layer."""
+
+    def happen(self, model: nn.Module, rank: int) -> None:
+        if rank == 1:
+            chronomoe_hf.system_of(model).controller.layer_state(0).harm_backoff = 0.5
+
+
+FAULTS: dict[str, type[Fault]] = {"kill": Kill, "corrupt beta": CorruptBeta, "corrupt scale": CorruptScale}
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -178,12 +209,17 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
-def make_trainer(job: Job) -> Tracing:
+def make_trainer(job: Job, kind: type[Tracing] = Tracing, data: Any = None) -> Tracing:
     """Model, data, Trainer and ``attach``, as a user would write them."""
     arguments = training_arguments(job)
-    model = tiny_model(job.family, seed=job.seed, **job.model)
-    data = rows(job.examples)
-    trainer = Tracing(model, arguments, train_dataset=data, eval_dataset=rows(6, seed=11))
+    overrides = {**job.model, "dtype": getattr(torch, job.model.get("dtype", "float32"))}
+    model = tiny_model(job.family, seed=job.seed, **overrides)
+    data = rows(job.examples) if data is None else data
+    if job.blank:
+        for row in data[1::2]:
+            row.update(input_ids=row["input_ids"] * 0, attention_mask=row["attention_mask"] * 0)
+            row["labels"] = torch.full_like(row["labels"], -100)
+    trainer = kind(model, arguments, train_dataset=data, eval_dataset=rows(6, seed=11))
     trainer.fed = [[]]
     chronomoe_hf.attach(trainer, chrono_config(job))
     return trainer
@@ -194,8 +230,8 @@ def run(job: Job) -> dict[str, Any]:
     trainer = make_trainer(job)
     tracer = Tracer(trainer, job.trace)
     trainer.add_callback(tracer)
-    if job.kill_at is not None:
-        trainer.add_callback(Killer(job.kill_at))
+    if job.fault is not None:
+        trainer.add_callback(FAULTS[job.fault[0]](job.fault[1]))
     trainer.train(resume_from_checkpoint=job.resume)
     if job.final:
         trainer.save_model()
@@ -208,6 +244,7 @@ def run(job: Job) -> dict[str, Any]:
         "meta": {name: value for name, value in state["meta"].items() if name not in ("run_id", "attempt")},
         "decisions": [decision.to_record() for decision in system.decisions],
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "best": trainer.state.best_model_checkpoint,
         "fed": trainer.fed,
         "begin": tracer.begin,
         "trace": tracer.weights,

@@ -161,7 +161,7 @@ def next_harm_backoff(backoff: float, hold: int, harmed: bool, config: ControlCo
         backoff: factor in force, in [harm_floor, 1].
         hold: evaluations left without recovery.
         harmed: :func:`is_harm`.
-        config: thresholds; with `harm_restart` every verdict holds the back-off for one evaluation, which is not judged.
+        config: thresholds; with `harm_restart` every verdict holds the back-off for one evaluation.
 
     Returns:
         The new back-off and hold.

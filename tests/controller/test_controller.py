@@ -62,9 +62,20 @@ def test_a_healthy_run_abstains_every_time(gate, counts):
     assert controller.layer_state(0).num_abstained == 20
 
 
+# The original gate's cap, warm-up and harm threshold; round numbers for sums by hand.
+HAND = {
+    "integral_gain": 0.5,
+    "integral_leak": 0.98,
+    "scale_max": 0.5,
+    "warmup_steps": 100,
+    "harm_threshold": 0.02,
+    "harm_restart": False,
+}
+
+
 def test_first_evaluation_of_a_collapsed_layer_by_hand():
     """E = 8, k = 2, everything on two experts: Neff 2, t 1, six dead."""
-    controller, lens = controller_of(8)
+    controller, lens = controller_of(8, ControlConfig(**HAND))
     (decision,) = controller.update(snapshot_of([COLLAPSED], step=200), {0: lens})
     debt = 0.4 * (4.8 - 2) / 4.8 + 0.4 * 1 + 0.2 * 6 / 7
     assert decision.debt is not None
@@ -82,7 +93,7 @@ def test_first_evaluation_of_a_collapsed_layer_by_hand():
 
 
 def test_original_gate_follows_pressure_and_the_warm_up_cap():
-    controller, lens = controller_of(8, ControlConfig(gate="pressure"))
+    controller, lens = controller_of(8, ControlConfig(**HAND, gate="pressure"))
     (decision,) = controller.update(snapshot_of([COLLAPSED], step=99), {0: lens})
     assert decision.scale == 0.02
     (decision,) = controller.update(snapshot_of([COLLAPSED], step=100), {0: lens})
@@ -106,7 +117,7 @@ def test_integral_holds_the_floor_where_pressure_fades():
 
 
 def test_a_draining_integral_keeps_acting_until_it_is_small():
-    controller, lens = controller_of(8)
+    controller, lens = controller_of(8, ControlConfig(**HAND))
     controller.update(snapshot_of([COLLAPSED], 100), {0: lens})
     scales, step = [], 100
     while True:
@@ -133,9 +144,9 @@ def wrong_way(config: ControlConfig, num: int, n_experts: int = 8, start: float 
 
 @pytest.mark.parametrize("gate", ["integral", "pressure"])
 @pytest.mark.parametrize("n_experts", [8, 64])
-@pytest.mark.parametrize("start", [0.80, 0.86])
-def test_a_lens_that_pushes_the_wrong_way_ends_in_abstention(gate, n_experts, start):
-    decisions = wrong_way(ControlConfig(gate=gate), 10, n_experts, start)
+@pytest.mark.parametrize(("start", "restart"), [(0.80, False), (0.86, False), (0.80, True)])
+def test_a_lens_that_pushes_the_wrong_way_ends_in_abstention(gate, n_experts, start, restart):
+    decisions = wrong_way(ControlConfig(**{**HAND, "harm_restart": restart}, gate=gate), 10, n_experts, start)
     reasons = [decision.abstain_reason for decision in decisions]
     assert reasons[:3] == [None] * 3, "bad test setup: the lens hardly acted"
     assert sum(decision.harmed for decision in decisions) >= 3
@@ -145,7 +156,8 @@ def test_a_lens_that_pushes_the_wrong_way_ends_in_abstention(gate, n_experts, st
 
 @pytest.mark.parametrize("gate", ["integral", "pressure"])
 def test_an_abstaining_lens_is_probed_again_gently_and_rarely(gate):
-    held, original = wrong_way(ControlConfig(gate=gate), 60), wrong_way(ControlConfig(gate=gate, harm_hold=0), 60)
+    held = wrong_way(ControlConfig(**HAND, gate=gate), 60)
+    original = wrong_way(ControlConfig(**HAND, gate=gate, harm_hold=0), 60)
     acting = [sum(not decision.abstained for decision in each) / 60 for each in (held, original)]
     assert 0.1 < acting[0] < 0.3, "probed, but rarely"
     assert acting[1] > 0.5, "the rule without a hold acts most of the time"

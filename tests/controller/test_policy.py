@@ -102,15 +102,19 @@ def test_integral_leaks_accumulates_and_does_not_wind_up():
     assert policy.next_integral(0.0, n_effective=0.65 * 64, n_experts=64, config=CONFIG) == 0.0
 
 
-@pytest.mark.parametrize(("fraction", "min_share", "shortfall"), [
-    (0.97, 0.0, 0.1),  # one dead expert in a wide, otherwise even layer
-    (0.97, 0.05 / 32, 0.05),
-    (0.97, 0.1 / 32, 0.0),
-    (0.45, 0.0, 0.2),  # the larger of the two counts
-])
+@pytest.mark.parametrize(
+    ("fraction", "min_share", "shortfall"),
+    [
+        (0.97, 0.0, 0.1),  # one dead expert in a wide, otherwise even layer
+        (0.97, 0.05 / 32, 0.05),
+        (0.97, 0.1 / 32, 0.0),
+        (0.45, 0.0, 0.2),  # the larger of the two counts
+    ],
+)
 def test_integral_sees_an_idle_expert_that_neff_does_not(fraction, min_share, shortfall):
     kwargs = {"n_effective": fraction * 32, "n_experts": 32, "min_share": min_share}
-    assert policy.next_integral(0.0, **kwargs, config=CONFIG) == pytest.approx(0.5 * shortfall, abs=1e-12)
+    seeing = ControlConfig(**HAND, integral_min_share=0.1)
+    assert policy.next_integral(0.0, **kwargs, config=seeing) == pytest.approx(0.5 * shortfall, abs=1e-12)
     blind = ControlConfig(**HAND, integral_min_share=0.0)
     assert policy.next_integral(0.0, **kwargs, config=blind) == pytest.approx(0.5 * max(0.0, 0.65 - fraction))
 

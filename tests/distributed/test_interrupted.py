@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from run_records import assert_same, later_records, without_free
 from training_job import Job
+from transformers import MixtralForCausalLM
 
 from chronomoe_hf.checkpoint import read_state
-from chronomoe_hf.telemetry import read_jsonl
 
 SAVED, KILLED, STEPS = 4, 8, 9
 # Windows of 3 steps: the checkpoint at step 4 lies inside one, and step 6 is recorded twice, before and after the kill.
@@ -31,8 +32,6 @@ ARGUMENTS = {
     "eval_steps": 2,
     "activation_checkpointing": True,
 }
-# What may differ between two runs of the same training: their names and their clocks.
-FREE = ("run_id", "attempt", "time", "timestamp", "overhead_ms")
 
 
 def job_for(engine: str, root: Path, name: str, family: str = "mixtral") -> Job:
@@ -51,40 +50,16 @@ def job_for(engine: str, root: Path, name: str, family: str = "mixtral") -> Job:
     )
 
 
-def later_records(output_dir: str) -> dict[str, list[dict[str, Any]]]:
-    """Records of the steps after the checkpoint, as a reader gets them, without FREE fields."""
-    out = {}
-    for kind in ("routing_events", "snapshots", "control_decisions", "lifecycle_decisions", "alerts"):
-        records, broken = read_jsonl(Path(output_dir) / "chronomoe" / f"{kind}.jsonl")
-        assert broken == 0
-        out[kind] = [without_free(record) for record in records if record["step"] > SAVED]
-    return out
-
-
-def without_free(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: without_free(item) for name, item in value.items() if name not in FREE}
-    return [without_free(item) for item in value] if isinstance(value, list) else value
-
-
-def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert set(left) == set(right) and left
-    for name, value in left.items():
-        assert torch.equal(value, right[name]), (name, (value - right[name]).abs().max())
-
-
-def kill_and_resume(
-    launch: Callable[..., Any], whole: Job, parted: Job, processes: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    first = launch([whole, dataclasses.replace(parted, kill_at=KILLED)], processes=processes, check=False)
+def kill(launch: Callable[..., Any], whole: Job, parted: Job, processes: int) -> list[dict[str, Any]]:
+    """Run `whole` to its end and `parted` until it is killed; returns the results of `whole`, by rank."""
+    first = launch([whole, dataclasses.replace(parted, fault=("kill", KILLED))], processes=processes, check=False)
     assert first.returncode != 0 and len(first.results[0]) == processes, first.output[-4000:]
     assert not first.results[1], "the second run was to be killed"
     kept = sorted(path.name for path in Path(parted.output_dir).glob("checkpoint-*"))
     assert kept == [f"checkpoint-{SAVED}"]
     lines = (Path(parted.output_dir) / "chronomoe" / "snapshots.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 6]
-    second = launch([dataclasses.replace(parted, resume=True)], processes=processes)
-    return first.results[0], second.results[0]
+    return list(first.results[0])
 
 
 MATRIX = [
@@ -104,7 +79,8 @@ MATRIX = [
 def test_killed_and_resumed(engine: str, family: str, tmp_path: Path, launch: Callable[..., Any]) -> None:
     whole, parted = (job_for(engine, tmp_path, name, family) for name in ("whole", "parted"))
     processes = 1 if engine == "plain" else 2
-    expected, found = kill_and_resume(launch, whole, parted, processes)
+    expected = kill(launch, whole, parted, processes)
+    found = launch([dataclasses.replace(parted, resume=True)], processes=processes).results[0]
     checkpoint = Path(parted.output_dir) / f"checkpoint-{SAVED}"
     tensors, meta = read_state(checkpoint)
     assert meta["step"] == SAVED and meta["window_steps"] == 1
@@ -119,7 +95,67 @@ def test_killed_and_resumed(engine: str, family: str, tmp_path: Path, launch: Ca
     assert expected[0]["tensors"]["beta_LE"].abs().max() > 0.01
     moved = found[0]["begin"]["weights"]
     assert all(not torch.equal(value, moved[name]) for name, value in found[0]["weights"].items() if "experts" in name)
-    theirs, ours = later_records(whole.output_dir), later_records(parted.output_dir)
+    theirs, ours = (later_records(job.output_dir, SAVED) for job in (whole, parted))
     assert [record["step"] for record in theirs["snapshots"]] == [6, 9]
     assert len(theirs["routing_events"]) > 4 and len(theirs["control_decisions"]) == 4
     assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("ddp", 1), ("plain", 2), ("fsdp-FULL_STATE_DICT", 1)])
+def test_another_number_of_processes(before: str, after: int, tmp_path: Path, launch: Callable[..., Any]) -> None:
+    """The same micro-batches in a step, spread over other ranks: state and counts exact, phi up to float32 sums."""
+    processes = 3 - after
+    whole, parted = (job_for(before, tmp_path, name) for name in ("whole", "parted"))
+    for job in (whole, parted):
+        job.model = {}  # random numbers belong to a rank: with dropout the runs would differ for a good reason
+        job.arguments |= {"gradient_accumulation_steps": 4 // processes, "adam_epsilon": 1e-4}
+    expected = kill(launch, whole, parted, processes)
+    arguments = {**ARGUMENTS, "gradient_accumulation_steps": 4 // after, "adam_epsilon": 1e-4}
+    resumed = dataclasses.replace(parted, engine="plain", arguments=arguments, resume=True)
+    found = launch([resumed], processes=after).results[0]
+    checkpoint = Path(parted.output_dir) / f"checkpoint-{SAVED}"
+    tensors, meta = read_state(checkpoint)
+    assert meta["world_size"] == processes
+    saved = dict(MixtralForCausalLM.from_pretrained(checkpoint).named_parameters())
+    for rank in found:
+        assert_same(rank["begin"]["tensors"], tensors)
+        assert_same(rank["begin"]["weights"], saved)
+        for name in ("tokens_LE", "updates_LE", "last_step_LE"):
+            assert torch.equal(rank["tensors"][name], expected[0]["tensors"][name]), name
+        for name in ("ema_CLE", "beta_LE", "std_L", "js_L"):
+            assert torch.allclose(rank["tensors"][name], expected[0]["tensors"][name], atol=1e-5, rtol=0), name
+    theirs, ours = ([r["counts"] for r in later_records(job.output_dir, SAVED)["routing_events"]] for job in (whole, parted))
+    assert len(theirs) > 4 and ours == theirs
+
+
+BEST = {
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    # The worst loss is that of an early evaluation, so the best model is not the last one.
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp-FULL_STATE_DICT", "fsdp-SHARDED_STATE_DICT", "zero2", "zero3"])
+def test_the_best_step_is_restored_on_every_rank(engine: str, tmp_path: Path, launch: Callable[..., Any]) -> None:
+    job = job_for(engine, tmp_path, "best")
+    job.arguments = {**job.arguments, **BEST}
+    job.config = {**GOVERN, "interval": 1}
+    job.trace = True
+    ranks = launch([job]).results[0]
+    best = Path(ranks[0]["best"])
+    step = int(best.name.split("-")[1])
+    assert step < 6
+    tensors, meta = read_state(best)
+    assert meta["step"] == step
+    for rank in ranks:
+        assert_same(rank["tensors"], tensors)
+        assert_same(rank["weights"], ranks[0]["trace"][step])
+        assert not torch.equal(rank["weights"]["lm_head.weight"], ranks[0]["trace"][5]["lm_head.weight"])

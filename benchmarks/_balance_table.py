@@ -1,0 +1,166 @@
+"""The claims of benchmarks/balance.py, checked against its runs, and the Markdown table."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def _of(results: Row, setting: str, arm: str) -> list[Row]:
+    return [run for run in results["runs"] if run["setting"] == setting and run["arm"] == arm]
+
+
+def _mean(rows: list[Row], key: str) -> float:
+    return statistics.fmean(row[key] for row in rows)
+
+
+def _claim(text: str, holds: bool, numbers: str) -> Row:
+    return {"claim": text, "holds": holds, "numbers": numbers}
+
+
+def claims(results: Row) -> list[Row]:
+    """Every claim that the runs at hand can decide: text, whether it holds, and the numbers.
+
+    Args:
+        results: what ``balance.run_matrix`` collects.
+    """
+    out: list[Row] = []
+    for setting in results["settings"]:
+        none, aux = _of(results, setting, "none"), _of(results, setting, "aux")
+        balance, sign = _of(results, setting, "balance"), _of(results, setting, "sign")
+        protect = _of(results, setting, "protect")
+        if setting == "healthy":
+            out += _healthy(none, protect)
+            continue
+        if balance and none:
+            worst = [_mean(rows, "worst_neff_tail") for rows in (none, balance)]
+            text = f"{setting}: balance ends with a higher worst Neff/E than none"
+            out.append(_claim(text, worst[1] > worst[0], f"{worst[1]:.2f} against {worst[0]:.2f}"))
+        if balance and sign:
+            out += _against_sign(setting, balance, sign, results["sign_rate"][setting])
+        if balance and aux:
+            mean = [_mean(rows, "valid_loss") for rows in (balance, aux)]
+            text = f"{setting}: validation loss of balance no worse than with HF aux loss"
+            out.append(_claim(text, mean[0] <= mean[1], f"{mean[0]:.4f} against {mean[1]:.4f}"))
+        if protect and none:
+            out += _protect(setting, protect, none)
+    return out
+
+
+def _against_sign(setting: str, balance: list[Row], sign: list[Row], rate: float) -> list[Row]:
+    needed = [[row["updates_to_reach"] for row in rows] for rows in (balance, sign)]
+    pairs = list(zip(*needed, strict=False))
+    # A run that never got there needs more updates than it had.
+    holds = all(ours is not None and (theirs is None or 2 * ours <= theirs) for ours, theirs in pairs)
+    violation = [_mean(rows, "max_violation_tail") for rows in (balance, sign)]
+    return [
+        _claim(
+            f"{setting}: balance has Neff/E 0.9 in every layer after at most half the sign rule's updates",
+            holds,
+            f"{needed[0]} against {needed[1]} at the sign rule's best rate, {rate}",
+        ),
+        _claim(
+            f"{setting}: balance ends with a max violation no worse than the sign rule's",
+            violation[0] <= violation[1],
+            f"{violation[0]:.2f} against {violation[1]:.2f}",
+        ),
+    ]
+
+
+def _protect(setting: str, protect: list[Row], none: list[Row]) -> list[Row]:
+    dead = [[row["dead_tail"] for row in rows] for rows in (protect, none)]
+    worst = [[round(row["worst_neff_tail"], 2) for row in rows] for rows in (protect, none)]
+    explained = all(miss["abstained"] > 0 for row in protect for miss in row["floor_misses"])
+    losses = [[row["valid_loss"] for row in rows] for rows in (protect, none)]
+    spread = max(losses[1]) - min(losses[1])
+    difference = statistics.fmean(losses[0]) - statistics.fmean(losses[1])
+    return [
+        _claim(f"{setting}: protect leaves no dead expert", not any(dead[0]), f"{dead[0]}; none leaves {dead[1]}"),
+        _claim(
+            f"{setting}: protect ends with every layer at Neff/E 0.6 or more, or its decisions say why it abstained",
+            explained,
+            f"worst layer {worst[0]}; none {worst[1]}",
+        ),
+        _claim(
+            f"{setting}: validation loss of protect at most one seed spread above none",
+            difference <= spread,
+            f"difference {difference:+.4f}, spread {spread:.4f}",
+        ),
+    ]
+
+
+def _healthy(none: list[Row], protect: list[Row]) -> list[Row]:
+    if not none or len(none) != len(protect):
+        return []
+    abstained = [row["decisions"].get("no_pressure", 0) for row in protect]
+    total = [sum(row["decisions"].values()) for row in protect]
+    until = [row["first_action"] or len(row["loss_bits"]) for row in protect]
+    # The update of step n acts from step n + 1 on: the losses of steps 1 to n must agree.
+    equal = [a["loss_bits"][:n] == b["loss_bits"][:n] for a, b, n in zip(none, protect, until, strict=True)]
+    alerts = [kind for row in [*none, *protect] for kind in row["alerts"]]
+    worst = min(row["worst_neff_window"] for row in none)
+    return [
+        _claim("healthy: protect abstains in every evaluation", abstained == total, f"{abstained} of {total}"),
+        _claim("healthy: no alert", not alerts, f"{len(alerts)} alerts; lowest Neff/E of any window {worst:.2f}"),
+        _claim("healthy: losses bit-equal to none until the first beta update", all(equal), f"first {until} steps"),
+    ]
+
+
+def markdown(results: Row) -> str:
+    """The table, the sweep and the claims."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = [
+        "# Balance, protection, and what they cost",
+        "",
+        f"{versions}; {results['machine']}. Seeds {', '.join(map(str, results['seeds']))} (each with its own base).",
+        "Numbers are means over the seeds at hand; Neff/E, violation and dead experts are of the last "
+        f"{results['measures']['tail']} steps, in",
+        "the worst layer. Updates = optimizer steps until every layer averages Neff/E of at least 0.9 over "
+        f"{results['measures']['smooth']} steps. Written by",
+        "`benchmarks/balance.py`; settings, per-seed numbers and Neff of every window are in `balance.json`.",
+    ]
+    for setting, shape in results["settings"].items():
+        size = shape["size"]
+        lines += [
+            "",
+            f"## {setting}: E = {size['experts']}, k = {size['top_k']} -> {shape['top_k']}, "
+            f"prose -> {shape['domain']}, {shape['steps']} steps, control every {shape['interval']}",
+            "",
+            "| arm | seeds | validation loss | worst Neff/E | max violation, train / held | dead | updates | acted |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for arm in dict.fromkeys(run["arm"] for run in results["runs"] if run["setting"] == setting):
+            lines.append(_table_row(results, setting, arm))
+    if results["sweep"]:
+        lines += [
+            "",
+            "## Sign rule, sweep of its rate",
+            "",
+            "| setting | rate | updates | max violation | worst Neff/E |",
+        ]
+        lines.append("|---|---|---|---|---|")
+        for row in results["sweep"]:
+            reach = row["updates_to_reach"] or f"> {row['steps']}"
+            lines.append(
+                f"| {row['setting']} | {row['rate']} | {reach} | {row['max_violation_tail']:.2f} "
+                f"| {row['worst_neff_tail']:.2f} |"
+            )
+    lines += ["", "## Claims", ""]
+    lines += [f"- {'holds' if c['holds'] else '**fails**'}: {c['claim']}: {c['numbers']}" for c in results["claims"]]
+    return "\n".join(lines) + "\n"
+
+
+def _table_row(results: Row, setting: str, arm: str) -> str:
+    rows = _of(results, setting, arm)
+    rate = f" at {results['sign_rate'][setting]}" if arm == "sign" else ""
+    reach = " ".join(str(row["updates_to_reach"] or "-") for row in rows)
+    acted = sum(row["decisions"].get("acted", 0) for row in rows)
+    evaluations = sum(sum(row["decisions"].values()) for row in rows)
+    share = f"{acted} of {evaluations}" if arm == "protect" and evaluations else "-"
+    return (
+        f"| {arm}{rate} | {len(rows)} | {_mean(rows, 'valid_loss'):.4f} | {_mean(rows, 'worst_neff_tail'):.2f} "
+        f"| {_mean(rows, 'max_violation_tail'):.2f} / {_mean(rows, 'max_violation_valid'):.2f} "
+        f"| {sum(row['dead_tail'] for row in rows)} | {reach} | {share} |"
+    )

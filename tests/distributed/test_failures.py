@@ -1,0 +1,91 @@
+"""What goes wrong on one rank is known to all, and never a hang; and data that is uneven or empty is counted right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_records import later_records
+from training_job import Job
+
+GOVERN: dict[str, Any] = {
+    "interval": 2,
+    "alerts": {"min_window_tokens": 1},
+    "beta": {"eta": 0.2},
+    "control": {"integral_target": 1.0, "integral_gain": 5.0, "min_pressure": 0.0, "warmup_scale_max": 0.5},
+}
+STRICT = {**GOVERN, "checkpoint": {"strict_save": True}}
+
+
+def block(root: Path, step: int) -> str:
+    """An output directory in which the state of `step` cannot be written."""
+    target = root / f"checkpoint-{step}" / "chronomoe.safetensors"
+    target.mkdir(parents=True)
+    (target / "in the way").touch()
+    return str(root)
+
+
+def test_failures_reach_every_rank(tmp_path: Path, launch: Callable[..., Any]) -> None:
+    save = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    jobs = [
+        Job(output_dir=block(tmp_path / "early", 3), config=STRICT, arguments=save),
+        Job(output_dir=block(tmp_path / "last", 6), config=STRICT, arguments=save),
+        Job(output_dir=str(tmp_path / "drift"), config=GOVERN, fault=("corrupt beta", 3)),
+        Job(output_dir=str(tmp_path / "leader"), config=GOVERN, fault=("corrupt scale", 3), arguments={"max_steps": 4}),
+    ]
+    early, last, drift, leader = launch(jobs).results
+    for rank in (*early, *last):
+        assert rank["error"] == "StateWriteError"
+        assert "strict_save" in rank["message"]
+    assert "checkpoint-3" in early[0]["message"]
+    assert {record["step"] for record in later_records(tmp_path / "early")["snapshots"]} == {2}, "raised at step 4"
+    assert {record["step"] for record in later_records(tmp_path / "last")["snapshots"]} == {2, 4, 6}
+    for rank in drift:
+        assert rank["error"] == "ChronoError"
+        assert "chronomoe state differs between ranks (checksum spread" in rank["message"]
+    assert {record["step"] for record in later_records(tmp_path / "drift")["snapshots"]} == {2}, "raised at step 4"
+    # Rank 1 would have halved its lens scale; rank 0's numbers are in force on both.
+    assert leader[1]["meta"]["controller"] != leader[0]["meta"]["controller"]
+    assert leader[1]["decisions"][0]["scale"] < leader[0]["decisions"][0]["scale"]
+    for name, value in leader[0]["tensors"].items():
+        assert torch.equal(value, leader[1]["tensors"][name]), name
+    assert float(leader[1]["tensors"]["lens.0.scale"]) == leader[0]["decisions"][0]["scale"]
+
+
+ODD: dict[str, Any] = {
+    # 13 rows: batches that do not divide over the ranks, filled up by repetition, and a short last one.
+    "uneven": {"examples": 13, "arguments": {"max_steps": 6}},
+    # Row by row in order: rank 1 gets nothing but padding, in every layer and step.
+    "blank": {
+        "blank": True,
+        "arguments": {"max_steps": 4, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"},
+    },
+}
+
+
+@pytest.mark.parametrize("engine", ["plain", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_uneven_and_empty_micro_batches(engine: str, tmp_path: Path, launch: Callable[..., Any]) -> None:
+    config = {**GOVERN, "interval": 1}
+    jobs = [Job(output_dir=str(tmp_path / name), engine=engine, config=config, **ODD[name]) for name in ODD]
+    uneven, blank = results = launch(jobs).results
+    sizes = [{len(batch["input_ids"]) for step in rank["fed"] for batch in step} for rank in uneven]
+    assert sizes == [{1, 2}, {1, 2}] or sizes == [{2}, {2}], sizes
+    assert not any(batch["attention_mask"].any() for step in blank[1]["fed"] for batch in step)
+    for job, ranks in zip(jobs, results, strict=True):
+        records = later_records(job.output_dir)["routing_events"]
+        steps = sorted({record["step"] for record in records})
+        for step in steps:
+            real = sum(int(batch["attention_mask"].sum()) for rank in ranks for batch in rank["fed"][step])
+            for record in records:
+                if record["step"] == step:
+                    assert record["tokens"] == real > 0
+                    assert sum(record["counts"]) == 2 * real
+                    assert record["nonfinite_tokens"] == 0
+        assert steps == list(range(1, job.arguments["max_steps"] + 1))
+        assert ranks[0]["meta"] == ranks[1]["meta"]
+        for name, value in ranks[0]["tensors"].items():
+            assert torch.equal(value, ranks[1]["tensors"][name]), name
+            assert torch.isfinite(value.double()).all(), name

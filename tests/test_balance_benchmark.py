@@ -1,0 +1,145 @@
+"""The balance benchmark: its measures against their definitions, its claims on made-up runs, and a quick real run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def table() -> ModuleType:
+    return load("_balance_table")
+
+
+@pytest.fixture(scope="module")
+def balance(table: ModuleType) -> ModuleType:
+    pytest.importorskip("tokenizers")
+    return load("balance")
+
+
+def naive_neff_fraction(counts: list[int]) -> float:
+    shares = [count / sum(counts) for count in counts]
+    return math.exp(-sum(share * math.log(share) for share in shares if share > 0)) / len(counts)
+
+
+def test_neff_fraction_is_the_definition(balance: ModuleType) -> None:
+    count = torch.randint(0, 50, (5, 3, 8), generator=torch.Generator().manual_seed(0))
+    count[0, 0, :4] = 0
+    got = balance.neff_fraction(count)
+    for step in range(5):
+        for layer in range(3):
+            assert float(got[step, layer]) == pytest.approx(naive_neff_fraction(count[step, layer].tolist()), abs=1e-12)
+
+
+def test_updates_to_reach_waits_for_the_worst_layer_and_ignores_a_spike(balance: ModuleType) -> None:
+    neff = torch.full((40, 2), 0.95)
+    neff[:20, 1] = 0.5
+    neff[3, 1] = 1.0  # one good step is not balance
+    # The first ten steps that average 0.9: at most one of them may be 0.5.
+    assert balance.updates_to_reach(neff) == 20
+    assert balance.updates_to_reach(torch.full((40, 2), 0.89)) is None
+    assert balance.updates_to_reach(torch.full((40, 2), 0.91)) == 1
+
+
+def test_every_arm_has_its_rule(balance: ModuleType) -> None:
+    assert balance.arm_config("sign", 0.01).beta.rule == "sign"
+    assert balance.arm_config("sign", 0.01).beta.rate == 0.01
+    assert balance.arm_config("sign@0.1", 0.01).beta.rate == 0.1
+    assert balance.arm_config("balance", 0.01).beta.rule == "proportional"
+    assert balance.arm_config("none", 0.01).beta.law == balance.arm_config("aux", 0.01).beta.law == "none"
+    coherence = balance.arm_config("coherence", 0.01)
+    assert coherence.beta.law == "coherence"
+    assert not (coherence.lens.enabled or coherence.veto.enabled or coherence.control.enabled)
+
+
+def row(arm: str, **changes: Any) -> dict[str, Any]:
+    base = {
+        "setting": "e8",
+        "arm": arm,
+        "seed": 0,
+        "valid_loss": 3.0,
+        "worst_neff_tail": 0.7,
+        "worst_neff_window": 0.7,
+        "updates_to_reach": 10,
+        "max_violation_tail": 0.5,
+        "max_violation_valid": 0.5,
+        "dead_tail": 0,
+        "floor_misses": [],
+        "decisions": {},
+        "alerts": [],
+        "first_action": None,
+        "loss_bits": ["0x1p+0", "0x1p+1"],
+    }
+    return {**base, **changes}
+
+
+def verdicts(table: ModuleType, setting: str, *rows: dict[str, Any]) -> list[bool]:
+    runs = [{**each, "setting": setting} for each in rows]
+    results = {"settings": {setting: {}}, "runs": runs, "sign_rate": {setting: 0.1}}
+    return [claim["holds"] for claim in table.claims(results)]
+
+
+def test_half_the_updates_is_judged_seed_by_seed(table: ModuleType) -> None:
+    for ours, theirs, holds in ((5, 10, True), (6, 10, False), (5, None, True), (None, 10, False)):
+        rows = [row("balance", updates_to_reach=ours), row("sign", updates_to_reach=theirs)]
+        assert verdicts(table, "e8", *rows) == [holds, True], (ours, theirs)
+    rows = [row("balance", max_violation_tail=0.6, updates_to_reach=5), row("sign")]
+    assert verdicts(table, "e8", *rows) == [True, False]
+
+
+def test_a_layer_below_the_floor_must_be_explained(table: ModuleType) -> None:
+    none = row("none")
+    for misses, holds in (([], True), ([{"layer": 1, "abstained": 0}], False), ([{"layer": 1, "abstained": 3}], True)):
+        assert verdicts(table, "e8", none, row("protect", floor_misses=misses))[1] is holds
+    assert verdicts(table, "e8", none, row("protect", dead_tail=1))[0] is False
+    assert verdicts(table, "e8", none, row("protect", valid_loss=3.1))[2] is False
+
+
+def test_a_healthy_run_is_compared_bit_by_bit_until_the_first_action(table: ModuleType) -> None:
+    none = row("none", loss_bits=["a", "b", "c"])
+    quiet = {"no_pressure": 4}
+    later = row("protect", decisions=quiet, first_action=2, loss_bits=["a", "b", "x"])
+    early = row("protect", decisions=quiet, first_action=2, loss_bits=["a", "x", "c"])
+    assert verdicts(table, "healthy", none, later) == [True, True, True]
+    assert verdicts(table, "healthy", none, early) == [True, True, False]
+    acted = row("protect", decisions={"no_pressure": 3, "acted": 1}, alerts=["DRIFT"], loss_bits=["a", "b", "c"])
+    assert verdicts(table, "healthy", none, acted) == [False, False, True]
+
+
+@pytest.mark.slow
+def test_quick_run_shows_that_balance_beats_none(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "balance.py"), "--quick", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "balance.json").read_text())
+    assert {"versions", "machine", "seeds", "settings", "configs", "sweep", "runs", "claims"} <= set(results)
+    runs = {run["arm"]: run for run in results["runs"]}
+    assert set(runs) == {"none", "balance"}
+    steps, interval = results["settings"]["quick"]["steps"], results["settings"]["quick"]["interval"]
+    for run in runs.values():
+        assert len(run["neff_windows"]) == steps // interval
+        assert all(0.0 < value <= 1.0 for window in run["neff_windows"] for value in window)
+    assert runs["balance"]["worst_neff_tail"] > max(0.9, runs["none"]["worst_neff_tail"])
+    assert all(claim["holds"] for claim in results["claims"])
+    text = (tmp_path / "balance.md").read_text()
+    assert "| balance |" in text and results["versions"]["torch"] in text
