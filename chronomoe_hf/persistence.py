@@ -18,6 +18,7 @@ from chronomoe_hf.checkpoint import has_state, read_state, write_state
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateError, StateMissingError
 from chronomoe_hf.fingerprint import check_layers, fingerprint
+from chronomoe_hf.fold import WARN_ABOVE
 
 if TYPE_CHECKING:  # system imports this room
     from chronomoe_hf.system import ChronoSystem
@@ -142,6 +143,7 @@ def save(system: ChronoSystem, directory: str | Path) -> bool:
         return True
     tensors, meta = pack(system)
     meta["fingerprint"] = live_fingerprint(system)
+    meta["topk_disagreement"] = _report_disagreement(system)
     strict = system.config.checkpoint.strict_save
     # Raising on one rank only would leave the others waiting in their next collective: with several ranks the
     # failure travels with the next step's reduction and is raised by all of them there.
@@ -149,6 +151,21 @@ def save(system: ChronoSystem, directory: str | Path) -> bool:
     if strict and not written:
         system.failed_save = str(directory)
     return written
+
+
+def _report_disagreement(system: ChronoSystem) -> list[float | None]:
+    """Per layer, the share of tokens that a plain reload of this checkpoint would route otherwise; warns above 1 %."""
+    shares = system.bank.topk_disagreement()
+    known = [(share, layer.name) for share, layer in zip(shares, system.layers, strict=True) if share is not None]
+    if known and max(known)[0] > WARN_ABOVE:
+        worst, name = max(known)
+        logger.warning(
+            "outside chronomoe_hf this checkpoint routes %.1f %% of the tokens of %s to other experts than now; "
+            "keep chronomoe.json beside it, or unwrap(model, fold=True) before the final save",
+            100.0 * worst,
+            name,
+        )
+    return shares
 
 
 def load(system: ChronoSystem, directory: str | Path) -> dict[str, Any] | None:

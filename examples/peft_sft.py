@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 import chronomoe_hf
 
 PRESETS = ("observe", "protect", "balance")
+SIZE = dataclasses.replace(SIZES["e8k2"], layers=2, length=64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,12 +48,12 @@ class Options:
 
     preset: str = "protect"
     steps: int = 60
-    pretrain_steps: int = 200
+    pretrain_steps: int = 150
     rank: int = 8
     interval: int = 10
     seed: int = 0
     output_dir: Path | None = None
-    size: ModelSize = dataclasses.replace(SIZES["e8k2"], layers=2, length=64)
+    size: ModelSize = SIZE
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Options:

@@ -102,7 +102,7 @@ def training_arguments(job: Job) -> TrainingArguments:
         arguments["fsdp"] = True
         arguments["fsdp_config"] = {"transformer_layer_cls_to_wrap": [_DECODER_LAYER[job.family]]}
     if job.engine.startswith("zero"):
-        arguments |= {"use_cpu": False, "deepspeed": _deepspeed(int(job.engine[-1]))}
+        arguments |= {"use_cpu": False, "deepspeed": deepspeed_config(int(job.engine[-1]))}
     merged = {**arguments, **job.arguments}
     if "fsdp_config" in job.arguments:
         merged["fsdp_config"] = {**arguments["fsdp_config"], **job.arguments["fsdp_config"]}
@@ -112,7 +112,8 @@ def training_arguments(job: Job) -> TrainingArguments:
 _DECODER_LAYER = {"mixtral": "MixtralDecoderLayer", "qwen3_moe": "Qwen3MoeDecoderLayer"}
 
 
-def _deepspeed(stage: int) -> dict[str, Any]:
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    """ZeRO `stage` with everything else left to Trainer."""
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import training_job
 from run_records import assert_same, later_records, without_free
 from training_job import Job
 from transformers import MixtralForCausalLM
@@ -102,7 +103,7 @@ def test_killed_and_resumed(engine: str, family: str, tmp_path: Path, launch: Ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [("ddp", 1), ("plain", 2), ("fsdp-FULL_STATE_DICT", 1)])
+@pytest.mark.parametrize(("before", "after"), [("ddp", 1), ("plain", 2)])
 def test_another_number_of_processes(before: str, after: int, tmp_path: Path, launch: Callable[..., Any]) -> None:
     """The same micro-batches in a step, spread over other ranks: state and counts exact, phi up to float32 sums."""
     processes = 3 - after
@@ -125,8 +126,31 @@ def test_another_number_of_processes(before: str, after: int, tmp_path: Path, la
             assert torch.equal(rank["tensors"][name], expected[0]["tensors"][name]), name
         for name in ("ema_CLE", "beta_LE", "std_L", "js_L"):
             assert torch.allclose(rank["tensors"][name], expected[0]["tensors"][name], atol=1e-5, rtol=0), name
-    theirs, ours = ([r["counts"] for r in later_records(job.output_dir, SAVED)["routing_events"]] for job in (whole, parted))
-    assert len(theirs) > 4 and ours == theirs
+    theirs, ours = (training_counts(job.output_dir) for job in (whole, parted))
+    assert len(theirs) == 4 and ours == theirs
+
+
+def training_counts(output_dir: str) -> list[list[int]]:
+    """Counts of the windows after the checkpoint. Evaluation is left out: Trainer fills the last evaluation batch of
+    several ranks up with rows that it has had before, and the forward cannot know that."""
+    events = later_records(output_dir, SAVED)["routing_events"]
+    return [event["counts"] for event in events if event["mode"] == "TRAIN"]
+
+
+@pytest.mark.slow
+def test_a_zero3_checkpoint_resumed_without_deepspeed(tmp_path: Path, launch: Callable[..., Any]) -> None:
+    """Its fingerprint could not be taken, and Trainer loses its experts like those of any other checkpoint."""
+    first = job_for("zero3", tmp_path, "run")
+    first.arguments = {**first.arguments, "max_steps": SAVED}
+    gather = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    first.arguments["deepspeed"] = {**training_job.deepspeed_config(3), "zero_optimization": gather}
+    ended = launch([first]).results[0][0]
+    plain = dataclasses.replace(first, engine="plain", arguments={**ARGUMENTS, "eval_strategy": "no"}, resume=True)
+    (found,) = launch([plain], processes=1).results[0]
+    tensors, meta = read_state(Path(first.output_dir) / f"checkpoint-{SAVED}")
+    assert set(meta["fingerprint"].values()) == {"sharded"}
+    assert_same(found["begin"]["tensors"], tensors)
+    assert_same(found["begin"]["weights"], ended["weights"])
 
 
 BEST = {
