@@ -20,14 +20,15 @@ def _claim(text: str, holds: bool, numbers: str) -> Row:
     return {"claim": text, "holds": holds, "numbers": numbers}
 
 
-def claims(results: Row) -> list[Row]:
+def claims(results: Row, settings: list[str]) -> list[Row]:
     """Every claim that the runs at hand can decide: text, whether it holds, and the numbers.
 
     Args:
         results: what ``balance.run_matrix`` collects.
+        settings: the settings to judge.
     """
     out: list[Row] = []
-    for setting in results["settings"]:
+    for setting in settings:
         none, aux = _of(results, setting, "none"), _of(results, setting, "aux")
         balance, sign = _of(results, setting, "balance"), _of(results, setting, "sign")
         protect = _of(results, setting, "protect")

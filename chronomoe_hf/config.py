@@ -262,8 +262,8 @@ class ControlConfig(_Part):
     forget_gain: float = 0.10
     min_pressure: float = 0.01
     gate: Literal["integral", "pressure"] = "integral"
-    integral_target: float = 0.65
-    integral_min_share: float = 0.03
+    integral_target: float = 0.7
+    integral_min_share: float = 0.05
     integral_gain: float = 2.0
     integral_leak: float = 0.99
     c1: float = 1.0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from chronomoe_hf.errors import ChronoError
 
@@ -35,6 +36,15 @@ def all_reduce_sum_(flat: Tensor) -> Tensor:
     if active():
         dist.all_reduce(flat, op=dist.ReduceOp.SUM)
     return flat
+
+
+def batch_copies(model: nn.Module) -> int:
+    """How many ranks see the same batch: the size of a tensor-parallel group that Transformers set up, else 1.
+
+    A sum over all ranks counts every token that many times.
+    """
+    size = model.tp_size if isinstance(model, PreTrainedModel) else None
+    return size if active() and size is not None else 1
 
 
 def broadcast_(flat: Tensor) -> Tensor:
@@ -79,7 +89,7 @@ def is_sharded(weight: Tensor) -> bool:
 def full_weight(weight: Tensor) -> Tensor:
     """The whole of a router weight, fp32, detached. Collective when the weight is sharded (DTensor, ZeRO-3)."""
     if isinstance(weight, DTensor):
-        return weight.detach().full_tensor().float()
+        return weight.full_tensor().detach().float()
     if hasattr(weight, "ds_id"):
         import deepspeed
 

@@ -206,13 +206,28 @@ def chrono_experts_class(reader: str, original_class: type[nn.Module]) -> type[n
         original_class: class of the experts module.
     """
     mixin = _MIXINS.get(reader)
-    if mixin is None or issubclass(original_class, mixin):
-        return None if mixin is None else original_class
+    if mixin is None:
+        return None
+    if issubclass(original_class, mixin):
+        return original_class  # a part of a model that is wrapped already
     if original_class not in _CLASSES:
         name = f"Chrono{original_class.__name__}"
         space = {"__module__": __name__, "__qualname__": name}
         _CLASSES[original_class] = type(name, (mixin, original_class), space)
     return _CLASSES[original_class]
+
+
+def reading_mode(experts: nn.Module, reader: str, top_k: int) -> str:
+    """How outputs are read in this module: ``"rows"``, ``"replay"`` or ``"division"``, see the top of this file."""
+    if reader == "switch":
+        return "division"
+    if reader != "interface":
+        return "replay"
+    if top_k == 1:
+        return "division"
+    config: Any = experts.config
+    tapped = config._experts_implementation in _TAPPED and hasattr(experts, "has_post_expert_norm")
+    return "rows" if tapped else "replay"
 
 
 def __getattr__(name: str) -> type[nn.Module]:

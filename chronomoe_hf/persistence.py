@@ -121,7 +121,8 @@ def _warn_of_other_settings(live: ChronoConfig, saved: Any) -> None:
 
 def live_fingerprint(system: ChronoSystem) -> dict[str, str]:
     """Fingerprint of every router parameter and of a slice of every expert tensor; see ``fingerprint``."""
-    whole, sampled = [], []
+    whole: list[tuple[str, Tensor]] = []
+    sampled: list[tuple[str, Tensor]] = []
     for layer in system.layers:
         for name, value in layer.router.named_parameters():
             whole.append((f"{layer.name}.{name}", value))

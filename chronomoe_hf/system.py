@@ -221,7 +221,7 @@ class ChronoSystem:
                 _zero(sums)
 
     def begin(self) -> None:
-        """Start of a training run: leftovers of earlier forwards and of an unfinished window are dropped. Collective."""
+        """Start of a training run: leftovers of earlier forwards and of an open window are dropped. Collective."""
         self.run_id = str(distributed.broadcast_object(self.run_id))  # every process has drawn its own
         self.controller.initialize(run_id=self.run_id)
         self.discard()
@@ -249,7 +249,7 @@ class ChronoSystem:
         wide = [s.input_D for s in sums if s.input_D is not None] if with_inputs else []
         if wide:
             flat = torch.cat([flat, *(w.to(device).double() for w in wide)])
-        flat = distributed.all_reduce_sum_(flat)
+        flat = distributed.all_reduce_sum_(flat).div_(distributed.batch_copies(self.model))
         for s in sums:
             _zero(s)
         start = row_LR.numel()

@@ -149,7 +149,7 @@ def train(
             at.step += 1
             snapshot = system.step(at.step)  # once per optimizer step, on every process
             if snapshot is not None and accelerator.is_main_process:
-                print(f"step {at.step}: loss {float(loss):.3f} {json.dumps(snapshot.scalars())}", flush=True)
+                print(f"step {at.step}: loss {loss.item():.3f} {json.dumps(snapshot.scalars())}", flush=True)
             if at.step % options.save_every == 0:
                 save(accelerator, options.output_dir / f"{CHECKPOINT}{at.step}")
             if at.step >= options.steps:

@@ -30,6 +30,7 @@ from chronomoe_hf.patches.registry import (
     find,
     match,
     refusal,
+    refused_classes,
     register,
     register_refusal,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "match",
     "probe",
     "refusal",
+    "refused_classes",
     "register",
     "register_refusal",
 ]

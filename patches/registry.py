@@ -227,6 +227,11 @@ def refusal(module: nn.Module) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
+def refused_classes() -> tuple[tuple[str, str, str], ...]:
+    """Return ``(module, class, reason)`` of every block that routes without a router module."""
+    return tuple((module, class_name, reason) for (module, class_name), reason in _REFUSED.items())
+
+
 def all_adapters() -> tuple[Adapter, ...]:
     """Return every registered adapter, in order of registration."""
     return tuple(_ADAPTERS.values())

@@ -32,9 +32,9 @@ def table() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def balance(table: ModuleType) -> ModuleType:
+def job() -> ModuleType:
     pytest.importorskip("tokenizers")
-    return load("balance")
+    return load("_balance_job")
 
 
 def naive_neff_fraction(counts: list[int]) -> float:
@@ -42,32 +42,32 @@ def naive_neff_fraction(counts: list[int]) -> float:
     return math.exp(-sum(share * math.log(share) for share in shares if share > 0)) / len(counts)
 
 
-def test_neff_fraction_is_the_definition(balance: ModuleType) -> None:
+def test_neff_fraction_is_the_definition(job: ModuleType) -> None:
     count = torch.randint(0, 50, (5, 3, 8), generator=torch.Generator().manual_seed(0))
     count[0, 0, :4] = 0
-    got = balance.neff_fraction(count)
+    got = job.neff_fraction(count)
     for step in range(5):
         for layer in range(3):
             assert float(got[step, layer]) == pytest.approx(naive_neff_fraction(count[step, layer].tolist()), abs=1e-12)
 
 
-def test_updates_to_reach_waits_for_the_worst_layer_and_ignores_a_spike(balance: ModuleType) -> None:
+def test_updates_to_reach_waits_for_the_worst_layer_and_ignores_a_spike(job: ModuleType) -> None:
     neff = torch.full((40, 2), 0.95)
     neff[:20, 1] = 0.5
     neff[3, 1] = 1.0  # one good step is not balance
     # The first ten steps that average 0.9: at most one of them may be 0.5.
-    assert balance.updates_to_reach(neff) == 20
-    assert balance.updates_to_reach(torch.full((40, 2), 0.89)) is None
-    assert balance.updates_to_reach(torch.full((40, 2), 0.91)) == 1
+    assert job.updates_to_reach(neff) == 20
+    assert job.updates_to_reach(torch.full((40, 2), 0.89)) is None
+    assert job.updates_to_reach(torch.full((40, 2), 0.91)) == 1
 
 
-def test_every_arm_has_its_rule(balance: ModuleType) -> None:
-    assert balance.arm_config("sign", 0.01).beta.rule == "sign"
-    assert balance.arm_config("sign", 0.01).beta.rate == 0.01
-    assert balance.arm_config("sign@0.1", 0.01).beta.rate == 0.1
-    assert balance.arm_config("balance", 0.01).beta.rule == "proportional"
-    assert balance.arm_config("none", 0.01).beta.law == balance.arm_config("aux", 0.01).beta.law == "none"
-    coherence = balance.arm_config("coherence", 0.01)
+def test_every_arm_has_its_rule(job: ModuleType) -> None:
+    assert job.arm_config("sign", 0.01).beta.rule == "sign"
+    assert job.arm_config("sign", 0.01).beta.rate == 0.01
+    assert job.arm_config("sign@0.1", 0.01).beta.rate == 0.1
+    assert job.arm_config("balance", 0.01).beta.rule == "proportional"
+    assert job.arm_config("none", 0.01).beta.law == job.arm_config("aux", 0.01).beta.law == "none"
+    coherence = job.arm_config("coherence", 0.01)
     assert coherence.beta.law == "coherence"
     assert not (coherence.lens.enabled or coherence.veto.enabled or coherence.control.enabled)
 
@@ -96,7 +96,7 @@ def row(arm: str, **changes: Any) -> dict[str, Any]:
 def verdicts(table: ModuleType, setting: str, *rows: dict[str, Any]) -> list[bool]:
     runs = [{**each, "setting": setting} for each in rows]
     results = {"settings": {setting: {}}, "runs": runs, "sign_rate": {setting: 0.1}}
-    return [claim["holds"] for claim in table.claims(results)]
+    return [claim["holds"] for claim in table.claims(results, [setting])]
 
 
 def test_half_the_updates_is_judged_seed_by_seed(table: ModuleType) -> None:

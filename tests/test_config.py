@@ -112,7 +112,7 @@ def test_defaults_are_the_specified_numbers() -> None:
         "control.scale_max": 4.0,
         "control.warmup_scale_max": 0.02,
         "control.warmup_steps": 0,
-        "control.integral_target": 0.65,
+        "control.integral_target": 0.7,
         "control.harm_threshold": 0.15,
         "control.harm_factor": 0.5,
         "control.harm_floor": 0.1,

@@ -1,4 +1,4 @@
-"""Every family of Transformers in a whole model: observing is exact, counts and phi are right, beta acts, unwrap undoes.
+"""Every family of Transformers in a whole model: observing is exact, counts and phi are right, beta acts.
 
 `moe_zoo` builds the tiny models; the routers alone are tested in `tests/patches`.
 """

@@ -22,6 +22,7 @@ ROOMS = (
     "patches",
     "expert_outputs",
     "discovery",
+    "support",
     "telemetry",
     "readout",
     "controller",

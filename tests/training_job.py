@@ -37,6 +37,7 @@ class Job:
         examples: rows of the data set.
         seed: of the model's weights.
         model: overrides of the tiny model's configuration; ``dtype`` by name.
+        pretrained: directory to load the weights from, instead of making them from `seed`.
         resume: checkpoint to resume from, or True.
         fault: ``[name, step]``, one of FAULTS.
         blank: every second row is nothing but padding.
@@ -53,6 +54,7 @@ class Job:
     examples: int = 64
     seed: int = 0
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pretrained: str | None = None
     resume: str | bool | None = None
     fault: tuple[str, int] | None = None
     blank: bool = False
@@ -215,6 +217,8 @@ def make_trainer(job: Job, kind: type[Tracing] = Tracing, data: Any = None) -> T
     arguments = training_arguments(job)
     overrides = {**job.model, "dtype": getattr(torch, job.model.get("dtype", "float32"))}
     model = tiny_model(job.family, seed=job.seed, **overrides)
+    if job.pretrained is not None:
+        model = type(model).from_pretrained(job.pretrained)
     data = rows(job.examples) if data is None else data
     if job.blank:
         for row in data[1::2]:
@@ -229,6 +233,7 @@ def make_trainer(job: Job, kind: type[Tracing] = Tracing, data: Any = None) -> T
 def run(job: Job) -> dict[str, Any]:
     """Train, and hand back what this process saw and ended with."""
     trainer = make_trainer(job)
+    sharded_at_wrap = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
     tracer = Tracer(trainer, job.trace)
     trainer.add_callback(tracer)
     if job.fault is not None:
@@ -239,6 +244,7 @@ def run(job: Job) -> dict[str, Any]:
     system = chronomoe_hf.system_of(trainer.model)
     state = system.state_dict()
     return {
+        "sharded_at_wrap": sharded_at_wrap,
         "distributed_type": str(trainer.accelerator.distributed_type),
         "weights": whole_weights(trainer.model),
         "tensors": state["tensors"],

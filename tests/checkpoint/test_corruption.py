@@ -6,7 +6,7 @@ import json
 import pickle
 import random
 import shutil
-import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +148,8 @@ SHA = "0" * 64
 )
 def test_hostile_manifests(saved, change, message) -> None:
     forge(saved, **change)
-    begin = time.perf_counter()
     with pytest.raises(StateCorruptError, match=message):
         read_state(saved)
-    assert time.perf_counter() - begin < 0.5
 
 
 def seal(body: bytes) -> bytes:
@@ -199,10 +197,12 @@ def test_a_huge_sparse_file_is_refused_by_its_size(saved) -> None:
                     file.truncate(size)
             except OSError:
                 pytest.skip("the file system has no sparse files of this size")
-            begin = time.perf_counter()
+            tracemalloc.start()
             with pytest.raises(StateCorruptError, match=rf"{name} has {size} bytes"):
                 read_state(saved)
-            assert time.perf_counter() - begin < 0.5
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 2**20, "it must be refused before anything of its size is allocated"
             (saved / name).write_bytes(original)
 
 
@@ -245,10 +245,8 @@ def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[
 )
 def test_hostile_tensor_files(saved, payload, message) -> None:
     forge(saved, payload)
-    begin = time.perf_counter()
     with pytest.raises(StateCorruptError, match=message):
         read_state(saved)
-    assert time.perf_counter() - begin < 1.0
 
 
 def test_a_consistent_forgery_is_only_data(saved) -> None:

@@ -64,6 +64,7 @@ def test_a_healthy_run_abstains_every_time(gate, counts):
 
 # The original gate's cap, warm-up and harm threshold; round numbers for sums by hand.
 HAND = {
+    "integral_target": 0.65,
     "integral_gain": 0.5,
     "integral_leak": 0.98,
     "scale_max": 0.5,
@@ -177,7 +178,7 @@ def test_a_lens_that_helps_is_left_alone():
 
 
 def test_the_guard_sees_concentration_at_k_8_that_the_plain_share_hides():
-    controller, lens = controller_of(64)
+    controller, lens = controller_of(64, ControlConfig(**HAND))
     base = [800, 800] + [100] * 6 + [10] * 56
     worse = [900, 900] + [100] * 6 + [10] * 56
     before, after = (snapshot_of([counts], 200, top_k=8).layers[0] for counts in (base, worse))

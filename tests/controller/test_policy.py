@@ -11,6 +11,7 @@ from chronomoe_hf.controller import policy
 
 # Round numbers for sums by hand; the defaults are measured ones.
 HAND = {
+    "integral_target": 0.65,
     "integral_gain": 0.5,
     "integral_leak": 0.98,
     "scale_max": 0.5,

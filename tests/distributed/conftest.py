@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +38,37 @@ class Launch:
     results: list[list[dict[str, Any]]]
 
 
-def start(script: Path, arguments: list[str], processes: int, environment: dict[str, str] | None = None) -> Any:
-    """Run `script` in `processes` processes to its end; returns (returncode, output)."""
+def open_processes(
+    script: Path, arguments: list[str], processes: int, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """`script` in `processes` processes, in a session of its own: killing its group ends them and nothing else."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    paths = [str(TESTS), str(TESTS.parent / "examples"), os.environ.get("PYTHONPATH", "")]
-    process = subprocess.Popen(
+    paths = [str(HERE), str(TESTS), str(TESTS.parent / "examples"), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
         [*command, str(script), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        | (environment or {}),
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            **(environment or {}),
+        },
     )
+
+
+def start(
+    script: Path, arguments: list[str], processes: int, environment: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """Run `script` to its end; returns the exit status and everything that was printed."""
+    process = open_processes(script, arguments, processes, environment)
     try:
         output, _ = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        # Its own session: this ends the launcher and its workers and nothing else.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
@@ -89,6 +101,22 @@ def launch(tmp_path: Path) -> Callable[..., Launch]:
 
 
 @pytest.fixture
-def start_script() -> Callable[..., Any]:
+def start_script() -> Callable[..., tuple[int, str]]:
     """``start_script(path, arguments, processes)`` -> (returncode, output)."""
     return start
+
+
+@pytest.fixture
+def open_script() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """``open_script(path, arguments, processes)`` -> the running launcher; whatever is left is killed after the test."""
+    opened: list[subprocess.Popen[str]] = []
+
+    def open_one(*arguments: Any) -> subprocess.Popen[str]:
+        opened.append(open_processes(*arguments))
+        return opened[-1]
+
+    yield open_one
+    for process in opened:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

@@ -37,7 +37,10 @@ ARGUMENTS = {
 
 def job_for(engine: str, root: Path, name: str, family: str = "mixtral") -> Job:
     arguments: dict[str, Any] = dict(ARGUMENTS)
+    engine, _, precision = engine.partition("+")
     kind, _, state_dict_type = engine.partition("-")
+    if precision:
+        arguments[precision] = True
     if kind == "fsdp":
         del arguments["activation_checkpointing"]
         arguments["fsdp_config"] = {"state_dict_type": state_dict_type, "activation_checkpointing": True}
@@ -71,6 +74,8 @@ MATRIX = [
         for engine in ("plain", "fsdp-FULL_STATE_DICT", "fsdp-SHARDED_STATE_DICT")
         for family in ("mixtral", "qwen3_moe")
     ),
+    pytest.param("ddp+bf16", "mixtral", marks=pytest.mark.slow, id="ddp-bf16"),
+    pytest.param("fsdp-FULL_STATE_DICT+bf16", "mixtral", marks=pytest.mark.slow, id="fsdp-bf16"),
     pytest.param("zero2", "mixtral", marks=pytest.mark.slow, id="zero2-mixtral"),
     pytest.param("zero3", "mixtral", marks=pytest.mark.slow, id="zero3-mixtral"),
 ]

@@ -1,0 +1,301 @@
+"""One run of the balance benchmark: settings, arms, training loop, and the measures of what it left behind.
+
+Legend: S steps, L layers, E experts, N blocks of text, T tokens, W windows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from _text_job import ModelSize, Training, load_domain, pretrain_base
+
+import chronomoe_hf
+from chronomoe_hf import ChronoConfig, ChronoSystem
+from chronomoe_hf.config import ControlConfig, LensConfig, VetoConfig
+
+SMOOTH = 10  # steps over which "balanced" must hold on average
+TAIL = 50  # last steps that describe where a run ended
+TARGET, FLOOR = 0.9, 0.6  # fractions of E
+SIGN_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One stress (or its absence).
+
+    Args:
+        name: key in the results.
+        size: shape of the model; `size.top_k` is the k of pretraining.
+        top_k: k of fine-tuning.
+        domain: text of fine-tuning; pretraining reads prose.
+        steps: optimizer steps of fine-tuning.
+        pretrain_steps: optimizer steps of pretraining.
+        batch: blocks of `size.length` tokens a step.
+        learning_rate: of fine-tuning, constant after the warm-up.
+        interval: optimizer steps between control updates.
+        settle: steps of a per-layer balance loss before fine-tuning, in every arm: makes a balanced base.
+    """
+
+    name: str
+    size: ModelSize
+    top_k: int
+    domain: str = "code"
+    steps: int = 160
+    pretrain_steps: int = 400
+    batch: int = 16
+    learning_rate: float = 1e-3
+    interval: int = 10
+    settle: int = 0
+
+
+_SMALL = ModelSize(layers=3, hidden=64, intermediate=64, heads=4, experts=8, top_k=2, vocab=1024, length=128)
+_WIDE = dataclasses.replace(_SMALL, intermediate=32, experts=32, top_k=4)
+_TINY = dataclasses.replace(_SMALL, layers=2, hidden=32, intermediate=32, vocab=512, length=64)
+SETTINGS = {
+    "e8": Setting(name="e8", size=_SMALL, top_k=1),
+    "e8-long": Setting(name="e8-long", size=_SMALL, top_k=1, steps=400),
+    "e32": Setting(name="e32", size=_WIDE, top_k=4),
+    "healthy": Setting(name="healthy", size=_SMALL, top_k=2, domain="prose", steps=100, settle=100),
+    "quick": Setting(name="quick", size=_TINY, top_k=1, steps=60, pretrain_steps=60, batch=8),
+}
+ARMS = ("none", "aux", "sign", "balance", "protect", "coherence")
+PLAN = {
+    "e8": ARMS,
+    "e8-long": ("none", "aux", "balance", "protect"),
+    "e32": ARMS,
+    "healthy": ("none", "protect"),
+    "quick": ("none", "balance"),
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- arms
+
+
+def balance_config(rule: str = "proportional", rate: float | None = None) -> ChronoConfig:
+    """The `balance` preset, with another rule or rate."""
+    default = ChronoConfig.balance().beta
+    return ChronoConfig.balance(
+        beta=dataclasses.replace(default, rule=rule, rate=default.rate if rate is None else rate)
+    )
+
+
+def arm_config(arm: str, sign_rate: float) -> ChronoConfig:
+    """The configuration of an arm by name; ``none`` and ``aux`` only observe."""
+    if arm.startswith("sign@"):
+        return balance_config("sign", float(arm.removeprefix("sign@")))
+    if arm.startswith("prop@"):
+        return balance_config(rate=float(arm.removeprefix("prop@")))
+    return {
+        "none": ChronoConfig.observe(),
+        "aux": ChronoConfig.observe(),
+        "sign": balance_config("sign", sign_rate),
+        "balance": ChronoConfig.balance(),
+        "protect": ChronoConfig.protect(),
+        "coherence": ChronoConfig(
+            veto=VetoConfig(enabled=False), control=ControlConfig(enabled=False), lens=LensConfig(enabled=False)
+        ),
+    }[arm]
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+def batches(tokens_NS: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
+    """Endless shuffled batches; the same seed gives every arm the same order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order_N = torch.randperm(tokens_NS.shape[0], generator=generator)
+        for start in range(0, len(order_N) - batch + 1, batch):
+            yield tokens_NS[order_N[start : start + batch]]
+
+
+def step_counts(system: ChronoSystem) -> Tensor:
+    """Assignments per layer and expert since the last ``system.step``, int64 ``(L, E)``."""
+    return torch.stack([layer.recorder.train.ints[: layer.num_experts].clone() for layer in system.layers])
+
+
+@torch.no_grad()
+def validation_loss(model: PreTrainedModel, tokens_NS: Tensor, batch: int) -> float:
+    """Mean cross-entropy on held-out blocks, nats per token, without any auxiliary loss."""
+    model.eval()
+    losses = []
+    for start in range(0, len(tokens_NS), batch):
+        block = tokens_NS[start : start + batch]
+        loss = model(input_ids=block, labels=block, output_router_logits=False).loss
+        losses.append((float(loss), len(block)))
+    model.train()
+    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+
+
+def layer_balance_loss(logits: tuple[Tensor, ...], top_k: int) -> Tensor:
+    """Switch balance loss E sum_e f_e P_e, layer by layer (1 = balanced); Transformers' own pools all layers."""
+    losses = []
+    for logits_TE in logits:
+        num = logits_TE.shape[-1]
+        prob_TE = logits_TE.float().softmax(-1)
+        chosen_TE = torch.zeros_like(prob_TE).scatter_(-1, logits_TE.topk(top_k, dim=-1).indices, 1.0 / top_k)
+        losses.append(num * (chosen_TE.mean(0) * prob_TE.mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+def settle(model: PreTrainedModel, setting: Setting, train_NS: Tensor, seed: int) -> None:
+    """Train on under a per-layer balance loss of weight 0.1, in place."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, weight_decay=0.01)
+    stream = batches(train_NS, setting.batch, seed + 1000)
+    for _ in range(setting.settle):
+        block = next(stream)
+        out = model(input_ids=block, labels=block, output_router_logits=True)
+        # The pooled loss that the model adds by itself (weight 0.02) does no harm here.
+        (out.loss + 0.1 * layer_balance_loss(out.router_logits, setting.top_k)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@dataclasses.dataclass
+class Data:
+    """Pretrained model directory and the token blocks of the fine-tuning text."""
+
+    base: Path
+    train_NS: Tensor
+    valid_NS: Tensor
+
+
+def prepare(setting: Setting, seed: int) -> Data:
+    """Pretrain (or find) the base of a seed and cut the text."""
+    training = Training(steps=setting.pretrain_steps, batch=setting.batch, learning_rate=3e-3, seed=seed)
+    base = pretrain_base("mixtral", setting.size, training)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    text = load_domain(setting.domain, tokenizer, setting.size, "mixtral")
+    train, valid = (torch.tensor(part["input_ids"]) for part in (text.train, text.valid))
+    return Data(base, train, valid[:128])
+
+
+@dataclasses.dataclass
+class Run:
+    """What one run left behind.
+
+    Attributes:
+        count_SLE: assignments per step, layer and expert.
+        losses: training loss per step.
+        valid_loss: cross-entropy on held-out text at the end.
+        valid_violation: max violation per layer on held-out text at the end.
+        decisions: every ControlDecision.
+        alerts: every alert raised.
+        first_action: step of the first beta update or open lens, None if there was none.
+        seconds: wall time of training.
+    """
+
+    count_SLE: Tensor
+    losses: list[float]
+    valid_loss: float
+    valid_violation: list[float]
+    decisions: list[Any]
+    alerts: list[Any]
+    first_action: int | None
+    seconds: float
+
+
+def fine_tune(setting: Setting, data: Data, arm: str, seed: int, config: ChronoConfig) -> Run:
+    """Fine-tune the base under one arm: AdamW, constant rate after 20 warm-up steps."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(
+        data.base, num_experts_per_tok=setting.top_k, output_router_logits=arm == "aux", router_aux_loss_coef=0.02
+    )
+    model.train()
+    if setting.settle:
+        settle(model, setting, data.train_NS, seed)
+    model = chronomoe_hf.wrap(model, dataclasses.replace(config, interval=setting.interval))
+    system = chronomoe_hf.system_of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, weight_decay=0.01)
+    stream = batches(data.train_NS, setting.batch, seed)
+    counts, losses, decisions, alerts, first = [], [], [], [], None
+    started = time.perf_counter()
+    for step in range(1, setting.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = setting.learning_rate * min(1.0, step / 20)
+        block = next(stream)
+        loss = model(input_ids=block, labels=block).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        counts.append(step_counts(system))
+        losses.append(loss.item())
+        snapshot = system.step(step)
+        if snapshot is not None:
+            decisions.extend(system.decisions)
+            alerts.extend(alert for alert in snapshot.alerts if alert.state == "raised")
+        if first is None and system.governed:
+            first = step
+    seconds = time.perf_counter() - started
+    with system.recording_eval():
+        valid_loss = validation_loss(model, data.valid_NS, setting.batch)
+    seen = system.take_evaluation()
+    assert seen is not None
+    violation = [float(layer.max_violation or 0.0) for layer in seen.layers]
+    return Run(torch.stack(counts), losses, valid_loss, violation, decisions, alerts, first, seconds)
+
+
+# ----------------------------------------------------------------------------------------------------------- measures
+
+
+def neff_fraction(count_SLE: Tensor) -> Tensor:
+    """exp(entropy of the shares) / E, per step and layer; float64 ``(S, L)``."""
+    share_SLE = count_SLE.double() / count_SLE.sum(-1, keepdim=True)
+    entropy_SL = -(torch.special.xlogy(share_SLE, share_SLE)).sum(-1)
+    return entropy_SL.exp() / count_SLE.shape[-1]
+
+
+def updates_to_reach(neff_SL: Tensor, target: float = TARGET) -> int | None:
+    """First step from which every layer's Neff/E averages at least `target` over the next SMOOTH steps, 1-based."""
+    good_S = (neff_SL.unfold(0, SMOOTH, 1).mean(-1) >= target).all(-1)
+    found = torch.nonzero(good_S)
+    return int(found[0]) + 1 if len(found) else None
+
+
+def summarise(run: Run, interval: int) -> dict[str, Any]:
+    """The numbers of one run; every "worst" is over layers."""
+    neff_SL = neff_fraction(run.count_SLE)
+    count = run.count_SLE.double()
+    violation_SL = count.amax(-1) / count.mean(-1) - 1.0
+    windows = run.count_SLE[: len(count) // interval * interval].unflatten(0, (-1, interval)).sum(1)
+    window_neff_WL = neff_fraction(windows)
+    half = len(windows) // 2
+    loss_bits = [loss.hex() for loss in run.losses]
+    reasons: dict[str, int] = {}
+    for decision in run.decisions:
+        reasons[decision.abstain_reason or "acted"] = reasons.get(decision.abstain_reason or "acted", 0) + 1
+    return {
+        "valid_loss": run.valid_loss,
+        "neff_tail": neff_SL[-TAIL:].mean(0).tolist(),
+        "worst_neff_tail": float(neff_SL[-TAIL:].mean(0).min()),
+        "worst_neff_window": float(window_neff_WL.min()),
+        "worst_neff_window_second_half": float(window_neff_WL[half:].min()),
+        "neff_windows": [[round(value, 4) for value in row] for row in window_neff_WL.tolist()],
+        "updates_to_reach": updates_to_reach(neff_SL),
+        "max_violation_tail": float(violation_SL[-TAIL:].mean(0).max()),
+        "max_violation_valid": max(run.valid_violation),
+        "dead_windows": int((windows == 0).sum()),
+        "dead_tail": int((run.count_SLE[-TAIL:].sum(0) == 0).sum()),
+        "floor_misses": [
+            {"layer": layer, "abstained": sum(d.abstained for d in run.decisions if d.layer_id == layer)}
+            for layer, value in enumerate(neff_SL[-TAIL:].mean(0).tolist())
+            if value < FLOOR
+        ],
+        "decisions": reasons,
+        "alerts": sorted({alert.kind for alert in run.alerts}),
+        "first_action": run.first_action,
+        "loss_bits": loss_bits,
+        "seconds": round(run.seconds, 1),
+    }
