@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import types
 import warnings
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -20,9 +19,7 @@ from chronomoe_hf.errors import (
     NoMoELayersError,
     NotWrappedError,
     UnsupportedArchitectureError,
-    WrapError,
 )
-from chronomoe_hf.expert_outputs import chrono_experts_class
 from chronomoe_hf.lens import ChronoLens
 from chronomoe_hf.observe import (
     WINDOW,
@@ -34,9 +31,10 @@ from chronomoe_hf.observe import (
     forward_parameters,
     open_window,
 )
-from chronomoe_hf.patches import Adapter, chrono_class, probe
+from chronomoe_hf.patches import Adapter, probe
 from chronomoe_hf.router import LINK, RouterLink, RouterState
 from chronomoe_hf.save_hook import install_save_hook, remove_save_hook
+from chronomoe_hf.swap import check_not_sharded, check_swappable, remove_hooks, restore, swap
 from chronomoe_hf.system import SYSTEM, ChronoSystem, Layer, find_system
 
 logger = logging.getLogger("chronomoe_hf")
@@ -82,6 +80,10 @@ def wrap(model: Model, config: ChronoConfig | None = None) -> Model:
 
 
 def _install(root: nn.Module, found: list[FoundLayer], config: ChronoConfig) -> None:
+    for layer in found:  # all of them before the first change: a refused model is left as it was
+        for module in (layer.router, layer.experts if layer.unreadable is None else None):
+            if module is not None:
+                check_swappable(layer.name, module)
     switches = Switches()
     width = max(layer.adapter.num_experts(layer.router) for layer in found)
     windows: dict[nn.Module, RecordingWindow] = {}
@@ -94,7 +96,7 @@ def _install(root: nn.Module, found: list[FoundLayer], config: ChronoConfig) -> 
         layers.append(_make_layer(layer_id, layer, windows[layer.owner], width, config))
     system = ChronoSystem(root, layers, config, switches)
     for made in layers:
-        _swap(made)
+        swap(made)
     for owner, window in windows.items():
         owner.__dict__[WINDOW] = window
         owner.register_forward_pre_hook(open_window, with_kwargs=True)
@@ -123,17 +125,17 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     system = system_of(model)
     for layer in system.layers:
         for module in filter(None, (layer.router, layer.experts)):
-            _check_not_sharded(layer.name, module, "unwrap a model loaded from its checkpoint instead")
+            check_not_sharded(layer.name, module, "unwrap a model loaded from its checkpoint instead")
     if fold:
         system.fold()
     for layer in system.layers:
         layer.adapter.unbind(layer.router)
-        _restore(layer.router)
+        restore(layer.router)
         if layer.experts is not None:
-            _restore(layer.experts)
+            restore(layer.experts)
     for module in system.model.modules():
         if module.__dict__.pop(WINDOW, None) is not None:
-            _remove_hooks(module)
+            remove_hooks(module)
     for module in model.modules():
         remove_save_hook(module)
     remove_save_hook(system.model)
@@ -288,63 +290,6 @@ def _input_width(adapter: Adapter, router: nn.Module) -> int:
     # Under an active ZeRO-3 config the weight is empty at wrap time; DeepSpeed keeps its shape beside it.
     shape = weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape
     return int(shape[-1])
-
-
-# ---- swapping classes --------------------------------------------------------------------------------------------
-
-
-def _swap(layer: Layer) -> None:
-    swaps = [(layer.router, chrono_class(layer.adapter, type(layer.router)))]
-    if layer.experts is not None:
-        chrono = chrono_experts_class(layer.adapter.experts_reader, type(layer.experts))
-        assert chrono is not None, "experts without a reader are dropped when the layer is made"
-        swaps.append((layer.experts, chrono))
-    for module, _ in swaps:
-        _check_swappable(layer.name, module)
-    for module, chrono in swaps:
-        module.__class__ = chrono
-        module.__dict__[LINK] = layer.link
-        _rebind_hooked_forward(module)
-
-
-def _check_swappable(name: str, module: nn.Module) -> None:
-    _check_not_sharded(name, module, "call chronomoe_hf.wrap(model) before accelerator.prepare")
-    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
-        raise WrapError(
-            f"{name}: something replaced forward on this instance, which would bypass the wrapped router; "
-            "wrap the model before tensor or expert parallelism is applied"
-        )
-
-
-def _check_not_sharded(name: str, module: nn.Module, way_out: str) -> None:
-    # fully_shard mixes its own class into the module's; swapping that class would take the sharding logic out.
-    if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
-        raise WrapError(f"{name}: {type(module).__name__} is sharded by FSDP; {way_out}")
-
-
-def _rebind_hooked_forward(module: nn.Module) -> None:
-    # accelerate's hooks put a forward on the instance that calls `_old_forward`, bound to the class of that time.
-    if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
-
-
-def _restore(module: nn.Module) -> None:
-    chrono = type(module)
-    module.__class__ = next(cls for cls in chrono.__mro__ if cls.__module__ != chrono.__module__ and not _is_mixin(cls))
-    del module.__dict__[LINK]
-    _rebind_hooked_forward(module)
-
-
-def _is_mixin(cls: type) -> bool:
-    return cls.__module__.startswith("chronomoe_hf.")
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    for registry, hook in ((module._forward_pre_hooks, open_window), (module._forward_hooks, close_window)):
-        for key in [key for key, value in registry.items() if value is hook]:
-            del registry[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-            module._forward_hooks_always_called.pop(key, None)
 
 
 def _differences(old: Any, new: Any) -> list[str]:

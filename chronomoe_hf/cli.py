@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import transformers
 import typer
@@ -100,8 +100,8 @@ def _print_model(support: ModelSupport, console: Console) -> None:
     for name in columns[0]:
         table.add_row(name, *(escape(column[name]) for column in columns))
     console.print(table)
-    for layer in support.refused:
-        console.print(f"  left alone: {layer}", markup=False, highlight=False)
+    for refused in support.refused:
+        console.print(f"  left alone: {refused}", markup=False, highlight=False)
 
 
 def _facts(layer: LayerSupport) -> tuple[object, ...]:
@@ -156,7 +156,7 @@ def ranges(numbers: list[int]) -> str:
 # ---- tail ----------------------------------------------------------------------------------------------------------
 
 
-def _print_run(records: list[dict[str, object]], broken: int, console: Console) -> None:
+def _print_run(records: list[dict[str, Any]], broken: int, console: Console) -> None:
     last = records[-1]
     steps = [record["step"] for record in records]
     console.print(f"[bold]{escape(str(last['run_id']))}[/], steps {steps[0]} to {steps[-1]}, {len(steps)} windows")
@@ -164,8 +164,8 @@ def _print_run(records: list[dict[str, object]], broken: int, console: Console) 
     for name in ("layer", "Neff/E", "", "max violation", "", "dead", "phi mean", ""):
         table.add_column(name, justify="right" if name else "left")
     history = [record["layers"] for record in records]
-    for index, layer in enumerate(history[-1]):  # type: ignore[arg-type]
-        past = [layers[index] for layers in history]  # type: ignore[index]
+    for index, layer in enumerate(history[-1]):
+        past = [layers[index] for layers in history]
         neff = [None if p["n_effective"] is None else p["n_effective"] / p["n_experts"] for p in past]
         violation = [p["max_violation"] for p in past]
         phi = [p["coherence_mean"] for p in past]
@@ -178,7 +178,7 @@ def _print_run(records: list[dict[str, object]], broken: int, console: Console) 
             *(_number(phi[-1]), sparkline(phi, -1.0, 1.0)),
         )
     console.print(table)
-    for alert in last["active_alerts"]:  # type: ignore[attr-defined]
+    for alert in last["active_alerts"]:
         where = "run" if alert["layer_id"] is None else f"layer {alert['layer_id']}"
         console.print(f"  {alert['kind']}, {where}, since step {alert['step']}: {alert['detail']}", markup=False)
     if broken:

@@ -55,11 +55,23 @@ def layer_events(
             n_experts=layer.num_experts,
             top_k=layer.top_k,
             window_steps=window_steps,
-            notes=list(layer.notes),
+            notes=[*layer.notes, *_unread(row, host["window"][layer.layer_id], layer, config)],
             **_window_fields(row, host["window"][layer.layer_id], layer, config),
             **(_state_fields(host, layer, config) if "tokens" in host else {}),
         )
         for layer in layers
+    ]
+
+
+def _unread(row: Row, window: Any, layer: Layer, config: ChronoConfig) -> list[str]:
+    """Says so where tokens were routed, but no expert output was seen (a kernel replaced the experts' forward)."""
+    if not config.coherence.enabled or layer.experts is None or row.count(window).sum() == 0:
+        return []
+    if row.expert(window, "phi_rows").sum() > 0:
+        return []
+    return [
+        "no expert output was read in this window: something replaced the experts' forward after wrap(), or the "
+        "outputs were not finite"
     ]
 
 

@@ -128,8 +128,12 @@ class ChronoSystem:
         self.governed = False
         self.overhead_s = 0.0
         self.failed_save: str | None = None
+        self._failed_evaluation = False
         self.saving = False  # inside Trainer.save_model, which has written the state already
         self._native_frozen = torch.tensor([layer.native_bias for layer in layers])
+        self._native_parameters = {
+            layer.layer_id for layer in layers if layer.native_bias and _bias_is_parameter(layer)
+        }
         self._bind()
         self._aim_switches(0)
 
@@ -283,10 +287,19 @@ class ChronoSystem:
         self.bank.apply_balance(count_LE, beta, self._native_frozen)
         for layer in self.layers:
             if layer.native_bias:
+                self._require_whole_bias(layer)
                 count_E = count_LE[layer.layer_id, : layer.num_experts]
                 _update_native(layer, count_E, beta)
             layer.link.state.steering = not layer.native_bias
         self.governed = True
+
+    def _require_whole_bias(self, layer: Layer) -> None:
+        if layer.layer_id in self._native_parameters and distributed.is_sharded(layer.adapter.weight(layer.router)):
+            raise ConfigError(
+                f"layer {layer.layer_id} ({layer.name}): the correction bias of {layer.adapter.family} is a parameter, "
+                "and this engine shards parameters over the ranks, so it cannot be updated in place; set "
+                "BetaConfig(native=False)"
+            )
 
     # ---- the window --------------------------------------------------------------------------------------------
 
@@ -320,22 +333,40 @@ class ChronoSystem:
             overhead_ms=1000.0 * self.overhead_s / self.window_steps if self.window_steps else None,
         )
 
-    def _close_window(self, step: int, inputs: list[Tensor]) -> SystemSnapshot:
+    def _close_window(self, step: int, inputs: list[Tensor]) -> SystemSnapshot | None:
         if distributed.active():
             # Drift between ranks would make them route, and soon hang, differently: find it where it starts.
             distributed.require_agreement(self._checksum(), "chronomoe state")
-        events = self._events(step)
-        snapshot = self._summarise(events, step, self.alerts)
         held = {layer_id: lens.scale for layer_id, lens in self.lenses.items()}
-        self.decisions = self.controller.update(snapshot, self.lenses)
+        self.decisions = []
+        snapshot = self._evaluate(step)
         keep_L = self._share_control()
-        pruned = self.lifecycle.evaluate(snapshot) if self.config.lifecycle.enabled else []
-        self.prune_decisions.extend(pruned)
-        self._record(events, snapshot, self.decisions, pruned)
         self._actuate(step, keep_L)
-        if inputs:
+        if inputs and snapshot is not None:
             self._aim_lenses(inputs, snapshot, held)
         self._reset_window(snapshot)
+        return snapshot
+
+    def _evaluate(self, step: int) -> SystemSnapshot | None:
+        """The host's part of a closing window: snapshot, controller, lifecycle, records. No collective in here.
+
+        A mistake of ours in it must not end a training run (``telemetry.on_error``): the window is then lost, the
+        lenses stay as they are, and the error is logged once with its traceback.
+        """
+        try:
+            events = self._events(step)
+            snapshot = self._summarise(events, step, self.alerts)
+            self.decisions = self.controller.update(snapshot, self.lenses)
+            pruned = self.lifecycle.evaluate(snapshot) if self.config.lifecycle.enabled else []
+            self.prune_decisions.extend(pruned)
+            self._record(events, snapshot, self.decisions, pruned)
+        except Exception:
+            if self.config.telemetry.on_error == "raise":
+                raise
+            if not self._failed_evaluation:
+                logger.exception("step %d: chronomoe_hf failed to evaluate a window; training goes on", step)
+            self._failed_evaluation = True
+            return None
         return snapshot
 
     def _share_control(self) -> Tensor:
@@ -360,8 +391,8 @@ class ChronoSystem:
         bank = self.bank
         return torch.stack([bank.beta_LE.double().sum(), bank.ema_CLE.sum(), bank.window_LR.sum(), bank.std_L.sum()])
 
-    def _reset_window(self, snapshot: SystemSnapshot) -> None:
-        self.last_snapshot = snapshot
+    def _reset_window(self, snapshot: SystemSnapshot | None) -> None:
+        self.last_snapshot = snapshot or self.last_snapshot
         self.bank.close_window()
         self.window_steps = 0
         self.overhead_s = 0.0
@@ -546,15 +577,18 @@ def _zero(sums: Accumulators) -> None:
         sums.input_D.zero_()
 
 
+def _bias_is_parameter(layer: Layer) -> bool:
+    """Whether the native correction bias is a parameter (which FSDP2 and ZeRO-3 shard) and not a buffer."""
+    bias_E = layer.adapter.native_bias(layer.router, layer.parent)
+    assert bias_E is not None
+    parameters = (*layer.router.parameters(), *layer.parent.parameters(recurse=False))
+    return bias_E.numel() == 0 or any(value.data_ptr() == bias_E.data_ptr() for value in parameters)
+
+
 def _update_native(layer: Layer, count_E: Tensor, beta: BetaConfig) -> None:
     """The balance law on the model's own correction bias, in its score units; only the change is centred."""
     bias_E = layer.adapter.native_bias(layer.router, layer.parent)
     assert bias_E is not None
-    if distributed.is_sharded(bias_E) or bias_E.numel() != layer.num_experts:
-        raise ConfigError(
-            f"layer {layer.layer_id} ({layer.name}): the correction bias of {layer.adapter.family} is a parameter, and "
-            "this engine has sharded it over the ranks, so it cannot be updated in place; set BetaConfig(native=False)"
-        )
     step_E = balance_step(count_E, layer.num_experts, 1.0, beta.rule)
     if beta.native_rate is not None:
         step_E = step_E * beta.native_rate

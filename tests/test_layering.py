@@ -34,6 +34,7 @@ ROOMS = (
     "fold",
     "persistence",
     "system",
+    "swap",
     "save_hook",
     "api",
     "resume",

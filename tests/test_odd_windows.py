@@ -11,6 +11,7 @@ import torch
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoSystem
+from chronomoe_hf.config import TelemetryConfig
 
 
 def assert_sane(system: ChronoSystem) -> None:
@@ -92,3 +93,27 @@ def test_empty_and_all_padding_windows_leave_no_nan_and_move_nothing(preset: str
             assert torch.equal(getattr(system.bank, name), tensor), (kind, name)
         if preset == "balance":
             assert torch.allclose(system.bank.beta_LE, betas, rtol=0, atol=1e-9), "no count, no step"
+
+
+def test_a_mistake_in_an_evaluation_does_not_end_training(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for on_error in ("warn", "raise"):
+        model = tiny.tiny_model("mixtral")
+        config = ChronoConfig(interval=1, telemetry=TelemetryConfig(on_error=on_error))
+        chronomoe_hf.wrap(model, config)
+        system = chronomoe_hf.system_of(model)
+        monkeypatch.setattr(system.lifecycle, "evaluate", lambda snapshot: 1 / 0)
+        model(**tiny.tiny_batch("mixtral")).loss.backward()
+        if on_error == "raise":
+            with pytest.raises(ZeroDivisionError):
+                system.step(1)
+            continue
+        for step in (1, 2):
+            assert system.step(step) is None
+        assert [record.exc_info is not None for record in caplog.records if "training goes on" in record.message] == [
+            True
+        ]
+        monkeypatch.undo()
+        model(**tiny.tiny_batch("mixtral")).loss.backward()
+        assert system.step(3) is not None, "the next window is evaluated again"

@@ -6,14 +6,14 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import moe_zoo
 import pytest
 import torch
 import training_job
-from run_records import assert_same, later_records, without_free
+from run_records import assert_same, later_records
 from tiny import NUM_EXPERTS, tiny_model
 from torch.utils.data import IterableDataset
 from training_job import Job, Tracing, make_trainer, rows, whole_weights
@@ -239,7 +239,9 @@ def test_strict_save_raises_at_once_in_one_process(tmp_path: Path) -> None:
     blocked.mkdir(parents=True)
     (blocked / "in the way").touch()
     job = govern(tmp_path, config={**GOVERN, "checkpoint": {"strict_save": True}})
-    with pytest.raises(StateWriteError, match="checkpoint-4.*could not be written|could not be written to .*checkpoint-4"):
+    with pytest.raises(
+        StateWriteError, match="checkpoint-4.*could not be written|could not be written to .*checkpoint-4"
+    ):
         training_job.run(job)
     lenient = training_job.run(govern(tmp_path))
     assert lenient["meta"]["step"] == 8
@@ -281,7 +283,13 @@ def test_every_push_carries_the_state(tmp_path: Path, monkeypatch: pytest.Monkey
     hub = LocalHub()
     for module in ("transformers.trainer", "transformers.utils.hub"):
         monkeypatch.setattr(f"{module}.hf_api", lambda: hub, raising=module == "transformers.trainer")
-    arguments = {**SAVE, "push_to_hub": True, "hub_strategy": "checkpoint", "hub_always_push": True, "hub_model_id": "a/b"}
+    arguments = {
+        **SAVE,
+        "push_to_hub": True,
+        "hub_strategy": "checkpoint",
+        "hub_always_push": True,
+        "hub_model_id": "a/b",
+    }
     trainer = make_trainer(govern(tmp_path, arguments=arguments))
     trainer.train()
     trainer.push_to_hub()
@@ -404,3 +412,52 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
     trainer.args._n_gpu = 2
     with pytest.raises(ConfigError, match=r"nn.DataParallel on 2 GPUs.*torchrun"):
         chronomoe_hf.attach(trainer)
+
+
+def test_a_callback_that_was_not_attached_saves_and_resumes_too(tmp_path: Path) -> None:
+    job = govern(tmp_path)
+
+    def trainer() -> Tracing:
+        made = Tracing(
+            tiny_model("mixtral"),
+            training_job.training_arguments(job),
+            train_dataset=rows(64),
+            callbacks=[chronomoe_hf.ChronoCallback(training_job.chrono_config(job))],
+        )
+        made.fed = [[]]
+        return made
+
+    with pytest.warns(UserWarning, match=r"use chronomoe_hf.attach\(trainer\) instead"):
+        whole = trainer()
+        whole.train()
+    with pytest.warns(UserWarning, match="attach"):
+        again = trainer()
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same(whole_weights(again.model), whole_weights(whole.model))
+    assert_same(state_of(again)["tensors"], state_of(whole)["tensors"])
+    assert state_of(whole)["tensors"]["beta_LE"].abs().max() > 0.01
+
+
+def test_a_sharded_correction_bias_is_refused() -> None:
+    """Ernie keeps its bias as a parameter, which FSDP2 and ZeRO-3 shard; as a buffer it would stay whole."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    config = chronomoe_hf.ChronoConfig.balance(interval=1)
+    model = chronomoe_hf.wrap(moe_zoo.build("ernie4_5_moe"), config)
+    system = chronomoe_hf.system_of(model)
+    layer = system.layers[0]
+    assert layer.native_bias
+    ids = torch.randint(1, 50, (2, 8))
+    model.train()(input_ids=ids)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for module in layer.router.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    module._parameters[name] = torch.nn.Parameter(distribute_tensor(value.detach(), mesh, [Shard(0)]))
+        with pytest.raises(ConfigError, match=r"correction bias of ernie4_5_moe.*BetaConfig\(native=False\)"):
+            system.step(1)
+    finally:
+        dist.destroy_process_group()

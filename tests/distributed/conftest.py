@@ -108,7 +108,7 @@ def start_script() -> Callable[..., tuple[int, str]]:
 
 @pytest.fixture
 def open_script() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """``open_script(path, arguments, processes)`` -> the running launcher; whatever is left is killed after the test."""
+    """``open_script(path, arguments, processes)`` -> the running launcher; what is left of it is killed at the end."""
     opened: list[subprocess.Popen[str]] = []
 
     def open_one(*arguments: Any) -> subprocess.Popen[str]:

@@ -7,6 +7,7 @@ without FSDP), and for DeepSpeed without an accelerator it finds no backend. Bot
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 from accelerate import state
@@ -31,10 +32,10 @@ def allow_fsdp() -> None:
 
 def allow_deepspeed() -> None:
     """Make ``TrainingArguments(use_cpu=False, deepspeed=...)`` find gloo and all its processes."""
-    import deepspeed.comm.torch
-
     # A shared-memory shortcut that is compiled with ninja on first use: minutes, for tests that need seconds.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # (The attribute deepspeed.comm.torch is PyTorch itself: a star import there hides the module of that name.)
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
     original = state.PartialState._prepare_backend
 
     @functools.wraps(original)

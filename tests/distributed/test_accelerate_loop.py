@@ -86,7 +86,9 @@ def test_killed_and_resumed(
 
 
 def test_one_process_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    accelerate_loop.main(["--steps", "6", "--interval", "3", "--save-every", "4", "--output-dir", str(tmp_path / "run")])
+    accelerate_loop.main(
+        ["--steps", "6", "--interval", "3", "--save-every", "4", "--output-dir", str(tmp_path / "run")]
+    )
     assert "Verdict" in capsys.readouterr().out
     assert accelerate_loop.last_checkpoint(tmp_path / "run").name == "step-4"
     _, meta = read_state(tmp_path / "run" / "step-4")

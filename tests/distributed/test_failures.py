@@ -56,7 +56,7 @@ def test_failures_reach_every_rank(tmp_path: Path, launch: Callable[..., Any]) -
 
 
 ODD: dict[str, Any] = {
-    # 13 rows: batches that do not divide over the ranks, filled up by repetition, and a short last one.
+    # 13 rows are 4 batches a rank, the last ones filled up by repetition: they count as often as they train.
     "uneven": {"examples": 13, "arguments": {"max_steps": 6}},
     # Row by row in order: rank 1 gets nothing but padding, in every layer and step.
     "blank": {
@@ -66,13 +66,14 @@ ODD: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("engine", ["plain", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["plain", "fsdp"])
 def test_uneven_and_empty_micro_batches(engine: str, tmp_path: Path, launch: Callable[..., Any]) -> None:
     config = {**GOVERN, "interval": 1}
     jobs = [Job(output_dir=str(tmp_path / name), engine=engine, config=config, **ODD[name]) for name in ODD]
     uneven, blank = results = launch(jobs).results
     sizes = [{len(batch["input_ids"]) for step in rank["fed"] for batch in step} for rank in uneven]
-    assert sizes == [{1, 2}, {1, 2}] or sizes == [{2}, {2}], sizes
+    assert sizes == [{2}, {2}], "accelerate fills short batches up with rows that have been seen"
     assert not any(batch["attention_mask"].any() for step in blank[1]["fed"] for batch in step)
     for job, ranks in zip(jobs, results, strict=True):
         records = later_records(job.output_dir)["routing_events"]

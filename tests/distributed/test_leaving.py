@@ -29,7 +29,9 @@ def leave(tmp_path: Path, start_script: Callable[..., Any]) -> Callable[..., lis
     def run(engine: str, **arguments: Any) -> list[dict[str, Any]]:
         if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
             pytest.skip("deepspeed is not installed")
-        job = Job(output_dir=str(tmp_path / "run"), engine=engine, config=GOVERN, arguments={"max_steps": 4, **arguments})
+        job = Job(
+            output_dir=str(tmp_path / "run"), engine=engine, config=GOVERN, arguments={"max_steps": 4, **arguments}
+        )
         path = tmp_path / "job.json"
         path.write_text(json.dumps(dataclasses.asdict(job)))
         returncode, output = start_script(HERE / "leaving.py", [str(path)], 2)
