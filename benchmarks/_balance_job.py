@@ -65,15 +65,18 @@ _TINY = dataclasses.replace(_SMALL, layers=2, hidden=32, intermediate=32, vocab=
 SETTINGS = {
     "e8": Setting(name="e8", size=_SMALL, top_k=1),
     "e8-long": Setting(name="e8-long", size=_SMALL, top_k=1, steps=400),
+    "e32-long": Setting(name="e32-long", size=_WIDE, top_k=4, steps=400),
     "e32": Setting(name="e32", size=_WIDE, top_k=4),
     "healthy": Setting(name="healthy", size=_SMALL, top_k=2, domain="prose", steps=100, settle=100),
     "quick": Setting(name="quick", size=_TINY, top_k=1, steps=60, pretrain_steps=60, batch=8),
 }
 ARMS = ("none", "aux", "sign", "balance", "protect", "coherence")
+LONG = ("none", "aux", "balance", "protect")
 PLAN = {
     "e8": ARMS,
-    "e8-long": ("none", "aux", "balance", "protect"),
+    "e8-long": LONG,
     "e32": ARMS,
+    "e32-long": LONG,
     "healthy": ("none", "protect"),
     "quick": ("none", "balance"),
 }
@@ -272,7 +275,6 @@ def summarise(run: Run, interval: int) -> dict[str, Any]:
     windows = run.count_SLE[: len(count) // interval * interval].unflatten(0, (-1, interval)).sum(1)
     window_neff_WL = neff_fraction(windows)
     half = len(windows) // 2
-    loss_bits = [loss.hex() for loss in run.losses]
     reasons: dict[str, int] = {}
     for decision in run.decisions:
         reasons[decision.abstain_reason or "acted"] = reasons.get(decision.abstain_reason or "acted", 0) + 1
@@ -296,6 +298,6 @@ def summarise(run: Run, interval: int) -> dict[str, Any]:
         "decisions": reasons,
         "alerts": sorted({alert.kind for alert in run.alerts}),
         "first_action": run.first_action,
-        "loss_bits": loss_bits,
+        "loss_bits": [loss.hex() for loss in run.losses[: 2 * interval]],
         "seconds": round(run.seconds, 1),
     }

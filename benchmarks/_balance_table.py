@@ -20,15 +20,14 @@ def _claim(text: str, holds: bool, numbers: str) -> Row:
     return {"claim": text, "holds": holds, "numbers": numbers}
 
 
-def claims(results: Row, settings: list[str]) -> list[Row]:
+def claims(results: Row) -> list[Row]:
     """Every claim that the runs at hand can decide: text, whether it holds, and the numbers.
 
     Args:
         results: what ``balance.run_matrix`` collects.
-        settings: the settings to judge.
     """
     out: list[Row] = []
-    for setting in settings:
+    for setting in results["settings"]:
         none, aux = _of(results, setting, "none"), _of(results, setting, "aux")
         balance, sign = _of(results, setting, "balance"), _of(results, setting, "sign")
         protect = _of(results, setting, "protect")
@@ -95,6 +94,7 @@ def _protect(setting: str, protect: list[Row], none: list[Row]) -> list[Row]:
 def _healthy(none: list[Row], protect: list[Row]) -> list[Row]:
     if not none or len(none) != len(protect):
         return []
+    none, protect = (sorted(rows, key=lambda row: row["seed"]) for rows in (none, protect))
     abstained = [row["decisions"].get("no_pressure", 0) for row in protect]
     total = [sum(row["decisions"].values()) for row in protect]
     until = [row["first_action"] or len(row["loss_bits"]) for row in protect]

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from _balance_job import (
+    ARMS,
     FLOOR,
     PLAN,
     SETTINGS,
@@ -75,44 +76,36 @@ def header(names: list[str], seeds: list[int]) -> dict[str, Any]:
         "sweep": [],
         "runs": [],
         "claims": [],
-        "now": names,
     }
 
 
 def write(results: dict[str, Any], output: Path) -> None:
     """balance.json and balance.md, as far as the matrix has come."""
     output.mkdir(parents=True, exist_ok=True)
-    # Claims about settings of an earlier call (--add) stand as they were found.
-    old = [claim for claim in results["claims"] if claim["claim"].split(":")[0] not in results["now"]]
-    results["claims"] = old + claims(results, results["now"])
-    kept = {**results, "runs": [{k: v for k, v in run.items() if k != "loss_bits"} for run in results["runs"]]}
-    del kept["now"]
-    (output / "balance.json").write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    results["claims"] = claims(results)
+    (output / "balance.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     notes = output / "balance_notes.md"
     text = markdown(results) + (notes.read_text(encoding="utf-8") if notes.is_file() else "")
     (output / "balance.md").write_text(text, encoding="utf-8")
 
 
-def run_matrix(names: list[str], seeds: list[int], sweep_steps: int, output: Path, add: bool = False) -> dict[str, Any]:
-    """Every arm of every setting, seed by seed; the first seed also sweeps the sign rule's rate.
+def take_over(results: dict[str, Any], earlier: dict[str, Any], arms: list[str]) -> None:
+    """Keep of an earlier call what this one does not run again."""
+    names = set(results["settings"])
+    results["settings"] = {**earlier["settings"], **results["settings"]}
+    results["sign_rate"], results["sweep"] = earlier["sign_rate"], earlier["sweep"]
+    results["runs"] = [run for run in earlier["runs"] if run["setting"] not in names or run["arm"] not in arms]
 
-    With `add`, what balance.json holds about other settings is kept.
-    """
-    results = header(names, seeds)
-    if add:
-        earlier = json.loads((output / "balance.json").read_text(encoding="utf-8"))
-        results["settings"] = {**earlier["settings"], **results["settings"]}
-        for key in ("runs", "sweep"):
-            results[key] = [row for row in earlier[key] if row["setting"] not in names]
-        results["sign_rate"] = {k: v for k, v in earlier["sign_rate"].items() if k not in names}
-        results["claims"] = earlier["claims"]
-    for seed in seeds:
+
+def run_matrix(results: dict[str, Any], names: list[str], arms: list[str], sweep_steps: int, output: Path) -> None:
+    """Every arm of every setting, seed by seed; the first seed also sweeps the sign rule's rate."""
+    for seed in results["seeds"]:
         for name in names:
-            setting = SETTINGS[name]
+            setting, planned = SETTINGS[name], [arm for arm in PLAN[name] if arm in arms]
             data = prepare(setting, seed)
-            if "sign" in PLAN[name] and name not in results["sign_rate"]:
+            if "sign" in planned and name not in results["sign_rate"]:
                 results["sign_rate"][name] = best_sign_rate(setting, data, seed, sweep_steps, results["sweep"])
-            for arm in PLAN[name]:
+            for arm in planned:
                 config = arm_config(arm, results["sign_rate"].get(name, SIGN_RATES[-1]))
                 run = fine_tune(setting, data, arm, seed, config)
                 row = {"setting": name, "arm": arm, "seed": seed, **summarise(run, setting.interval)}
@@ -120,23 +113,28 @@ def run_matrix(names: list[str], seeds: list[int], sweep_steps: int, output: Pat
                 shown = ("setting", "arm", "seed", "valid_loss", "worst_neff_tail", "updates_to_reach", "decisions")
                 print(json.dumps({key: row[key] for key in shown}), flush=True)
                 write(results, output)
-    return results
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, a tiny model, arms none and balance")
-    parser.add_argument("--settings", nargs="+", choices=sorted(PLAN), default=["e8", "e8-long", "e32", "healthy"])
+    parser.add_argument(
+        "--settings", nargs="+", choices=sorted(PLAN), default=[name for name in PLAN if name != "quick"]
+    )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sweep-steps", type=int, default=100)
     parser.add_argument("--output", type=Path, default=None, help=f"directory (default: {RESULTS.name}/ beside this)")
-    parser.add_argument("--add", action="store_true", help="keep the other settings that balance.json already holds")
+    parser.add_argument("--add", action="store_true", help="keep what balance.json holds about other settings and arms")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     names, seeds = (["quick"], [0]) if options.quick else (options.settings, options.seeds)
     output = options.output or (Path("runs") / "balance-quick" if options.quick else RESULTS)
-    results = run_matrix(names, seeds, options.sweep_steps, output, options.add)
+    results = header(names, seeds)
+    if options.add:
+        take_over(results, json.loads((output / "balance.json").read_text(encoding="utf-8")), options.arms)
+    run_matrix(results, names, options.arms, options.sweep_steps, output)
     for claim in results["claims"]:
         print(f"{'holds' if claim['holds'] else 'FAILS'}: {claim['claim']} ({claim['numbers']})")
     print(f"wrote {output / 'balance.json'}")

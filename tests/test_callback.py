@@ -1,4 +1,4 @@
-"""What people see while training: scalars in the trackers and the log, records on disk, one line when something fails."""
+"""What people see while training: scalars in the trackers, records on disk, one line when something fails."""
 
 from __future__ import annotations
 
