@@ -20,6 +20,7 @@ from chronomoe_hf.errors import (
     NotWrappedError,
     UnsupportedArchitectureError,
 )
+from chronomoe_hf.layer import Layer
 from chronomoe_hf.lens import ChronoLens
 from chronomoe_hf.observe import (
     WINDOW,
@@ -35,7 +36,7 @@ from chronomoe_hf.patches import Adapter, probe
 from chronomoe_hf.router import LINK, RouterLink, RouterState
 from chronomoe_hf.save_hook import install_save_hook, remove_save_hook
 from chronomoe_hf.swap import check_not_sharded, check_swappable, remove_hooks, restore, swap
-from chronomoe_hf.system import SYSTEM, ChronoSystem, Layer, find_system
+from chronomoe_hf.system import SYSTEM, ChronoSystem, find_system
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -94,6 +95,11 @@ def _install(root: nn.Module, found: list[FoundLayer], config: ChronoConfig) -> 
                 switches, forward_parameters(layer.owner), _pad_token_id(layer.owner)
             )
         layers.append(_make_layer(layer_id, layer, windows[layer.owner], width, config))
+    if not any(layer.steerable for layer in layers):
+        raise UnsupportedArchitectureError(
+            f"no layer of {type(root).__name__} can be governed: {layers[0].name}: {layers[0].notes[0]}; "
+            "use ChronoConfig.observe()"
+        )
     system = ChronoSystem(root, layers, config, switches)
     for made in layers:
         swap(made)
@@ -201,8 +207,9 @@ def _make_layer(layer_id: int, found: FoundLayer, window: RecordingWindow, width
     notes = []
     recorder = LayerRecorder(layer_id, num_experts, width, window, config.coherence)
     native = config.beta.law == "balance" and config.beta.native and adapter.native_bias(router, parent) is not None
-    if not native and config.beta.law != "none" and (reason := adapter.refused("beta")):
-        raise UnsupportedArchitectureError(f"{name}: beta is not supported: {reason}; use ChronoConfig.observe()")
+    refused_beta = adapter.refused("beta") if config.beta.law != "none" and not native else None
+    if refused_beta is not None:
+        notes.append(f"no beta: {refused_beta}")
     if native:
         _keep_native_bias_in_fp32(adapter, router, parent)
     state = RouterState.fresh(layer_id, num_experts, config.beta.k_max)
@@ -233,6 +240,7 @@ def _make_layer(layer_id: int, found: FoundLayer, window: RecordingWindow, width
         link=link,
         recorder=recorder,
         native_bias=native,
+        steerable=refused_beta is None,
         notes=notes,
     )
 

@@ -173,22 +173,21 @@ class StateBank:
         moved_LE = centre_and_clamp(self.beta_LE.double() + step_LE, beta.balance_cap, self.mask_LE)
         self.beta_LE.copy_(torch.where(frozen_L[:, None], self.beta_LE.double(), moved_LE))
 
-    def apply_coherence(self, step: int, beta: BetaConfig) -> None:
-        """The coherence law on all layers."""
+    def apply_coherence(self, step: int, beta: BetaConfig, frozen_L: Tensor | None = None) -> None:
+        """The coherence law on all layers, except for those in `frozen_L` (bool)."""
         seen_LE = (self.updates_LE > 0) & (step - self.last_step_LE <= beta.stale_after) & self.mask_LE
         slow_LE = read_clocks(self.ema_CLE, self.updates_LE)[2]
-        self.beta_LE.copy_(
-            coherence_law(
-                self.beta_LE,
-                slow_LE,
-                seen_LE,
-                self.tokens_LE,
-                eta=beta.eta,
-                tau=beta.tau,
-                k_max=beta.k_max,
-                mask_LE=self.mask_LE,
-            )
+        moved_LE = coherence_law(
+            self.beta_LE,
+            slow_LE,
+            seen_LE,
+            self.tokens_LE,
+            eta=beta.eta,
+            tau=beta.tau,
+            k_max=beta.k_max,
+            mask_LE=self.mask_LE,
         )
+        self.beta_LE.copy_(moved_LE if frozen_L is None else torch.where(frozen_L[:, None], self.beta_LE, moved_LE))
 
     def forget(self, keep_L: Tensor) -> None:
         """Multiply each layer's beta by `keep_L` (1 - forgetting)."""

@@ -27,7 +27,8 @@ from chronomoe_hf.lens import fold_weight
 from chronomoe_hf.patches.rules import TopKSquash
 
 if TYPE_CHECKING:  # system imports this room
-    from chronomoe_hf.system import ChronoSystem, Layer
+    from chronomoe_hf.layer import Layer
+    from chronomoe_hf.system import ChronoSystem
 
 logger = logging.getLogger("chronomoe_hf")
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from chronomoe_hf.bank import Row
 from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.layer import Layer
 from chronomoe_hf.telemetry import RoutingEvent
-
-if TYPE_CHECKING:  # system imports this room
-    from chronomoe_hf.system import Layer
 
 
 def _ratio(above: Any, below: Any) -> list[float | None]:

@@ -7,26 +7,25 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from chronomoe_hf import distributed, persistence
+from chronomoe_hf import actuation, distributed, persistence
 from chronomoe_hf.bank import StateBank
 from chronomoe_hf.coherence import CoherenceBuffer
-from chronomoe_hf.config import BetaConfig, ChronoConfig
+from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import ControlDecision, Controller
-from chronomoe_hf.errors import ConfigError, StateWriteError
+from chronomoe_hf.errors import StateWriteError
 from chronomoe_hf.fold import FoldReport, fold_system
-from chronomoe_hf.lens import ChronoLens, carried
+from chronomoe_hf.layer import Layer
+from chronomoe_hf.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
-from chronomoe_hf.observe import Accumulators, LayerRecorder, Switches
-from chronomoe_hf.patches import Adapter
+from chronomoe_hf.observe import Accumulators, Switches
 from chronomoe_hf.readout import layer_events
-from chronomoe_hf.router import RouterLink, RouterState, balance_step
+from chronomoe_hf.router import RouterState
 from chronomoe_hf.telemetry import (
     AlertHistory,
     RoutingEvent,
@@ -40,49 +39,6 @@ logger = logging.getLogger("chronomoe_hf")
 
 SYSTEM = "_chrono_system"
 """Name of the plain attribute of the wrapped root that holds its ChronoSystem."""
-
-
-@dataclass
-class Layer:
-    """One wrapped MoE layer: its modules and the facts found at wrap time.
-
-    Args:
-        layer_id: position, 0-based, in module order.
-        name: module path of the router, without wrapper prefixes.
-        adapter: the family's facts.
-        router: the wrapped router module.
-        experts: the wrapped experts module, or None.
-        parent: the module that owns the native bias where the router does not.
-        num_experts, top_k: E and k.
-        link: what the router points to.
-        recorder: the layer's accumulators.
-        native_bias: the model's own correction bias, when the balance law updates that instead of beta.
-        notes: what is not supported on this layer, in plain words.
-    """
-
-    layer_id: int
-    name: str
-    adapter: Adapter
-    router: nn.Module
-    experts: nn.Module | None
-    parent: nn.Module
-    num_experts: int
-    top_k: int
-    link: RouterLink
-    recorder: LayerRecorder
-    native_bias: bool = False
-    notes: list[str] = field(default_factory=list)
-
-    def table_row(self) -> dict[str, Any]:
-        """Name, router class, E and k, for manifests."""
-        return {
-            "layer_id": self.layer_id,
-            "name": self.name,
-            "family": self.adapter.family,
-            "router_class": self.adapter.router_class,
-            "num_experts": self.num_experts,
-            "top_k": self.top_k,
-        }
 
 
 class ChronoSystem:
@@ -100,6 +56,8 @@ class ChronoSystem:
         prune_decisions: every lifecycle state change so far.
         global_step: last optimizer step folded.
         run_id, attempt: of the run; an attempt is one start or resume.
+        untouched_L: bool, layers that no law on beta moves.
+        native_parameters: layers whose native correction bias is a parameter.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer], config: ChronoConfig, switches: Switches) -> None:
@@ -130,9 +88,9 @@ class ChronoSystem:
         self.failed_save: str | None = None
         self._failed_evaluation = False
         self.saving = False  # inside Trainer.save_model, which has written the state already
-        self._native_frozen = torch.tensor([layer.native_bias for layer in layers])
-        self._native_parameters = {
-            layer.layer_id for layer in layers if layer.native_bias and _bias_is_parameter(layer)
+        self.untouched_L = torch.tensor([not layer.takes_beta for layer in layers])
+        self.native_parameters = {
+            layer.layer_id for layer in layers if layer.native_bias and layer.native_bias_is_parameter()
         }
         self._bind()
         self._aim_switches(0)
@@ -166,7 +124,7 @@ class ChronoSystem:
         device = self.layers[0].recorder.train.ints.device
         if device != self.bank.device:
             self.bank.to_(device)
-            self._native_frozen = self._native_frozen.to(device)
+            self.untouched_L = self.untouched_L.to(device)
             self._bind()
             for layer in self.layers:
                 if layer.link.lens is not None:
@@ -200,7 +158,7 @@ class ChronoSystem:
         self.bank.fold(row_LR, global_step, self.config.veto)
         self.window_steps += 1
         if self.config.beta.law == "balance":
-            self._balance(self.bank.row.count(row_LR))
+            actuation.balance(self, self.bank.row.count(row_LR))
         snapshot = self._close_window(global_step, inputs) if closing else None
         if self.config.beta.law != "none":
             self.bank.refresh(self.cap)
@@ -282,25 +240,6 @@ class ChronoSystem:
                 "is set; free space or fix permissions and resume from the last checkpoint"
             )
 
-    def _balance(self, count_LE: Tensor) -> None:
-        beta = self.config.beta
-        self.bank.apply_balance(count_LE, beta, self._native_frozen)
-        for layer in self.layers:
-            if layer.native_bias:
-                self._require_whole_bias(layer)
-                count_E = count_LE[layer.layer_id, : layer.num_experts]
-                _update_native(layer, count_E, beta)
-            layer.link.state.steering = not layer.native_bias
-        self.governed = True
-
-    def _require_whole_bias(self, layer: Layer) -> None:
-        if layer.layer_id in self._native_parameters and distributed.is_sharded(layer.adapter.weight(layer.router)):
-            raise ConfigError(
-                f"layer {layer.layer_id} ({layer.name}): the correction bias of {layer.adapter.family} is a parameter, "
-                "and this engine shards parameters over the ranks, so it cannot be updated in place; set "
-                "BetaConfig(native=False)"
-            )
-
     # ---- the window --------------------------------------------------------------------------------------------
 
     def snapshot(self) -> SystemSnapshot:
@@ -340,10 +279,9 @@ class ChronoSystem:
         held = {layer_id: lens.scale for layer_id, lens in self.lenses.items()}
         self.decisions = []
         snapshot = self._evaluate(step)
-        keep_L = self._share_control()
-        self._actuate(step, keep_L)
-        if inputs and snapshot is not None:
-            self._aim_lenses(inputs, snapshot, held)
+        keep_L = actuation.share_control(self)
+        actuation.move_beta(self, step, keep_L)
+        actuation.aim_lenses(self, inputs, snapshot, held)
         self._reset_window(snapshot)
         return snapshot
 
@@ -369,24 +307,6 @@ class ChronoSystem:
             return None
         return snapshot
 
-    def _share_control(self) -> Tensor:
-        """Rank 0's lens scales and beta multipliers on every rank, in one small broadcast; returns the multipliers.
-
-        The ranks have decided from the same numbers, but on hosts of different kinds the last bit of a logarithm may
-        differ, and a lens that is open on one rank only would hang engines that gather weights in the forward.
-        """
-        control_L2 = torch.zeros(len(self.layers), 2, dtype=torch.float64)
-        control_L2[:, 1] = 1.0
-        for decision in self.decisions:
-            control_L2[decision.layer_id, 1] = decision.beta_multiplier
-        for layer_id, lens in self.lenses.items():
-            control_L2[layer_id, 0] = lens.scale
-        if distributed.active():
-            control_L2 = distributed.broadcast_(control_L2.to(self.bank.device)).cpu()
-            for layer_id, lens in self.lenses.items():
-                lens.set_scale(float(control_L2[layer_id, 0]))
-        return control_L2[:, 1]
-
     def _checksum(self) -> Tensor:
         bank = self.bank
         return torch.stack([bank.beta_LE.double().sum(), bank.ema_CLE.sum(), bank.window_LR.sum(), bank.std_L.sum()])
@@ -396,33 +316,6 @@ class ChronoSystem:
         self.bank.close_window()
         self.window_steps = 0
         self.overhead_s = 0.0
-
-    def _actuate(self, step: int, keep_L: Tensor) -> None:
-        """Beta and forgetting for the next window. Every rank does the same arithmetic."""
-        if self.config.beta.law == "coherence":
-            self.bank.apply_coherence(step, self.config.beta)
-            self.bank.forget(keep_L)
-            for layer in self.layers:
-                layer.link.state.steering = True
-            self.governed = True
-
-    def _aim_lenses(self, inputs: list[Tensor], snapshot: SystemSnapshot, held: dict[int, float]) -> None:
-        """Lens bases for the next window; `held` are the scales of this one. Every rank does the same arithmetic."""
-        with_lens = [layer for layer in self.layers if layer.recorder.train.input_D is not None]
-        by_id = {layer.layer_id: layer for layer in snapshot.layers}
-        for layer, total_D in zip(with_lens, inputs, strict=True):
-            lens, link = layer.link.lens, layer.link
-            assert lens is not None
-            link.lens_open = lens.scale > 0.0
-            shares = by_id[layer.layer_id].shares
-            if not link.lens_open or shares is None:
-                continue
-            mean_D = (total_D[:-1] / total_D[-1].clamp_min(1.0)).float()
-            weight_ED = distributed.full_weight(layer.adapter.weight(layer.router))
-            std = by_id[layer.layer_id].logit_std or 1.0  # of the snapshot: already on the host
-            carry = carried(held[layer.layer_id], lens.scale, self.config.lens.memory)
-            lens.aim(mean_D, weight_ED, shares, std, self.config.lens.basis, carry)
-            self.governed = True
 
     def _record(
         self,
@@ -575,25 +468,3 @@ def _zero(sums: Accumulators) -> None:
     sums.floats.zero_()
     if sums.input_D is not None:
         sums.input_D.zero_()
-
-
-def _bias_is_parameter(layer: Layer) -> bool:
-    """Whether the native correction bias is a parameter (which FSDP2 and ZeRO-3 shard) and not a buffer."""
-    bias_E = layer.adapter.native_bias(layer.router, layer.parent)
-    assert bias_E is not None
-    parameters = (*layer.router.parameters(), *layer.parent.parameters(recurse=False))
-    return bias_E.numel() == 0 or any(value.data_ptr() == bias_E.data_ptr() for value in parameters)
-
-
-def _update_native(layer: Layer, count_E: Tensor, beta: BetaConfig) -> None:
-    """The balance law on the model's own correction bias, in its score units; only the change is centred."""
-    bias_E = layer.adapter.native_bias(layer.router, layer.parent)
-    assert bias_E is not None
-    step_E = balance_step(count_E, layer.num_experts, 1.0, beta.rule)
-    if beta.native_rate is not None:
-        step_E = step_E * beta.native_rate
-    else:
-        slope = layer.adapter.rule.bias_slope(layer.num_experts)
-        step_E = step_E * (beta.rate * slope * layer.link.state.logit_std_ema.double())
-    with torch.no_grad():
-        bias_E.add_((step_E - step_E.mean()).to(device=bias_E.device, dtype=bias_E.dtype))
