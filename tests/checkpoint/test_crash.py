@@ -98,8 +98,9 @@ def test_sigkill_at_random_leaves_a_whole_state(tmp_path, sample_state, step_in,
         assert now >= held, "an older state came back"
         progress += now > held
         held = now
-    assert mid_save > kills / 10, "hardly any kill hit a save in progress"
-    assert progress > kills / 10, "hardly any save was completed"
+    # Guards against a vacuous run only: how many kills hit a save depends on how busy the machine is.
+    assert mid_save > 1, "hardly any kill hit a save in progress"
+    assert progress > 1, "hardly any save was completed"
     assert write_state(tmp_path, *sample_state(held + 1), strict=True)
     assert sorted(os.listdir(tmp_path)) == COMMITTED, "leftovers of killed saves were not cleaned up"
 
