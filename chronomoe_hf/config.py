@@ -235,8 +235,9 @@ class ControlConfig(_Part):
         integral_target: fraction of E below which the integral gate accumulates.
         integral_min_share: fraction of the fair share below which the idlest expert counts as a shortfall too; it
             sees a dead expert in a wide layer whose Neff is well above the target. 0 = Neff alone.
-        integral_gain, integral_leak: integral <- leak * integral + gain * shortfall, shortfall = the larger of
-            target - Neff/E and min_share - E * smallest share, not below 0.
+        integral_gain, integral_leak, integral_step: integral <- leak * integral + min(gain * shortfall, step), with
+            shortfall = the larger of target - Neff/E and min_share - E * smallest share, not below 0. The step bounds
+            what one evaluation may add: several times that and experts swing between idle and busy.
         c1, c2: pressure and heat gains of the lens scale.
         pressure_cap: pressure counts at most this much towards the scale.
         scale_max: cap on the lens scale (logit standard deviations).
@@ -252,8 +253,8 @@ class ControlConfig(_Part):
         quota_top2: relative top-2 share above which a quota is logged.
 
     The original law: ``ControlConfig(gate="pressure", scale_max=0.5, warmup_steps=100, harm_threshold=0.02,
-    harm_restart=False, harm_hold=0)`` with ``LensConfig(memory=0.0)``. Why the defaults differ, in numbers:
-    ``benchmarks/results/balance.md``.
+    harm_restart=False, harm_hold=0)`` with ``LensConfig(basis="least_squares", memory=0.0)``. Why the defaults
+    differ, in numbers: ``benchmarks/results/balance.md``.
     """
 
     enabled: bool = True
@@ -264,12 +265,13 @@ class ControlConfig(_Part):
     gate: Literal["integral", "pressure"] = "integral"
     integral_target: float = 0.7
     integral_min_share: float = 0.05
-    integral_gain: float = 2.0
+    integral_gain: float = 1.0
     integral_leak: float = 0.99
+    integral_step: float = 0.2
     c1: float = 1.0
     c2: float = 0.0
     pressure_cap: float = 0.5
-    scale_max: float = 4.0
+    scale_max: float = 2.0
     warmup_steps: int = 0
     warmup_scale_max: float = 0.02
     harm_threshold: float = 0.15
@@ -298,7 +300,16 @@ class ControlConfig(_Part):
             "quota_top2",
         ):
             _between(f"control.{name}", getattr(self, name), 0.0, 1.0)
-        for name in ("forget_gain", "c1", "c2", "integral_gain", "scale_max", "warmup_scale_max", "harm_threshold"):
+        for name in (
+            "forget_gain",
+            "c1",
+            "c2",
+            "integral_gain",
+            "integral_step",
+            "scale_max",
+            "warmup_scale_max",
+            "harm_threshold",
+        ):
             _between(f"control.{name}", getattr(self, name), 0.0, math.inf)
         for name in ("warmup_steps", "harm_hold"):
             _between(f"control.{name}", getattr(self, name), 0, math.inf)
@@ -310,15 +321,16 @@ class LensConfig(_Part):
 
     Args:
         enabled: open a lens when the controller asks for it.
-        basis: ``"least_squares"`` or ``"router"`` (the original).
+        basis: ``"scaled"`` (least squares, each expert moved in units of its own logit spread), ``"least_squares"``
+            (all in units of the layer's) or ``"router"`` (the original).
         memory: how much of the lens in force goes into the next one, per evaluation. The shares that a basis is
             computed from were measured *under* the lens, so a basis without memory (0, the original) undoes itself as
             soon as it works: it settles half-way, or swings between two states where its scale is large.
     """
 
     enabled: bool = True
-    basis: Literal["least_squares", "router"] = "least_squares"
-    memory: float = 0.99
+    basis: Literal["scaled", "least_squares", "router"] = "scaled"
+    memory: float = 0.9
 
     def _check(self) -> None:
         _between("lens.memory", self.memory, 0.0, 1.0)

@@ -21,7 +21,7 @@ from chronomoe_hf.errors import ConfigError, StateMismatchError
 # Eigenvalues of W W^T below this fraction of the largest are treated as zero: fp32 weights carry no more information.
 _EIGEN_CUTOFF = 1e-12
 
-BasisName = Literal["least_squares", "router"]
+BasisName = Literal["scaled", "least_squares", "router"]
 
 
 def steering_target(share_E: Tensor | Sequence[float]) -> Tensor:
@@ -39,6 +39,22 @@ def steering_target(share_E: Tensor | Sequence[float]) -> Tensor:
     share = _host64(share_E)
     t_E = (1.0 - share * share.numel()).clamp(-1.0, 1.0)
     return t_E - t_E.mean()
+
+
+def expert_spread(weight_ED: Tensor) -> Tensor:
+    """How far each expert's logit spreads over tokens, relative to the layer: centred row norms over their rms.
+
+    A normalised router input spreads much the same in every direction, so the spread of an expert's logit follows the
+    length of its row (correlation 0.87 to 0.94 in the layers measured for ``benchmarks/results/balance.md``), and rows
+    differ in length by a factor of three and more. One shift for all throws an expert of short row from idle to busy.
+
+    Returns:
+        Shape ``(E,)``, float64 on the CPU, rms 1; all ones where the rows do not differ at all.
+    """
+    weight = _host64(weight_ED)
+    norm_E = (weight - weight.mean(0)).norm(dim=1)
+    rms = float(norm_E.square().mean().sqrt())
+    return norm_E / rms if rms > 0.0 else torch.ones_like(norm_E)
 
 
 def basis_problem(
@@ -60,7 +76,11 @@ def basis_problem(
 
 
 def least_squares_basis(
-    mu_D: Tensor, weight_ED: Tensor, share_E: Tensor | Sequence[float], logit_std: float
+    mu_D: Tensor,
+    weight_ED: Tensor,
+    share_E: Tensor | Sequence[float],
+    logit_std: float,
+    spread_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rank-1 basis that moves the mean token's logits by the steering target.
 
@@ -74,6 +94,7 @@ def least_squares_basis(
         weight_ED: router weight, shape ``(E, D)``, any floating dtype.
         share_E: share of assignments per expert, shape ``(E,)``.
         logit_std: standard deviation of the clean logits, positive.
+        spread_E: factors on the target, then centred again, shape ``(E,)``; see :func:`expert_spread`.
 
     Returns:
         ``(V, U)``, shapes ``(D, 1)`` and ``(1, D)``, float32 on the CPU. Both are zero (an identity lens) where
@@ -83,6 +104,9 @@ def least_squares_basis(
         return _no_basis(weight_ED.shape[1])
     weight = _host64(weight_ED)
     target_E = steering_target(share_E) * logit_std
+    if spread_E is not None:
+        target_E = target_E * spread_E
+        target_E = target_E - target_E.mean()
     # pinv(W) t = W^T (W W^T)^+ t: an E x E eigenproblem instead of an SVD of the E x D weight.
     value_E, vector_EE = torch.linalg.eigh(weight @ weight.T)
     keep_E = value_E > value_E[-1] * _EIGEN_CUTOFF
@@ -240,7 +264,8 @@ class ChronoLens:
         if basis == "router":
             V_DR, U_RD = router_basis(mu_D, weight_ED, share_E)
         else:
-            V_DR, U_RD = least_squares_basis(mu_D, weight_ED, share_E, logit_std)
+            spread_E = expert_spread(weight_ED) if basis == "scaled" else None
+            V_DR, U_RD = least_squares_basis(mu_D, weight_ED, share_E, logit_std, spread_E)
         if carry > 0.0:
             held_D = (_host64(mu_D) @ _host64(self.V)) @ _host64(self.U)
             U_RD = (carry * held_D + (1.0 - carry) * U_RD.double()).float()

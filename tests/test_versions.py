@@ -63,7 +63,7 @@ def recount(layer: Any, counts: Counter[int]) -> Any:
 
 
 def observe(family: str) -> str:
-    """"right", "refused" or "broken upstream"; raises AssertionError where observing is wrong."""
+    """ "right", "refused" or "broken upstream"; raises AssertionError where observing is wrong."""
     try:
         model = moe_zoo.build(family).train()
         want = run(model).detach()

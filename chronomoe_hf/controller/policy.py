@@ -103,7 +103,7 @@ def beta_multiplier(pressure: float, config: ControlConfig) -> float:
 def next_integral(
     integral: float, *, n_effective: float, n_experts: int, config: ControlConfig, min_share: float | None = None
 ) -> float:
-    """Leaky integral of the shortfall: ``leak * integral + gain * shortfall``.
+    """Leaky integral of the shortfall: ``leak * integral + min(gain * shortfall, step)``.
 
     The shortfall is ``max(0, target - Neff/E, integral_min_share - E * min_share)``: with many experts one of them can
     die while Neff and debt hardly notice (one of 32: Neff/E 0.97, debt 0.006).
@@ -114,7 +114,8 @@ def next_integral(
     shortfall = max(0.0, config.integral_target - n_effective / n_experts)
     if min_share is not None:
         shortfall = max(shortfall, config.integral_min_share - n_experts * min_share)
-    return clip(config.integral_leak * integral + config.integral_gain * shortfall, 0.0, config.scale_max)
+    added = min(config.integral_gain * shortfall, config.integral_step)
+    return clip(config.integral_leak * integral + added, 0.0, config.scale_max)
 
 
 def drive_of(pressure: float, integral: float, config: ControlConfig) -> float:

@@ -67,6 +67,7 @@ HAND = {
     "integral_target": 0.65,
     "integral_gain": 0.5,
     "integral_leak": 0.98,
+    "integral_step": 1.0,
     "scale_max": 0.5,
     "warmup_steps": 100,
     "harm_threshold": 0.02,
