@@ -22,21 +22,13 @@ from chronomoe_hf.errors import (
 )
 from chronomoe_hf.layer import Layer
 from chronomoe_hf.lens import ChronoLens
-from chronomoe_hf.observe import (
-    WINDOW,
-    Accumulators,
-    LayerRecorder,
-    RecordingWindow,
-    Switches,
-    close_window,
-    forward_parameters,
-    open_window,
-)
+from chronomoe_hf.observe import Accumulators, LayerRecorder
 from chronomoe_hf.patches import Adapter, probe
 from chronomoe_hf.router import LINK, RouterLink, RouterState
 from chronomoe_hf.save_hook import install_save_hook, remove_save_hook
 from chronomoe_hf.swap import check_not_sharded, check_swappable, remove_hooks, restore, swap
 from chronomoe_hf.system import SYSTEM, ChronoSystem, find_system
+from chronomoe_hf.window import WINDOW, RecordingWindow, Switches, close_window, forward_parameters, open_window
 
 logger = logging.getLogger("chronomoe_hf")
 

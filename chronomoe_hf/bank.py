@@ -12,8 +12,9 @@ from torch import Tensor
 
 from chronomoe_hf.coherence import ALPHAS, CoherenceBuffer, read_clocks, update_clocks_
 from chronomoe_hf.config import BetaConfig, VetoConfig
+from chronomoe_hf.laws import balance_step, centre_and_clamp, coherence_law, compute_relevance
 from chronomoe_hf.observe import META, PER_EXPERT, PER_LAYER
-from chronomoe_hf.router import RouterState, balance_step, centre_and_clamp, coherence_law, compute_relevance
+from chronomoe_hf.router import RouterState
 
 _STD_ALPHA = 0.99
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from chronomoe_hf.observe import ExpertRows, LayerRecorder, TokenSample, sample_tokens
+from chronomoe_hf.observe import ExpertRows, LayerRecorder
 from chronomoe_hf.patches import all_adapters
 from chronomoe_hf.router import LINK
+from chronomoe_hf.window import TokenSample, sample_tokens
 
 _TAPPED = ("grouped_mm", "batched_mm")
 # Sending tokens through the experts again costs compute, reading rows does not: keep the former small.

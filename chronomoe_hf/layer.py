@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.config import BetaConfig
+from chronomoe_hf.laws import balance_step
 from chronomoe_hf.observe import LayerRecorder
 from chronomoe_hf.patches import Adapter
-from chronomoe_hf.router import RouterLink, balance_step
+from chronomoe_hf.router import RouterLink
 
 
 @dataclass

@@ -12,9 +12,9 @@ from torch import nn
 from chronomoe_hf.errors import WrapError
 from chronomoe_hf.expert_outputs import chrono_experts_class
 from chronomoe_hf.layer import Layer
-from chronomoe_hf.observe import close_window, open_window
 from chronomoe_hf.patches import chrono_class
 from chronomoe_hf.router import LINK
+from chronomoe_hf.window import close_window, open_window
 
 
 def swap(layer: Layer) -> None:

@@ -23,7 +23,7 @@ from chronomoe_hf.fold import FoldReport, fold_system
 from chronomoe_hf.layer import Layer
 from chronomoe_hf.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
-from chronomoe_hf.observe import Accumulators, Switches
+from chronomoe_hf.observe import Accumulators
 from chronomoe_hf.readout import layer_events
 from chronomoe_hf.router import RouterState
 from chronomoe_hf.telemetry import (
@@ -34,6 +34,7 @@ from chronomoe_hf.telemetry import (
     next_attempt,
     run_manifest,
 )
+from chronomoe_hf.window import Switches
 
 logger = logging.getLogger("chronomoe_hf")
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from chronomoe_hf.bank import Row, StateBank
 from chronomoe_hf.config import BetaConfig, CoherenceConfig, VetoConfig
-from chronomoe_hf.observe import META, PER_EXPERT, PER_LAYER, Accumulators, LayerRecorder, RecordingWindow, Switches
+from chronomoe_hf.observe import META, PER_EXPERT, PER_LAYER, Accumulators, LayerRecorder
 from chronomoe_hf.router import RouterState, Routing
+from chronomoe_hf.window import RecordingWindow, Switches
 
 EXPERTS = (4, 6)  # two layers of different width: the narrow one has padding columns
 WIDTH = max(EXPERTS)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoRouter
 from chronomoe_hf.config import CoherenceConfig
-from chronomoe_hf.observe import real_tokens, sample_tokens
+from chronomoe_hf.window import real_tokens, sample_tokens
 
 FIRST_CLASS = sorted(tiny.FAMILIES)
 EXACT = CoherenceConfig(max_tokens=None)

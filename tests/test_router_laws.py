@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from chronomoe_hf import CoherenceBuffer, RouterState
 from chronomoe_hf.config import VetoConfig
-from chronomoe_hf.router import balance_step, centre_and_clamp, coherence_law, compute_relevance, update_beta
+from chronomoe_hf.laws import balance_step, centre_and_clamp, coherence_law
+from chronomoe_hf.router import compute_relevance, update_beta
 
 K_MAX = 0.3
 

@@ -1,0 +1,126 @@
+"""How beta moves and when it is held back: the coherence law, loss-free balancing, and the bridge veto. Pure functions.
+
+Shape suffixes: L layers (any leading shape), E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_relevance(disagreement: Tensor | float, theta: float = 0.2) -> Tensor | float:
+    """Relevance r of beta: 1 below theta, falling linearly to 0 at 3 theta.
+
+    Args:
+        disagreement: of the full beta over the previous step, any shape or a float, >= 0.
+        theta: in the unit of the disagreement, > 0.
+
+    Returns:
+        r in [0, 1], same kind as the input.
+
+    Raises:
+        ValueError: theta is not positive.
+
+    Source: SPEC section 4, r = 1 - (d - theta) / (2 theta) between theta and 3 theta.
+    """
+    if theta <= 0:
+        raise ValueError(f"theta must be positive, got {theta}")
+    if isinstance(disagreement, Tensor):
+        return (1.0 - (disagreement - theta) / (2.0 * theta)).clamp(0.0, 1.0)
+    return min(1.0, max(0.0, 1.0 - (disagreement - theta) / (2.0 * theta)))
+
+
+def centre_and_clamp(beta_LE: Tensor, cap: float, mask_LE: Tensor | None = None) -> Tensor:
+    """Shift each layer so that the clamped bias sums to zero: both zero-centred and within +-cap.
+
+    A bias common to all experts does nothing, so only the shift-free part may be spent on the cap. Clamping
+    after centring would bring a common part back. The sum of the clamped values falls with the shift along a line
+    that bends at ``beta +- cap``: its root is read off between two bends, in float64.
+
+    Args:
+        beta_LE: shape ``(..., E)``.
+        cap: bound on the absolute value, > 0.
+        mask_LE: bool, False for padding columns (kept at 0).
+
+    Returns:
+        New tensor, dtype of `beta_LE`.
+    """
+    wide_LE = beta_LE.double()
+    keep_LE = torch.ones_like(wide_LE) if mask_LE is None else mask_LE.double()
+    num_L = keep_LE.sum(-1, keepdim=True).clamp_min(1.0)
+    # Centring first makes the common case (nothing touches the cap) exact.
+    centred_LE = (wide_LE - (wide_LE * keep_LE).sum(-1, keepdim=True) / num_L) * keep_LE
+    bend_LB, order_LB = torch.cat([centred_LE - cap, centred_LE + cap], dim=-1).sort(-1)
+    slope_LB = torch.cat([-keep_LE, keep_LE], dim=-1).gather(-1, order_LB).cumsum(-1)  # of the stretch after each bend
+    fall_LB = (slope_LB[..., :-1] * bend_LB.diff(dim=-1)).cumsum(-1)
+    sum_LB = torch.cat([cap * num_L, cap * num_L + fall_LB], dim=-1)
+    # The sum starts at cap * E > 0 and ends at -cap * E: the root lies after the last bend where it is positive.
+    at_L = (sum_LB > 0).sum(-1, keepdim=True) - 1
+    stretch_L = sum_LB.gather(-1, at_L) / slope_LB.gather(-1, at_L).clamp_max(-1.0)
+    fits_L = centred_LE.abs().amax(-1, keepdim=True) <= cap
+    shift_L = torch.where(fits_L, 0.0, bend_LB.gather(-1, at_L) - stretch_L)
+    return ((centred_LE - shift_L).clamp(-cap, cap) * keep_LE).to(beta_LE.dtype)
+
+
+def coherence_law(
+    beta_LE: Tensor,
+    phi_slow_LE: Tensor,
+    seen_LE: Tensor,
+    tokens_LE: Tensor,
+    *,
+    eta: float,
+    tau: float | str,
+    k_max: float,
+    mask_LE: Tensor | None = None,
+) -> Tensor:
+    """beta_coeff + eta (Phi_slow - tau) for the experts in `seen_LE`; then zero-centred and clamped.
+
+    Args:
+        beta_LE: current coefficients, shape ``(..., E)``, fp32.
+        phi_slow_LE: bias-corrected slow clock, same shape.
+        seen_LE: bool, experts with recent evidence; the others do not move (but are re-centred with the layer).
+        tokens_LE: weights of the layer mean.
+        eta: gain.
+        tau: a number, or ``"layer_mean"``: token-weighted mean of Phi_slow over the seen experts.
+        k_max: cap.
+        mask_LE: bool, False for padding columns.
+
+    Returns:
+        New coefficients, fp32.
+
+    Source: SPEC section 4.
+    """
+    phi = phi_slow_LE.double()
+    if tau == "layer_mean":
+        weight_LE = torch.where(seen_LE, tokens_LE.double(), 0.0)
+        target = (phi * weight_LE).sum(-1, keepdim=True) / weight_LE.sum(-1, keepdim=True).clamp_min(1e-12)
+    elif isinstance(tau, str):
+        raise ValueError(f"tau must be a number or 'layer_mean', got {tau!r}")
+    else:
+        target = torch.full_like(phi[..., :1], float(tau))
+    moved_LE = beta_LE.double() + torch.where(seen_LE, eta * (phi - target), 0.0)
+    return centre_and_clamp(moved_LE, k_max, mask_LE).to(torch.float32)
+
+
+def balance_step(count_LE: Tensor, num_experts_L: Tensor | int, rate: float, rule: str = "proportional") -> Tensor:
+    """One step of loss-free balancing, before centring.
+
+    Args:
+        count_LE: assignments of the step, shape ``(..., E)``.
+        num_experts_L: E of each layer, broadcastable to ``(..., 1)``.
+        rate: step size, in the unit of the bias.
+        rule: ``"proportional"``: rate * clip((fair - count) / fair, -1, 1); ``"sign"``: rate * sign(fair - count).
+
+    Returns:
+        float64 increments, shape of `count_LE`; 0 for a layer without a count.
+
+    Source: SPEC section 4; the sign rule is arXiv 2408.15664.
+    """
+    count_LE = count_LE.double()
+    fair_L = count_LE.sum(-1, keepdim=True) / num_experts_L
+    if rule == "sign":
+        return rate * torch.sign(fair_L - count_LE) * (fair_L > 0)
+    if rule != "proportional":
+        raise ValueError(f"rule must be 'proportional' or 'sign', got {rule!r}")
+    return rate * torch.where(fair_L > 0, ((fair_L - count_LE) / fair_L.clamp_min(1e-12)).clamp(-1.0, 1.0), 0.0)
