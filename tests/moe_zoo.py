@@ -48,11 +48,12 @@ def copied(value: Any) -> Any:
     return value
 
 
-def build(family: str) -> nn.Module:
-    """Build the tiny model of a family in fp32."""
+def build(family: str, **overrides: Any) -> nn.Module:
+    """Build the tiny model of a family in fp32; `overrides` replace fields of its configuration."""
     entry = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, entry["config_class"])(**copy.deepcopy(entry["tiny_config_kwargs"]))
+    fields = {**copy.deepcopy(entry["tiny_config_kwargs"]), **overrides}
+    config = getattr(transformers, entry["config_class"])(**fields)
     model: nn.Module = getattr(transformers, entry["causal_lm_class"])(config)
     return model
 

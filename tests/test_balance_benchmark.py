@@ -107,6 +107,17 @@ def test_half_the_updates_is_judged_seed_by_seed(table: ModuleType) -> None:
     assert verdicts(table, "e8", *rows) == [True, False]
 
 
+def test_the_loss_is_judged_by_paired_seeds(table: ModuleType) -> None:
+    def arm(name: str, losses: list[float]) -> list[dict[str, Any]]:
+        return [row(name, seed=seed, valid_loss=loss) for seed, loss in enumerate(losses)]
+
+    aux = arm("aux", [3.0, 4.0, 5.0])
+    # Differences +0.01 each: a standard error of nearly 0, although the seeds are far apart.
+    assert verdicts(table, "e8", *aux, *arm("balance", [3.01, 4.01, 5.01])) == [False]
+    assert verdicts(table, "e8", *aux, *arm("balance", [3.03, 3.98, 5.02])) == [True]
+    assert verdicts(table, "e8", *aux, *arm("balance", [2.9, 3.9, 4.9])) == [True]
+
+
 def test_a_layer_below_the_floor_must_be_explained(table: ModuleType) -> None:
     none = row("none")
     for misses, holds in (([], True), ([{"layer": 1, "abstained": 0}], False), ([{"layer": 1, "abstained": 3}], True)):
