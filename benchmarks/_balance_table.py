@@ -41,12 +41,23 @@ def claims(results: Row) -> list[Row]:
         if balance and sign:
             out += _against_sign(setting, balance, sign, results["sign_rate"][setting])
         if balance and aux:
-            mean = [_mean(rows, "valid_loss") for rows in (balance, aux)]
-            text = f"{setting}: validation loss of balance no worse than with HF aux loss"
-            out.append(_claim(text, mean[0] <= mean[1], f"{mean[0]:.4f} against {mean[1]:.4f}"))
+            out.append(_loss_claim(setting, balance, aux))
         if protect and none:
             out += _protect(setting, protect, none)
     return out
+
+
+def _loss_claim(setting: str, balance: list[Row], aux: list[Row]) -> Row:
+    """Paired by seed: worse means by more than one standard error of the differences."""
+    by_seed = [{row["seed"]: row["valid_loss"] for row in rows} for rows in (balance, aux)]
+    differences = [by_seed[0][seed] - by_seed[1][seed] for seed in sorted(set(by_seed[0]) & set(by_seed[1]))]
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+    mean = statistics.fmean(differences) if differences else 0.0
+    return _claim(
+        f"{setting}: validation loss of balance at most one standard error above that with HF aux loss",
+        mean <= error,
+        f"{mean:+.4f} with standard error {error:.4f}; by seed {', '.join(f'{value:+.4f}' for value in differences)}",
+    )
 
 
 def _against_sign(setting: str, balance: list[Row], sign: list[Row], rate: float) -> list[Row]:
