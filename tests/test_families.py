@@ -103,8 +103,11 @@ def test_beta_raises_an_experts_count(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "fields"), VARIED)
-def test_variants_of_every_rule(family: str, fields: dict[str, Any]) -> None:
-    check_observing(family, build(family, **fields))
+def test_variants_of_every_rule(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    model = build(family, **fields)
+    check_observing(family, model)
+    model.save_pretrained(tmp_path)
+    check_observing(family, type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).train())
     check_phi(family, build(family, **fields))
     if fields.get("num_experts_per_tok") != fields.get("num_local_experts"):  # with k = E nothing can be gained
         check_beta(family, build(family, **fields))
