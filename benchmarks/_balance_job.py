@@ -275,6 +275,8 @@ def summarise(run: Run, interval: int) -> dict[str, Any]:
     windows = run.count_SLE[: len(count) // interval * interval].unflatten(0, (-1, interval)).sum(1)
     window_neff_WL = neff_fraction(windows)
     half = len(windows) // 2
+    # Only an abstention in the stretch that is judged explains a layer below the floor.
+    late = [decision for decision in run.decisions if decision.step > len(count) - TAIL]
     reasons: dict[str, int] = {}
     for decision in run.decisions:
         reasons[decision.abstain_reason or "acted"] = reasons.get(decision.abstain_reason or "acted", 0) + 1
@@ -291,7 +293,7 @@ def summarise(run: Run, interval: int) -> dict[str, Any]:
         "dead_windows": int((windows == 0).sum()),
         "dead_tail": int((run.count_SLE[-TAIL:].sum(0) == 0).sum()),
         "floor_misses": [
-            {"layer": layer, "abstained": sum(d.abstained for d in run.decisions if d.layer_id == layer)}
+            {"layer": layer, "abstained": sum(d.abstained for d in late if d.layer_id == layer)}
             for layer, value in enumerate(neff_SL[-TAIL:].mean(0).tolist())
             if value < FLOOR
         ],
