@@ -65,15 +65,16 @@ class ChronoCallback(TrainerCallback):
             self.attached = True  # say it once
         system.begin()
         resumed = state.global_step > 0
-        if resumed:
-            directory = self.resume_path.at(args.output_dir, state.global_step)
-            restore(system, kwargs["model"], directory, state.global_step)
+        directory = self.resume_path.at(args.output_dir, state.global_step)
+        saved = restore(system, directory, state.global_step) if resumed else None
         output_dir = system.config.telemetry.output_dir or args.output_dir
         try:
             system.open_telemetry(output_dir, resume_step=state.global_step if resumed else None)
         except TelemetryError as error:
             # Training must not die for its telemetry; statistics and scalars go on.
             logger.error("%s; training goes on without record files", error)
+        if resumed:  # after the records are open, so that a mismatch is among them
+            check_weights(system, kwargs["model"], directory, saved, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Fold the step. Collective: runs on every rank."""

@@ -72,12 +72,15 @@ class ResumePath:
         return self.directory or Path(output_dir or ".") / f"checkpoint-{global_step}"
 
 
-def restore(system: ChronoSystem, model: nn.Module, directory: Path, step: int) -> None:
-    """Restore state from a checkpoint and make sure that the live weights are the checkpoint's. Collective.
+def restore(system: ChronoSystem, directory: Path, step: int) -> dict[str, str] | None:
+    """Restore state from a checkpoint. Collective.
+
+    Returns:
+        The fingerprint of the checkpoint's weights, for :func:`check_weights`; None where there is none.
 
     Raises:
         StateMissingError, StateCorruptError, StateMismatchError, StateSchemaError: see ``persistence.load``.
-        WeightMismatchError: with ``repair="raise"``, when Trainer left wrong weights in the model.
+        StateError: the state there is of another step.
     """
     manifest = system.load(directory)
     if manifest is not None and manifest["step"] != step:
@@ -85,8 +88,7 @@ def restore(system: ChronoSystem, model: nn.Module, directory: Path, step: int) 
             f"{directory} holds chronomoe state of step {manifest['step']}, but the Trainer resumes at step {step}; "
             "the files of two checkpoints are mixed up"
         )
-    saved = None if manifest is None else manifest.get("fingerprint")
-    check_weights(system, model, directory, saved, step)
+    return None if manifest is None else manifest.get("fingerprint")
 
 
 def check_weights(
@@ -96,6 +98,10 @@ def check_weights(
 
     Returns:
         Names of the tensors that were repaired.
+
+    Raises:
+        WeightMismatchError: with ``repair="raise"``, when Trainer left wrong weights in the model, or when they could
+            not be repaired.
     """
     live = live_fingerprint(system)
     wrong = compare_fingerprints(saved, live) if saved is not None else []

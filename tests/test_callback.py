@@ -188,3 +188,18 @@ def test_the_progress_of_a_governed_run_is_bit_equal_until_beta_acts(tmp_path: P
         losses[preset] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses["observe"][:4] == losses["protect"][:4]
     assert losses["observe"][4:] != losses["protect"][4:], "bad test setup: beta never acted"
+
+
+def test_a_resume_that_had_to_be_repaired_is_on_record(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    first = trainer_for(tmp_path, max_steps=2, **settings)
+    chronomoe_hf.attach(first, ChronoConfig(interval=INTERVAL))
+    first.train()
+    second = trainer_for(tmp_path, max_steps=4, **settings)
+    for parameter in second.model.parameters():
+        parameter.data.add_(0.1)  # what Trainer leaves out of its reload would keep these values
+    chronomoe_hf.attach(second, ChronoConfig(interval=INTERVAL))
+    second.train(resume_from_checkpoint=True)
+    records, _ = read_jsonl(tmp_path / "chronomoe" / "alerts.jsonl")
+    edges = [(record["state"], record["step"]) for record in records if record["kind"] == "RESUME_MISMATCH"]
+    assert edges == [("raised", 2), ("cleared", 2)]
