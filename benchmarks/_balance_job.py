@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from _text_job import ModelSize, Training, load_domain, pretrain_base
+from _text_job import SIZES, ModelSize, Training, load_domain, pretrain_base
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoSystem
@@ -26,8 +26,10 @@ from chronomoe_hf.config import ControlConfig, LensConfig, VetoConfig
 
 SMOOTH = 10  # steps over which "balanced" must hold on average
 TAIL = 50  # last steps that describe where a run ended
+VALID = 512  # held-out blocks
 TARGET, FLOOR = 0.9, 0.6  # fractions of E
 SIGN_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+BEYOND = (0.2, 0.3)  # swept too, for the reader; never chosen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,41 +44,44 @@ class Setting:
         steps: optimizer steps of fine-tuning.
         pretrain_steps: optimizer steps of pretraining.
         batch: blocks of `size.length` tokens a step.
-        learning_rate: of fine-tuning, constant after the warm-up.
+        learning_rate: peak, of fine-tuning, after 20 steps of warm-up.
         interval: optimizer steps between control updates.
         settle: steps of a per-layer balance loss before fine-tuning, in every arm: makes a balanced base.
+        chars: read at most this much text of the domain.
+        decay: linear decay of the learning rate to zero, as in Trainer; else constant after the warm-up.
     """
 
     name: str
     size: ModelSize
     top_k: int
     domain: str = "code"
-    steps: int = 160
+    steps: int = 300
     pretrain_steps: int = 400
     batch: int = 16
     learning_rate: float = 1e-3
     interval: int = 10
     settle: int = 0
+    chars: int = 2_000_000
+    decay: bool = True
 
 
-_SMALL = ModelSize(layers=3, hidden=64, intermediate=64, heads=4, experts=8, top_k=2, vocab=1024, length=128)
-_WIDE = dataclasses.replace(_SMALL, intermediate=32, experts=32, top_k=4)
-_TINY = dataclasses.replace(_SMALL, layers=2, hidden=32, intermediate=32, vocab=512, length=64)
+_TINY = ModelSize(layers=2, hidden=32, intermediate=32, heads=4, experts=8, top_k=2, vocab=512, length=64)
+# The stress of `make demo`, text, sizes and schedule included; the same with 32 experts; both again over more steps and
+# more text, so that no block is read much more than once.
 SETTINGS = {
-    "e8": Setting(name="e8", size=_SMALL, top_k=1),
-    "e8-long": Setting(name="e8-long", size=_SMALL, top_k=1, steps=400),
-    "e32-long": Setting(name="e32-long", size=_WIDE, top_k=4, steps=400),
-    "e32": Setting(name="e32", size=_WIDE, top_k=4),
-    "healthy": Setting(name="healthy", size=_SMALL, top_k=2, domain="prose", steps=100, settle=100),
+    "e8": Setting(name="e8", size=SIZES["e8k2"], top_k=1),
+    "e32": Setting(name="e32", size=SIZES["e32k4"], top_k=4),
+    "e8-long": Setting(name="e8-long", size=SIZES["e8k2"], top_k=1, steps=800, chars=8_000_000),
+    "e32-long": Setting(name="e32-long", size=SIZES["e32k4"], top_k=4, steps=600, chars=8_000_000),
+    "healthy": Setting(name="healthy", size=SIZES["e8k2"], top_k=2, domain="prose", steps=100, settle=100, decay=False),
     "quick": Setting(name="quick", size=_TINY, top_k=1, steps=60, pretrain_steps=60, batch=8),
 }
 ARMS = ("none", "aux", "sign", "balance", "protect", "coherence")
-LONG = ("none", "aux", "balance", "protect")
 PLAN = {
     "e8": ARMS,
-    "e8-long": LONG,
+    "e8-long": ("aux", "balance"),
     "e32": ARMS,
-    "e32-long": LONG,
+    "e32-long": ("none", "aux", "balance", "protect"),
     "healthy": ("none", "protect"),
     "quick": ("none", "balance"),
 }
@@ -121,6 +126,13 @@ def batches(tokens_NS: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
         order_N = torch.randperm(tokens_NS.shape[0], generator=generator)
         for start in range(0, len(order_N) - batch + 1, batch):
             yield tokens_NS[order_N[start : start + batch]]
+
+
+def rate_factor(setting: Setting, step: int) -> float:
+    """Factor on the learning rate of the 1-based `step`: linear warm-up, then constant or linear decay to zero."""
+    warm = min(1.0, (step - 1) / 20)
+    left = (setting.steps - (step - 1)) / (setting.steps - 20)
+    return min(warm, left) if setting.decay else warm
 
 
 def step_counts(system: ChronoSystem) -> Tensor:
@@ -179,9 +191,10 @@ def prepare(setting: Setting, seed: int) -> Data:
     training = Training(steps=setting.pretrain_steps, batch=setting.batch, learning_rate=3e-3, seed=seed)
     base = pretrain_base("mixtral", setting.size, training)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    text = load_domain(setting.domain, tokenizer, setting.size, "mixtral")
+    text = load_domain(setting.domain, tokenizer, setting.size, "mixtral", max_chars=setting.chars)
     train, valid = (torch.tensor(part["input_ids"]) for part in (text.train, text.valid))
-    return Data(base, train, valid[:128])
+    # Evenly over all held-out documents: the first blocks alone would be one or two of them.
+    return Data(base, train, valid[:: max(1, len(valid) // VALID)][:VALID])
 
 
 @dataclasses.dataclass
@@ -210,7 +223,7 @@ class Run:
 
 
 def fine_tune(setting: Setting, data: Data, arm: str, seed: int, config: ChronoConfig) -> Run:
-    """Fine-tune the base under one arm: AdamW, constant rate after 20 warm-up steps."""
+    """Fine-tune the base under one arm with AdamW."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(
         data.base, num_experts_per_tok=setting.top_k, output_router_logits=arm == "aux", router_aux_loss_coef=0.02
@@ -226,7 +239,7 @@ def fine_tune(setting: Setting, data: Data, arm: str, seed: int, config: ChronoC
     started = time.perf_counter()
     for step in range(1, setting.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = setting.learning_rate * min(1.0, step / 20)
+            group["lr"] = setting.learning_rate * rate_factor(setting, step)
         block = next(stream)
         loss = model(input_ids=block, labels=block).loss
         loss.backward()
@@ -277,6 +290,12 @@ def summarise(run: Run, interval: int) -> dict[str, Any]:
     half = len(windows) // 2
     # Only an abstention in the stretch that is judged explains a layer below the floor.
     late = [decision for decision in run.decisions if decision.step > len(count) - TAIL]
+    dead_L = (run.count_SLE[-TAIL:].sum(0) == 0).sum(-1).tolist()
+
+    def abstained(layer: int) -> dict[str, int]:
+        named = [d.abstain_reason for d in late if d.layer_id == layer]
+        return {reason: named.count(reason) for reason in dict.fromkeys(named) if reason is not None}
+
     reasons: dict[str, int] = {}
     for decision in run.decisions:
         reasons[decision.abstain_reason or "acted"] = reasons.get(decision.abstain_reason or "acted", 0) + 1
@@ -291,11 +310,11 @@ def summarise(run: Run, interval: int) -> dict[str, Any]:
         "max_violation_tail": float(violation_SL[-TAIL:].mean(0).max()),
         "max_violation_valid": max(run.valid_violation),
         "dead_windows": int((windows == 0).sum()),
-        "dead_tail": int((run.count_SLE[-TAIL:].sum(0) == 0).sum()),
+        "dead_tail": sum(dead_L),
         "floor_misses": [
-            {"layer": layer, "abstained": sum(d.abstained for d in late if d.layer_id == layer)}
-            for layer, value in enumerate(neff_SL[-TAIL:].mean(0).tolist())
-            if value < FLOOR
+            {"layer": layer, "dead": dead, "abstained": abstained(layer)}
+            for layer, (value, dead) in enumerate(zip(neff_SL[-TAIL:].mean(0).tolist(), dead_L, strict=True))
+            if value < FLOOR or dead
         ],
         "decisions": reasons,
         "alerts": sorted({alert.kind for alert in run.alerts}),

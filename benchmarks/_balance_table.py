@@ -83,16 +83,25 @@ def _against_sign(setting: str, balance: list[Row], sign: list[Row], rate: float
 def _protect(setting: str, protect: list[Row], none: list[Row]) -> list[Row]:
     dead = [[row["dead_tail"] for row in rows] for rows in (protect, none)]
     worst = [[round(row["worst_neff_tail"], 2) for row in rows] for rows in (protect, none)]
-    explained = all(miss["abstained"] > 0 for row in protect for miss in row["floor_misses"])
+    misses = [miss for row in protect for miss in row["floor_misses"]]
+    open_dead = [sum(miss["dead"] for miss in row["floor_misses"] if not miss["abstained"]) for row in protect]
+    explained = all(miss["abstained"] for miss in misses)
+    reasons = sorted({reason for miss in misses for reason in miss["abstained"]})
+    why = f"; layers below, or with a dead expert: {len(misses)}, abstained for {', '.join(reasons)}" if misses else ""
     losses = [[row["valid_loss"] for row in rows] for rows in (protect, none)]
     spread = max(losses[1]) - min(losses[1])
     difference = statistics.fmean(losses[0]) - statistics.fmean(losses[1])
     return [
-        _claim(f"{setting}: protect leaves no dead expert", not any(dead[0]), f"{dead[0]}; none leaves {dead[1]}"),
+        _claim(
+            f"{setting}: protect leaves no dead expert in a layer where it acts",
+            not any(open_dead),
+            f"{open_dead}, in layers where it abstains {[a - b for a, b in zip(dead[0], open_dead, strict=True)]}; "
+            f"none leaves {dead[1]}",
+        ),
         _claim(
             f"{setting}: protect ends with every layer at Neff/E 0.6 or more, or its decisions say why it abstained",
             explained,
-            f"worst layer {worst[0]}; none {worst[1]}",
+            f"worst layer {worst[0]}; none {worst[1]}{why}",
         ),
         _claim(
             f"{setting}: validation loss of protect at most one seed spread above none",

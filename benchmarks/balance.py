@@ -1,12 +1,15 @@
 """Does governance keep experts alive, how soon, and at what loss?
 
-A small Mixtral is pretrained on prose (cached) and fine-tuned on code under one arm after another. Two shapes are
-stressed: `e8` (8 experts, top-2 pretrained, top-1 fine-tuned) and `e32` (32 experts, top-4, other text). A third
-setting, `healthy`, keeps the text and k on a balanced base and must be left alone. Every optimizer step's expert counts
-are kept, so "updates until balanced" is exact to the step. The sign rule runs at the best of its rates, swept on the
-first seed. Results are written after every run.
+The Mixtral of `make demo` is pretrained on prose (cached) and fine-tuned on code under one arm after another. Two
+shapes are stressed: `e8` (the demo's own: 8 experts, top-2 pretrained, top-1 fine-tuned) and `e32` (32 experts, top-4,
+other text), each over the demo's 300 steps and, on more text, over 800 and 600 (`-long`). A fifth setting, `healthy`,
+keeps the text and k on a balanced base and must be left alone. Every optimizer step's expert counts are kept, so
+"updates until balanced" is exact to the step. The sign rule runs at the best of its rates, swept on the first seed.
+Results are written after every run.
 
-    python benchmarks/balance.py                 # all arms, seeds 0 1 2 (about half an hour on one idle core)
+    python benchmarks/balance.py                 # all arms, seeds 0 1 2 (about two hours on one idle core)
+    python benchmarks/balance.py --settings e8 --output part1      # a part of it, beside others ...
+    python benchmarks/balance.py --merge part1 part2               # ... and the parts put together
     python benchmarks/balance.py --quick         # one seed, a tiny model, two arms, under a minute
 """
 
@@ -23,6 +26,7 @@ import torch
 import transformers
 from _balance_job import (
     ARMS,
+    BEYOND,
     FLOOR,
     PLAN,
     SETTINGS,
@@ -47,13 +51,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def best_sign_rate(setting: Setting, data: Data, seed: int, steps: int, sweep: list[dict[str, Any]]) -> float:
     """The rate with the fewest updates to balance on one seed; ties go to the lower violation. Fills `sweep`."""
     short = dataclasses.replace(setting, steps=steps)
-    for rate in SIGN_RATES:
+    for rate in (*SIGN_RATES, *BEYOND):
         arm = f"sign@{rate}"
         row = summarise(fine_tune(short, data, arm, seed, arm_config(arm, rate)), setting.interval)
         keys = ("updates_to_reach", "max_violation_tail", "worst_neff_tail", "valid_loss")
         sweep.append({"setting": setting.name, "rate": rate, "seed": seed, "steps": steps, **{k: row[k] for k in keys}})
         print(json.dumps(sweep[-1]), flush=True)
-    rows = [row for row in sweep if row["setting"] == setting.name]
+    rows = [row for row in sweep if row["setting"] == setting.name and row["rate"] in SIGN_RATES]
     best = min(rows, key=lambda row: (row["updates_to_reach"] or steps + 1, row["max_violation_tail"]))
     return float(best["rate"])
 
@@ -115,6 +119,22 @@ def run_matrix(results: dict[str, Any], names: list[str], arms: list[str], sweep
                 write(results, output)
 
 
+def merge(parts: list[Path], output: Path) -> None:
+    """Put together what calls with other settings, arms or seeds have written to `parts`."""
+    found = [json.loads((part / "balance.json").read_text(encoding="utf-8")) for part in parts]
+    results = found[0]
+    for other in found[1:]:
+        if other["configs"] != results["configs"] or other["versions"] != results["versions"]:
+            raise SystemExit("the parts come from different configs or versions; run them again")
+        results["settings"] |= other["settings"]
+        results["sign_rate"] |= other["sign_rate"]
+        results["seeds"] = sorted({*results["seeds"], *other["seeds"]})
+        results["sweep"] += other["sweep"]
+        results["runs"] += other["runs"]
+    results["settings"] = {name: results["settings"][name] for name in SETTINGS if name in results["settings"]}
+    write(results, output)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,7 +147,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sweep-steps", type=int, default=100)
     parser.add_argument("--output", type=Path, default=None, help=f"directory (default: {RESULTS.name}/ beside this)")
     parser.add_argument("--add", action="store_true", help="keep what balance.json holds about other settings and arms")
+    parser.add_argument("--merge", nargs="+", type=Path, default=None, help="output directories of earlier calls")
     options = parser.parse_args(arguments)
+    if options.merge:
+        merge(options.merge, options.output or RESULTS)
+        return
     torch.set_num_threads(1)
     names, seeds = (["quick"], [0]) if options.quick else (options.settings, options.seeds)
     output = options.output or (Path("runs") / "balance-quick" if options.quick else RESULTS)

@@ -101,7 +101,7 @@ def state_bytes(system: ChronoSystem | None) -> int:
     tensors = [getattr(system.bank, name) for name in (*system.bank.NAMES, "beta_full_LE", "beta_applied_LE")]
     for layer in system.layers:
         for sums in (layer.recorder.train, layer.recorder.eval):
-            tensors += [t for t in (sums.ints, sums.floats, sums.input_D) if t is not None]
+            tensors += [t for t in (sums.ints, sums.floats, sums.inputs) if t is not None]
         if layer.link.lens is not None:
             tensors += [layer.link.lens.V, layer.link.lens.U]
     return sum(t.numel() * t.element_size() for t in tensors)

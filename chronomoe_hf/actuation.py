@@ -14,6 +14,7 @@ from chronomoe_hf import distributed
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.layer import Layer
 from chronomoe_hf.lens import carried
+from chronomoe_hf.lens_input import RouterInputs
 from chronomoe_hf.telemetry import SystemSnapshot
 
 if TYPE_CHECKING:  # system imports this room
@@ -81,14 +82,33 @@ def move_beta(system: ChronoSystem, step: int, keep_L: Tensor) -> None:
     system.governed = True
 
 
+def read_inputs(system: ChronoSystem, sums: list[Tensor]) -> list[RouterInputs]:
+    """Tell every lens how well its reader reads, before the controller decides; one transfer for all layers.
+
+    Args:
+        system: the wrapped model's.
+        sums: of the router inputs per layer with a lens, over all ranks; empty where nothing was recorded.
+
+    Returns:
+        What the lenses are aimed by, in the order of `sums`.
+    """
+    inputs = [RouterInputs.from_sums(each) for each in sums]
+    if inputs:
+        with_lens = [layer.link.lens for layer in system.layers if layer.link.lens is not None]
+        spread_L = torch.stack([each.spread for each in inputs]).tolist()
+        for lens, spread in zip(with_lens, spread_L, strict=True):
+            lens.spread = spread
+    return inputs
+
+
 def aim_lenses(
-    system: ChronoSystem, inputs: list[Tensor], snapshot: SystemSnapshot | None, held: dict[int, float]
+    system: ChronoSystem, inputs: list[RouterInputs], snapshot: SystemSnapshot | None, held: dict[int, float]
 ) -> None:
     """Open, close and aim the lenses for the next window. Collective where router weights are sharded.
 
     Args:
         system: the wrapped model's.
-        inputs: per layer with a lens, the sum of router inputs and, last, their number; empty = keep the bases.
+        inputs: from :func:`read_inputs`, per layer with a lens; empty = keep the bases.
         snapshot: of the window, None if it could not be evaluated.
         held: lens scales of the window that closes.
     """
@@ -99,14 +119,14 @@ def aim_lenses(
     if snapshot is None or not inputs:
         return
     by_id = {layer.layer_id: layer for layer in snapshot.layers}
-    for layer, total_D in zip(with_lens, inputs, strict=True):
+    for layer, seen_inputs in zip(with_lens, inputs, strict=True):
         lens, seen = layer.link.lens, by_id[layer.layer_id]
         assert lens is not None
         if not layer.link.lens_open or seen.shares is None:
             continue
-        mean_D = (total_D[:-1] / total_D[-1].clamp_min(1.0)).float()
         weight_ED = distributed.full_weight(layer.adapter.weight(layer.router))
         std = seen.logit_std or 1.0  # of the snapshot: already on the host
         carry = carried(held[layer.layer_id], lens.scale, system.config.lens.memory)
-        lens.aim(mean_D, weight_ED, seen.shares, std, system.config.lens.basis, carry)
+        basis, reader_D = system.config.lens.basis, seen_inputs.reader_D
+        lens.aim(seen_inputs.mean_D, weight_ED, seen.shares, std, basis, carry, reader_D)
         system.governed = True

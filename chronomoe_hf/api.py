@@ -197,7 +197,7 @@ def _make_layer(layer_id: int, found: FoundLayer, window: RecordingWindow, width
     _probe(adapter, router, parent)
     num_experts = adapter.num_experts(router)
     notes = []
-    recorder = LayerRecorder(layer_id, num_experts, width, window, config.coherence)
+    recorder = LayerRecorder(layer_id, num_experts, width, window, config.coherence, config.lens.reader)
     native = config.beta.law == "balance" and config.beta.native and adapter.native_bias(router, parent) is not None
     refused_beta = adapter.refused("beta") if config.beta.law != "none" and not native else None
     if refused_beta is not None:

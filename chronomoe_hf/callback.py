@@ -40,6 +40,7 @@ class ChronoCallback(TrainerCallback):
         self.attached = False
         self.resume_path = ResumePath()
         self._unlogged: SystemSnapshot | None = None
+        self._unfit: set[int] = set()  # layers already named
 
     def bind(self, model: nn.Module) -> ChronoSystem:
         """Wrap `model` if needed and remember its system."""
@@ -138,6 +139,17 @@ class ChronoCallback(TrainerCallback):
         for alert in snapshot.alerts:
             log = logger.warning if alert.state == "raised" else logger.info
             log("step %d: %s", snapshot.step, alert)
+        system = self._system()
+        unfit = {d.layer_id for d in system.decisions if d.abstain_reason == "lens_unfit"} - self._unfit
+        if unfit:
+            self._unfit |= unfit
+            logger.warning(
+                "step %d: layers %s call for support, but a lens would scatter their tokens (spread above "
+                "lens_spread_max = %g), so they are only watched; ChronoConfig.balance() needs no lens",
+                snapshot.step,
+                ", ".join(map(str, sorted(unfit))),
+                system.config.control.lens_spread_max,
+            )
 
 
 def attach(trainer: Trainer, config: ChronoConfig | None = None) -> ChronoCallback:

@@ -19,6 +19,9 @@ from chronomoe_hf.errors import ConfigError
 SCHEMA_VERSION = 1
 CONFIG_NAME = "chronomoe_config.json"
 
+BalanceRule = Literal["quadratic", "proportional", "sign"]
+ReaderName = Literal["ridge", "mean"]
+
 
 def _require(ok: bool, message: str) -> None:
     if not ok:
@@ -164,9 +167,10 @@ class BetaConfig(_Part):
         tau: coherence law, ``"layer_mean"`` or an absolute coherence in [-1, 1].
         k_max: coherence law, cap on \\|beta_coeff\\|.
         stale_after: optimizer steps without a token after which an expert's beta rests.
-        rule: balance law, ``"proportional"`` or ``"sign"`` (the published loss-free rule).
-        rate: balance law, bias per step. The proportional rule moves by the relative error times this, so it may be
-            far above a rate that suits the sign rule.
+        rule: balance law: ``"quadratic"``, ``"proportional"`` or ``"sign"`` (the published loss-free rule), see
+            :func:`chronomoe_hf.laws.balance_step`.
+        rate: balance law, largest bias per step. The quadratic rule moves by the square of the relative error times
+            this, so it is gentle near balance at a rate at which the sign rule would swing.
         balance_cap: balance law, cap on \\|beta_coeff\\|.
         scope: ``"routing"`` (selection and weights from biased logits) or ``"selection"`` (weights from clean).
             The balance law always uses ``"selection"``.
@@ -180,7 +184,7 @@ class BetaConfig(_Part):
     tau: float | Literal["layer_mean"] = "layer_mean"
     k_max: float = 0.3
     stale_after: int = 1000
-    rule: Literal["proportional", "sign"] = "proportional"
+    rule: BalanceRule = "quadratic"
     rate: float = 0.3
     balance_cap: float = 4.0
     scope: Literal["routing", "selection"] = "routing"
@@ -242,6 +246,9 @@ class ControlConfig(_Part):
         pressure_cap: pressure counts at most this much towards the scale.
         scale_max: cap on the lens scale (logit standard deviations).
         warmup_steps, warmup_scale_max: the cap before that step.
+        lens_spread_max: a layer whose lens would move tokens more unevenly than this (standard deviation over mean of
+            what its reader reads, on tokens it was not fitted on) abstains with ``lens_unfit``. Above 1 many tokens
+            move the wrong way.
         harm_threshold: rise of top-2 share between two evaluations that counts as harm.
         harm_min_scale: scale above which a rise is blamed on the lens.
         harm_factor, harm_floor, harm_recovery: multiplicative back-off, its floor, recovery of the gap to 1.
@@ -253,8 +260,8 @@ class ControlConfig(_Part):
         quota_top2: relative top-2 share above which a quota is logged.
 
     The original law: ``ControlConfig(gate="pressure", scale_max=0.5, warmup_steps=100, harm_threshold=0.02,
-    harm_restart=False, harm_hold=0)`` with ``LensConfig(basis="least_squares", memory=0.0)``. Why the defaults
-    differ, in numbers: ``benchmarks/results/balance.md``.
+    harm_restart=False, harm_hold=0, lens_spread_max=1e6)`` with ``LensConfig(basis="least_squares", reader="mean",
+    memory=0.0)``. Why the defaults differ, in numbers: ``benchmarks/results/balance.md``.
     """
 
     enabled: bool = True
@@ -274,6 +281,7 @@ class ControlConfig(_Part):
     scale_max: float = 2.0
     warmup_steps: int = 0
     warmup_scale_max: float = 0.02
+    lens_spread_max: float = 0.5
     harm_threshold: float = 0.15
     harm_min_scale: float = 0.01
     harm_factor: float = 0.5
@@ -308,6 +316,7 @@ class ControlConfig(_Part):
             "integral_step",
             "scale_max",
             "warmup_scale_max",
+            "lens_spread_max",
             "harm_threshold",
         ):
             _between(f"control.{name}", getattr(self, name), 0.0, math.inf)
@@ -323,6 +332,8 @@ class LensConfig(_Part):
         enabled: open a lens when the controller asks for it.
         basis: ``"scaled"`` (least squares, each expert moved in units of its own logit spread), ``"least_squares"``
             (all in units of the layer's) or ``"router"`` (the original).
+        reader: ``"ridge"`` (V by ridge regression, so that all tokens are moved alike) or ``"mean"`` (V along the mean
+            router input, the original, which scatters tokens where that mean is short).
         memory: how much of the lens in force goes into the next one, per evaluation. The shares that a basis is
             computed from were measured *under* the lens, so a basis without memory (0, the original) undoes itself as
             soon as it works: it settles half-way, or swings between two states where its scale is large.
@@ -330,6 +341,7 @@ class LensConfig(_Part):
 
     enabled: bool = True
     basis: Literal["scaled", "least_squares", "router"] = "scaled"
+    reader: ReaderName = "ridge"
     memory: float = 0.9
 
     def _check(self) -> None:

@@ -81,10 +81,11 @@ def least_squares_basis(
     share_E: Tensor | Sequence[float],
     logit_std: float,
     spread_E: Tensor | None = None,
+    reader_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rank-1 basis that moves the mean token's logits by the steering target.
 
-    ``V = mu / |mu|^2`` reads how much of the mean token is in x (1 for the mean token itself), and
+    V reads how much of the mean token is in x (1 for the mean token itself; by default ``V = mu / |mu|^2``), and
     ``U = pinv(W) (t * logit_std)`` is the smallest change of x whose logits are the target. At s = 1 the mean token's
     logits move by exactly t logit standard deviations wherever t lies in the range of W (always for E <= D and
     independent rows), and by the closest possible shift elsewhere.
@@ -95,6 +96,7 @@ def least_squares_basis(
         share_E: share of assignments per expert, shape ``(E,)``.
         logit_std: standard deviation of the clean logits, positive.
         spread_E: factors on the target, then centred again, shape ``(E,)``; see :func:`expert_spread`.
+        reader_D: direction of V, shape ``(D,)``; it is scaled to read 1 for `mu_D`. None = along `mu_D`.
 
     Returns:
         ``(V, U)``, shapes ``(D, 1)`` and ``(1, D)``, float32 on the CPU. Both are zero (an identity lens) where
@@ -112,16 +114,19 @@ def least_squares_basis(
     keep_E = value_E > value_E[-1] * _EIGEN_CUTOFF
     inverse_E = torch.where(keep_E, 1.0 / value_E.where(keep_E, torch.ones_like(value_E)), torch.zeros_like(value_E))
     shift_D = weight.T @ (vector_EE @ (inverse_E * (vector_EE.T @ target_E)))
-    return _reader(mu_D), shift_D.unsqueeze(0).float()
+    return _reader(mu_D, reader_D), shift_D.unsqueeze(0).float()
 
 
-def router_basis(mu_D: Tensor, weight_ED: Tensor, share_E: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
+def router_basis(
+    mu_D: Tensor, weight_ED: Tensor, share_E: Tensor | Sequence[float], reader_D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The original steering direction: the unit vector of ``sum_e (1/E - share_e) W_e``.
 
     Args:
         mu_D: mean router input of the window, shape ``(D,)``; V reads it as in :func:`least_squares_basis`.
         weight_ED: router weight, shape ``(E, D)``.
         share_E: share of assignments per expert, shape ``(E,)``.
+        reader_D: as in :func:`least_squares_basis`.
 
     Returns:
         ``(V, U)``, shapes ``(D, 1)`` and ``(1, D)``, float32 on the CPU; zero where there is no direction.
@@ -132,7 +137,7 @@ def router_basis(mu_D: Tensor, weight_ED: Tensor, share_E: Tensor | Sequence[flo
     norm = float(direction_D.norm())
     if basis_problem(mu_D, weight_ED, share_E) is not None or norm == 0.0:
         return _no_basis(weight_ED.shape[1])
-    return _reader(mu_D), (direction_D / norm).unsqueeze(0).float()
+    return _reader(mu_D, reader_D), (direction_D / norm).unsqueeze(0).float()
 
 
 def carried(old_scale: float, new_scale: float, memory: float) -> float:
@@ -176,6 +181,8 @@ class ChronoLens:
         scale: gate s in force, a Python float; 0 closes the lens exactly.
         scale_t: the same as a 0-dim float32 tensor, for graphs that must not be rebuilt when it changes.
         note: why the last basis is empty, or None.
+        spread: how unevenly the reader at hand reads tokens (standard deviation over mean), measured when the window
+            closed; None before that. The controller leaves a lens closed whose spread is too large.
 
     Raises:
         ConfigError: `d_model` or `rank` is not positive.
@@ -197,6 +204,8 @@ class ChronoLens:
         self.scale = 0.0
         self.scale_t = torch.zeros((), dtype=torch.float32, device=device)
         self.note: str | None = None
+        self.spread: float | None = None
+        self._norms: dict[str, float] = {"v_norm": 0.0, "u_norm": 0.0}
 
     @property
     def s(self) -> float:
@@ -232,6 +241,7 @@ class ChronoLens:
             )
         self.V.zero_()[:, :rank].copy_(V_DR)
         self.U.zero_()[:rank].copy_(U_RD)
+        self._norms = {"v_norm": float(_host64(V_DR).norm()), "u_norm": float(_host64(U_RD).norm())}
 
     def aim(
         self,
@@ -241,6 +251,7 @@ class ChronoLens:
         logit_std: float,
         basis: BasisName = "least_squares",
         carry: float = 0.0,
+        reader_D: Tensor | None = None,
     ) -> str | None:
         """Compute and set the steering basis of a window; arguments as in :func:`least_squares_basis`.
 
@@ -250,6 +261,7 @@ class ChronoLens:
             share_E: see there.
             logit_std: see there.
             basis: which basis.
+            reader_D: see there.
             carry: in [0, 1]; the new lens moves the mean token by `carry` times what the old basis did, plus
                 ``1 - carry`` times the fresh correction. :func:`carried` says how much of a lens to keep.
 
@@ -262,10 +274,10 @@ class ChronoLens:
             self.set_basis(*_no_basis(self.d_model))
             return self.note
         if basis == "router":
-            V_DR, U_RD = router_basis(mu_D, weight_ED, share_E)
+            V_DR, U_RD = router_basis(mu_D, weight_ED, share_E, reader_D)
         else:
             spread_E = expert_spread(weight_ED) if basis == "scaled" else None
-            V_DR, U_RD = least_squares_basis(mu_D, weight_ED, share_E, logit_std, spread_E)
+            V_DR, U_RD = least_squares_basis(mu_D, weight_ED, share_E, logit_std, spread_E, reader_D)
         if carry > 0.0:
             held_D = (_host64(mu_D) @ _host64(self.V)) @ _host64(self.U)
             U_RD = (carry * held_D + (1.0 - carry) * U_RD.double()).float()
@@ -280,8 +292,8 @@ class ChronoLens:
         self.scale_t.fill_(self.scale)
 
     def norms(self) -> dict[str, float]:
-        """Frobenius norms of the basis, ``v_norm`` and ``u_norm``; copies two numbers to the host."""
-        return {"v_norm": float(self.V.norm()), "u_norm": float(self.U.norm())}
+        """Frobenius norms of the basis in force, ``v_norm`` and ``u_norm``."""
+        return dict(self._norms)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the tensors; dtypes stay float32."""
@@ -331,6 +343,7 @@ class IdentityLens:
     rank = 0
     scale = 0.0
     s = 0.0
+    spread: float | None = None
 
     def __init__(self, layer_id: int = 0, *, reason: str | None = None) -> None:
         self.layer_id = layer_id
@@ -356,6 +369,7 @@ class IdentityLens:
         logit_std: float,
         basis: BasisName = "least_squares",
         carry: float = 0.0,
+        reader_D: Tensor | None = None,
     ) -> str | None:
         """Ignored; returns why."""
         return self.note or "this layer has no lens"
@@ -391,11 +405,19 @@ def _host64(value: Tensor | Sequence[float]) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def _reader(mu_D: Tensor) -> Tensor:
-    """``mu / |mu|^2`` as a column; the division goes by the norm twice so that tiny means do not underflow."""
+def _reader(mu_D: Tensor, reader_D: Tensor | None) -> Tensor:
+    """`reader_D` scaled to read 1 for the mean token, as a column; ``mu / |mu|^2`` where it reads nothing.
+
+    The division goes by the norm twice so that tiny means do not underflow.
+    """
     mu = _host64(mu_D)
     norm = float(mu.norm())
-    return (mu / norm / norm).unsqueeze(1).float()
+    unit = mu / norm
+    direction = unit if reader_D is None else _host64(reader_D)
+    reading = float(unit @ direction)
+    if not math.isfinite(reading) or reading <= 0.0:
+        direction, reading = unit, 1.0
+    return (direction / reading / norm).unsqueeze(1).float()
 
 
 def _no_basis(d_model: int) -> tuple[Tensor, Tensor]:

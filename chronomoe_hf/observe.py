@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.coherence import phase_coherence
-from chronomoe_hf.config import CoherenceConfig
+from chronomoe_hf.config import CoherenceConfig, ReaderName
+from chronomoe_hf.lens_input import SAMPLE, input_sums, sums_width
 from chronomoe_hf.router import Routing
-from chronomoe_hf.window import RecordingWindow
+from chronomoe_hf.window import RecordingWindow, sample_tokens
 
 META = ("tokens", "dropped", "nonfinite", "calls")
 PER_EXPERT = ("prob", "phi_weighted", "phi_weight", "phi_rows", "contribution", "contribution_weight")
@@ -30,12 +31,12 @@ class Accumulators:
     Args:
         ints: int64 ``(E_max + len(META),)``: assignments per expert, then META.
         floats: float64 ``(len(PER_EXPERT) * E_max + len(PER_LAYER),)``.
-        input_D: fp32 sum of router inputs over real tokens, then their number; None without a lens.
+        inputs: fp32 ``(2 D + 5,)``, sums over router inputs, laid out by `lens_input.input_sums`; None without a lens.
     """
 
     ints: Tensor
     floats: Tensor
-    input_D: Tensor | None = None
+    inputs: Tensor | None = None
 
     @classmethod
     def zeros(cls, width: int, input_width: int = 0) -> Accumulators:
@@ -43,14 +44,14 @@ class Accumulators:
         return cls(
             ints=torch.zeros(width + len(META), dtype=torch.int64),
             floats=torch.zeros(len(PER_EXPERT) * width + len(PER_LAYER), dtype=torch.float64),
-            input_D=torch.zeros(input_width + 1) if input_width else None,
+            inputs=torch.zeros(sums_width(input_width)) if input_width else None,
         )
 
     def move_(self, device: torch.device) -> None:
         """Move to another device, keeping the sums."""
         self.ints, self.floats = self.ints.to(device), self.floats.to(device)
-        if self.input_D is not None:
-            self.input_D = self.input_D.to(device)
+        if self.inputs is not None:
+            self.inputs = self.inputs.to(device)
 
 
 @dataclass
@@ -63,6 +64,7 @@ class LayerRecorder:
         width: E_max of the system (accumulators are padded to it).
         window: the owner's recording window.
         coherence: how expert outputs are read.
+        reader: how the lens reads router inputs.
     """
 
     layer_id: int
@@ -70,6 +72,7 @@ class LayerRecorder:
     width: int
     window: RecordingWindow
     coherence: CoherenceConfig
+    reader: ReaderName = "ridge"
     train: Accumulators = field(repr=False, default=None)  # type: ignore[assignment]
     eval: Accumulators = field(repr=False, default=None)  # type: ignore[assignment]
 
@@ -143,25 +146,25 @@ class LayerRecorder:
             sums.floats[start:].add_(torch.stack([scalars.get(name, nothing) for name in PER_LAYER]))
 
     def router_input(self, hidden: Tensor) -> None:
-        """Sum of router inputs over real tokens, only in the step before a lens may be steered.
+        """Mean and reader of the router inputs, only in the step before a lens may be steered.
 
-        A compiled graph sums in every step: the sum is cheap, a second variant of the graph is not.
+        A compiled graph does it in every step: it is cheap, a second variant of the graph is not.
         """
         wanted = torch.compiler.is_compiling() or self.window.switches.router_input
         if not wanted or self.window.mode != "train":
             return
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            input_D = self._sums(hidden.device).input_D
-            if input_D is None:
+            sums = self._sums(hidden.device).inputs
+            if sums is None:
                 return
             x_TD = hidden.detach().reshape(-1, hidden.shape[-1]).float()
             real_T = torch.isfinite(x_TD.sum(-1))
             mask_T = self.window.rows(x_TD.shape[0])
             if mask_T is not None:
                 real_T = real_T & mask_T.to(hidden.device)
-            weight_T = real_T.float()
-            input_D[:-1].add_(weight_T @ torch.where(real_T[:, None], x_TD, 0.0))
-            input_D[-1:].add_(weight_T.sum())
+            x_TD = torch.where(real_T[:, None], x_TD, 0.0)
+            sample = sample_tokens(mask_T, x_TD.shape[0], SAMPLE, hidden.device)
+            sums.add_(input_sums(x_TD, real_T.float(), sample.position_S, sample.valid_S, self.reader))
 
     def expert_rows(self, rows: ExpertRows) -> None:
         """Coherence and contribution of every expert from the outputs of one call of the experts."""

@@ -200,7 +200,7 @@ class ChronoSystem:
         self.switches.steered = any(layer.link.state.steering or layer.link.lens_open for layer in self.layers)
 
     def _take(self, mode: str = "train", with_inputs: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Sums of all layers since the last take, over all ranks, and (where asked) mean router inputs."""
+        """Sums of all layers since the last take, over all ranks, and (where asked) those of the router inputs."""
         self._follow_device()
         device = self.bank.device
         sums = [layer.recorder.train if mode == "train" else layer.recorder.eval for layer in self.layers]
@@ -209,7 +209,7 @@ class ChronoSystem:
         row_LR = torch.cat([ints, floats], dim=1)
         failed = torch.full((1,), float(self.failed_save is not None), dtype=torch.float64, device=device)
         flat = torch.cat([row_LR.reshape(-1), failed])
-        wide = [s.input_D for s in sums if s.input_D is not None] if with_inputs else []
+        wide = [s.inputs for s in sums if s.inputs is not None] if with_inputs else []
         if wide:
             flat = torch.cat([flat, *(w.to(device).double() for w in wide)])
         flat = distributed.all_reduce_sum_(flat).div_(distributed.batch_copies(self.model))
@@ -273,12 +273,13 @@ class ChronoSystem:
             overhead_ms=1000.0 * self.overhead_s / self.window_steps if self.window_steps else None,
         )
 
-    def _close_window(self, step: int, inputs: list[Tensor]) -> SystemSnapshot | None:
+    def _close_window(self, step: int, sums: list[Tensor]) -> SystemSnapshot | None:
         if distributed.active():
             # Drift between ranks would make them route, and soon hang, differently: find it where it starts.
             distributed.require_agreement(self._checksum(), "chronomoe state")
         held = {layer_id: lens.scale for layer_id, lens in self.lenses.items()}
         self.decisions = []
+        inputs = actuation.read_inputs(self, sums)
         snapshot = self._evaluate(step)
         keep_L = actuation.share_control(self)
         actuation.move_beta(self, step, keep_L)
@@ -467,5 +468,5 @@ def find_system(model: nn.Module) -> ChronoSystem | None:
 def _zero(sums: Accumulators) -> None:
     sums.ints.zero_()
     sums.floats.zero_()
-    if sums.input_D is not None:
-        sums.input_D.zero_()
+    if sums.inputs is not None:
+        sums.inputs.zero_()

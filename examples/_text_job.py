@@ -187,9 +187,11 @@ def blocks(
     return datasets.Dataset.from_dict(rows)
 
 
-def load_domain(domain: str, tokenizer: PreTrainedTokenizerFast, size: ModelSize, arch: str) -> TextDomain:
+def load_domain(
+    domain: str, tokenizer: PreTrainedTokenizerFast, size: ModelSize, arch: str, *, max_chars: int = 2_000_000
+) -> TextDomain:
     """`load_text` and `blocks` together, in the layout that `arch` trains on."""
-    documents = load_text(domain)
+    documents = load_text(domain, max_chars=max_chars)
     seq2seq = arch == "switch_transformers"
     parts = {name: blocks(documents[name], tokenizer, size.length, seq2seq=seq2seq) for name in ("train", "valid")}
     return TextDomain(**parts)

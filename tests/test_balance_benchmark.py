@@ -65,7 +65,7 @@ def test_every_arm_has_its_rule(job: ModuleType) -> None:
     assert job.arm_config("sign", 0.01).beta.rule == "sign"
     assert job.arm_config("sign", 0.01).beta.rate == 0.01
     assert job.arm_config("sign@0.1", 0.01).beta.rate == 0.1
-    assert job.arm_config("balance", 0.01).beta.rule == "proportional"
+    assert job.arm_config("balance", 0.01).beta.rule == "quadratic"
     assert job.arm_config("none", 0.01).beta.law == job.arm_config("aux", 0.01).beta.law == "none"
     coherence = job.arm_config("coherence", 0.01)
     assert coherence.beta.law == "coherence"
@@ -120,9 +120,10 @@ def test_the_loss_is_judged_by_paired_seeds(table: ModuleType) -> None:
 
 def test_a_layer_below_the_floor_must_be_explained(table: ModuleType) -> None:
     none = row("none")
-    for misses, holds in (([], True), ([{"layer": 1, "abstained": 0}], False), ([{"layer": 1, "abstained": 3}], True)):
-        assert verdicts(table, "e8", none, row("protect", floor_misses=misses))[1] is holds
-    assert verdicts(table, "e8", none, row("protect", dead_tail=1))[0] is False
+    acting, abstaining = ({"layer": 1, "dead": 2, "abstained": why} for why in ({}, {"lens_unfit": 3}))
+    for misses, holds in (([], True), ([acting], False), ([abstaining], True), ([abstaining, acting], False)):
+        found = verdicts(table, "e8", none, row("protect", dead_tail=2 * len(misses), floor_misses=misses))
+        assert found[:2] == [holds, holds], "a dead expert and a layer below the floor, each explained or not"
     assert verdicts(table, "e8", none, row("protect", valid_loss=3.1))[2] is False
 
 
@@ -152,5 +153,10 @@ def test_quick_run_shows_that_balance_beats_none(tmp_path: Path) -> None:
         assert all(0.0 < value <= 1.0 for window in run["neff_windows"] for value in window)
     assert runs["balance"]["worst_neff_tail"] > max(0.9, runs["none"]["worst_neff_tail"])
     assert all(claim["holds"] for claim in results["claims"])
+    merged = tmp_path / "merged"
+    again = [sys.executable, str(BENCHMARKS / "balance.py"), "--merge", str(tmp_path), "--output", str(merged)]
+    subprocess.run(again, capture_output=True, timeout=300, check=True)
+    for name in ("balance.json", "balance.md"):
+        assert (merged / name).read_text() == (tmp_path / name).read_text()
     text = (tmp_path / "balance.md").read_text()
     assert "| balance |" in text and results["versions"]["torch"] in text

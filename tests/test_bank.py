@@ -173,12 +173,13 @@ def test_balance_moves_each_layer_by_its_own_counts_and_leaves_frozen_ones_alone
     bank = StateBank(list(EXPERTS))
     count = torch.tensor([[8, 4, 4, 0, 0, 0], [6, 6, 6, 6, 6, 0]])
     for _ in range(2):
-        bank.apply_balance(count, BetaConfig(law="balance", rate=0.1), torch.tensor([False, False]))
+        beta = BetaConfig(law="balance", rule="proportional", rate=0.1)
+        bank.apply_balance(count, beta, torch.tensor([False, False]))
     # Fair shares 4 and 5: gaps (-1, 0, 0, 1) and (-0.2 five times, 1), both already centred.
     assert bank.beta_LE[0].tolist() == pytest.approx([-0.2, 0, 0, 0.2, 0, 0], abs=1e-6)
     assert bank.beta_LE[1].tolist() == pytest.approx([-0.04] * 5 + [0.2], abs=1e-6)
     before = bank.beta_LE.clone()
-    bank.apply_balance(count, BetaConfig(law="balance", rate=0.1), torch.tensor([True, False]))
+    bank.apply_balance(count, beta, torch.tensor([True, False]))
     assert torch.equal(bank.beta_LE[0], before[0]) and not torch.equal(bank.beta_LE[1], before[1])
 
 

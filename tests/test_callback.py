@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import chronomoe_hf
 from chronomoe_hf import ChronoCallback, ChronoConfig
+from chronomoe_hf.config import AlertConfig, ControlConfig
 from chronomoe_hf.telemetry import read_jsonl, read_manifest
 
 INTERVAL = 2
@@ -140,6 +141,20 @@ def test_an_unwritable_output_directory_does_not_stop_training(
     assert trainer.state.global_step == 6
     assert any(moe(entry) for entry in trainer.state.log_history)
     assert sum("without record files" in record.message for record in caplog.records) == 1
+
+
+def test_layers_that_no_lens_can_help_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    control = ControlConfig(integral_target=1.0, lens_spread_max=0.0)
+    trainer = trainer_for(tmp_path)
+    chronomoe_hf.attach(
+        trainer, ChronoConfig(interval=INTERVAL, control=control, alerts=AlertConfig(min_window_tokens=1))
+    )
+    with caplog.at_level(logging.WARNING, logger="chronomoe_hf"):
+        trainer.train()
+    system = chronomoe_hf.system_of(trainer.model)
+    assert len([decision for decision in system.decisions if decision.abstain_reason == "lens_unfit"]) == 2
+    (line,) = [record.getMessage() for record in caplog.records if "lens_spread_max" in record.message]
+    assert "step 2: layers 0, 1 call for support" in line and "ChronoConfig.balance()" in line
 
 
 def test_a_sink_that_fails_midway_is_switched_off_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

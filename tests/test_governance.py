@@ -13,7 +13,7 @@ from torch import Tensor
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoSystem
-from chronomoe_hf.config import BetaConfig, VetoConfig
+from chronomoe_hf.config import BetaConfig, ControlConfig, LensConfig, VetoConfig
 
 E, K = tiny.NUM_EXPERTS, 2
 
@@ -286,3 +286,62 @@ def test_an_open_lens_and_a_veto_read_nothing_on_the_host() -> None:
             assert system.step(step) is None
         assert guard.calls > 100, "bad test setup: the guard saw nothing"
     assert system.bank.topk_disagreement()[0] is not None
+
+
+# ---- lenses that would scatter tokens ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "reason"), [(0.0, "lens_unfit"), (1e6, None)])
+@pytest.mark.parametrize("reader", ["ridge", "mean"])
+def test_every_lens_is_measured_before_it_may_act(reader: Any, limit: float, reason: str | None) -> None:
+    control = ControlConfig(integral_target=1.0, lens_spread_max=limit)
+    model, system = watch(ChronoConfig(interval=2, control=control, lens=LensConfig(reader=reader)), steps=2)
+    assert [decision.abstain_reason for decision in system.decisions] == [reason] * len(system.layers)
+    for layer, decision in zip(system.layers, system.decisions, strict=True):
+        lens = layer.link.lens
+        assert lens is not None and decision.lens is not None
+        assert 0.0 < decision.lens["spread"] == lens.spread < math.inf
+        assert layer.link.lens_open is (reason is None) is (lens.scale > 0.0) is bool(lens.V.any())
+    first = system.layers[0].link.lens
+    if reason is None and first is not None:
+        mean_D = router_inputs(model, system, 0).mean(0)
+        assert float(mean_D @ first.V[:, 0]) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_spread_is_that_of_the_router_inputs() -> None:
+    """Against the definition: two folds of every other token, each one's direction tried on the other."""
+    control = ControlConfig(integral_target=1.0, lens_spread_max=1e6)
+    model, system = watch(ChronoConfig(interval=2, control=control, lens=LensConfig(reader="mean")), steps=2)
+    x = router_inputs(model, system, 0)
+    readings = [
+        x[1 - side :: 2] @ (fold.mean(0) / fold.mean(0).square().sum()) for side in (0, 1) for fold in [x[side::2]]
+    ]
+    reading = torch.cat(readings).double()
+    lens = system.layers[0].link.lens
+    assert lens is not None
+    assert lens.spread == pytest.approx(float(reading.std(unbiased=False) / reading.mean()), rel=1e-3)
+
+
+def watch(config: ChronoConfig, steps: int) -> tuple[Any, ChronoSystem]:
+    """A model that stays as it is while its windows close."""
+    model = tiny.tiny_model("mixtral")
+    chronomoe_hf.wrap(model, config)
+    system = chronomoe_hf.system_of(model)
+    for step in range(1, steps + 1):
+        model(**tiny.tiny_batch("mixtral", seed=1)).loss.backward()
+        system.step(step)
+    return model, system
+
+
+def router_inputs(model: Any, system: ChronoSystem, layer_id: int) -> Tensor:
+    """The plain model's router inputs for the batch of `watch`, one row per token; beta and lenses closed for it."""
+    seen: list[Tensor] = []
+    for layer in system.layers:
+        layer.link.lens_open = layer.link.state.steering = False
+    handle = system.layers[layer_id].router.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
+    )
+    with torch.no_grad():
+        model(**tiny.tiny_batch("mixtral", seed=1))
+    handle.remove()
+    return seen[0]

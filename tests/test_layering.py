@@ -18,6 +18,7 @@ ROOMS = (
     "laws",
     "router",
     "lens",
+    "lens_input",
     "window",
     "observe",
     "bank",

@@ -216,6 +216,27 @@ def test_lens_is_token_dependent_through_the_mean_direction():
     assert shift[0].abs().max() > 0.1
 
 
+@pytest.mark.parametrize("basis", ["scaled", "least_squares", "router"])
+def test_any_reader_is_scaled_to_read_one_for_the_mean_token(basis):
+    mu, weight = torch.randn(16), torch.randn(8, 16)
+    direction = mu + 0.5 * torch.randn(16, generator=torch.Generator().manual_seed(3))
+    lens = ChronoLens(16)
+    assert lens.aim(mu, weight, collapsed_share(8), 1.3, basis, reader_D=direction) is None
+    assert float(mu @ lens.V[:, 0]) == pytest.approx(1.0, abs=1e-5)
+    cosine = torch.cosine_similarity(lens.V[:, 0], direction, dim=0)
+    assert float(cosine) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("reader", ["zero", "opposite", "nan"])
+def test_a_reader_that_reads_nothing_gives_way_to_the_mean(reader):
+    mu, weight = torch.randn(6), torch.randn(4, 6)
+    direction = {"zero": torch.zeros(6), "opposite": -mu, "nan": torch.full((6,), torch.nan)}[reader]
+    lens, plain = ChronoLens(6), ChronoLens(6)
+    lens.aim(mu, weight, collapsed_share(4), 1.0, reader_D=direction)
+    plain.aim(mu, weight, collapsed_share(4), 1.0)
+    assert torch.equal(lens.V, plain.V) and torch.equal(lens.U, plain.U)
+
+
 def test_router_basis_is_the_unit_vector_of_the_original():
     weight = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
     mu = torch.tensor([0.0, 0.0, 2.0])

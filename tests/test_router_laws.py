@@ -50,7 +50,9 @@ def naive_balance(count: list[int], rate: float, rule: str) -> list[float]:
     out = []
     for number in count:
         gap = (fair - number) / fair
-        out.append(rate * (math.copysign(1.0, gap) * (gap != 0) if rule == "sign" else min(1.0, max(-1.0, gap))))
+        error = min(1.0, max(-1.0, gap))
+        size = {"sign": float(gap != 0), "proportional": abs(error), "quadratic": error * error}[rule]
+        out.append(rate * math.copysign(size, gap))
     return out
 
 
@@ -170,15 +172,19 @@ def test_update_beta_refuses_another_layers_snapshot() -> None:
 
 def test_the_balance_step_on_numbers_worked_out_by_hand() -> None:
     count = torch.tensor([5, 2, 1, 0])  # fair share 2
-    assert balance_step(count, 4, 0.03).tolist() == pytest.approx([-0.03, 0.0, 0.015, 0.03])
+    assert balance_step(count, 4, 0.03, "proportional").tolist() == pytest.approx([-0.03, 0.0, 0.015, 0.03])
+    assert balance_step(count, 4, 0.03).tolist() == pytest.approx([-0.03, 0.0, 0.0075, 0.03])
+    # Above the fair share the sign survives the square: 3 against 2 is an error of -1/2.
+    three = torch.tensor([3, 2, 2, 1])
+    assert balance_step(three, 4, 0.04, "quadratic").tolist() == pytest.approx([-0.01, 0.0, 0.0, 0.01])
     assert balance_step(count, 4, 0.001, "sign").tolist() == pytest.approx([-0.001, 0.0, 0.001, 0.001])
     assert balance_step(torch.zeros(4, dtype=torch.long), 4, 0.03).eq(0).all()
     assert balance_step(torch.zeros(4, dtype=torch.long), 4, 0.03, "sign").eq(0).all()
-    with pytest.raises(ValueError, match="proportional"):
+    with pytest.raises(ValueError, match="quadratic"):
         balance_step(count, 4, 0.03, "cubic")
 
 
-@pytest.mark.parametrize("rule", ["proportional", "sign"])
+@pytest.mark.parametrize("rule", ["quadratic", "proportional", "sign"])
 @pytest.mark.parametrize("num_k", [1, 2, 8])
 @pytest.mark.parametrize("num_experts", [8, 64, 128])
 def test_the_balance_step_equals_the_definition(num_experts: int, num_k: int, rule: str) -> None:

@@ -122,7 +122,8 @@ class Controller:
         evidence = _evidence(layer)
         debt, quota, harmed = None, None, False
         if evidence is not None:
-            debt, quota, harmed = self._observe(state, evidence, self._top_k(layer))
+            fit = lens is None or policy.is_fit(lens.spread, config)
+            debt, quota, harmed = self._observe(state, evidence, self._top_k(layer), fit)
         drive = policy.drive_of(state.pressure, state.integral, config)
         heat = policy.heat_of(state.pressure)
         requested = policy.lens_scale(
@@ -134,6 +135,7 @@ class Controller:
             sufficient=evidence is not None,
             lens_supported=lens is not None and lens.supported,
             config=config,
+            lens_spread=None if lens is None else lens.spread,
         )
         state.last_scale = requested if reason is None else 0.0
         state.last_step = snapshot.step
@@ -157,13 +159,15 @@ class Controller:
             scale=state.last_scale,
             scale_cap=policy.scale_cap(snapshot.step, config),
             abstain_reason=reason,
-            lens=None if lens is None else {"rank": lens.rank, **lens.norms(), "note": lens.note},
+            lens=None
+            if lens is None
+            else {"rank": lens.rank, **lens.norms(), "spread": lens.spread, "note": lens.note},
             quota=quota,
             alerts=tuple(alert.kind for alert in snapshot.active_alerts if alert.layer_id == layer.layer_id),
         )
 
     def _observe(
-        self, state: LayerControlState, seen: _Evidence, top_k: int
+        self, state: LayerControlState, seen: _Evidence, top_k: int, fit: bool
     ) -> tuple[policy.Debt, policy.Quota | None, bool]:
         """Fold a window with evidence into the state; returns debt, quota and the harm guard's verdict."""
         config, n_experts = self.config, len(seen.shares)
@@ -188,6 +192,7 @@ class Controller:
             n_experts=n_experts,
             config=config,
             min_share=min(seen.shares),
+            fit=fit,
         )
         return debt, quota, harmed
 

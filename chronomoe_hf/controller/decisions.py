@@ -29,7 +29,8 @@ class ControlDecision:
         scale: what the lens was set to; 0 when abstaining.
         scale_cap: cap in force at this step.
         abstain_reason: None when acting.
-        lens: rank, v_norm, u_norm (Frobenius norms of the basis in force) and the lens's own note; None without a lens.
+        lens: rank, v_norm, u_norm (Frobenius norms of the basis in force), spread (of the reader at hand, see
+            ``ControlConfig.lens_spread_max``) and the lens's own note; None without a lens.
         quota: recommended caps, never enforced; None when not called for.
         alerts: kinds of the layer's active alerts.
     """

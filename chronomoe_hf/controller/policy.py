@@ -17,7 +17,7 @@ from typing import Literal
 from chronomoe_hf.config import ControlConfig
 from chronomoe_hf.metrics import relative_top2
 
-AbstainReason = Literal["no_pressure", "harm_backoff", "insufficient_evidence", "lens_unsupported"]
+AbstainReason = Literal["no_pressure", "harm_backoff", "insufficient_evidence", "lens_unsupported", "lens_unfit"]
 
 NEFF_FLOOR = 0.6  # fraction of E below which concentration is debt
 TOP2_START = 0.75  # relative top-2 share above which dominance is debt
@@ -101,7 +101,13 @@ def beta_multiplier(pressure: float, config: ControlConfig) -> float:
 
 
 def next_integral(
-    integral: float, *, n_effective: float, n_experts: int, config: ControlConfig, min_share: float | None = None
+    integral: float,
+    *,
+    n_effective: float,
+    n_experts: int,
+    config: ControlConfig,
+    min_share: float | None = None,
+    fit: bool = True,
 ) -> float:
     """Leaky integral of the shortfall: ``leak * integral + min(gain * shortfall, step)``.
 
@@ -110,12 +116,13 @@ def next_integral(
 
     Held within [0, scale_max]: a layer that stays collapsed would otherwise wind it up to
     ``gain * target / (1 - leak)``, 32 times the largest scale, and keep a healed layer under the lens for a long time.
+    While the lens is not `fit` to act it is held within one step, so that a lens that becomes fit starts small.
     """
     shortfall = max(0.0, config.integral_target - n_effective / n_experts)
     if min_share is not None:
         shortfall = max(shortfall, config.integral_min_share - n_experts * min_share)
     added = min(config.integral_gain * shortfall, config.integral_step)
-    return clip(config.integral_leak * integral + added, 0.0, config.scale_max)
+    return clip(config.integral_leak * integral + added, 0.0, config.scale_max if fit else config.integral_step)
 
 
 def drive_of(pressure: float, integral: float, config: ControlConfig) -> float:
@@ -127,6 +134,11 @@ def drive_of(pressure: float, integral: float, config: ControlConfig) -> float:
     """
     capped = min(pressure, config.pressure_cap)
     return capped if config.gate == "pressure" else max(capped, integral)
+
+
+def is_fit(lens_spread: float | None, config: ControlConfig) -> bool:
+    """Whether a lens moves tokens evenly enough to act; one that was never measured is taken to."""
+    return lens_spread is None or lens_spread <= config.lens_spread_max
 
 
 def scale_cap(step: int, config: ControlConfig) -> float:
@@ -176,7 +188,13 @@ def next_harm_backoff(backoff: float, hold: int, harmed: bool, config: ControlCo
 
 
 def abstain_reason(
-    *, drive: float, harm_backoff: float, sufficient: bool, lens_supported: bool, config: ControlConfig
+    *,
+    drive: float,
+    harm_backoff: float,
+    sufficient: bool,
+    lens_supported: bool,
+    config: ControlConfig,
+    lens_spread: float | None = None,
 ) -> AbstainReason | None:
     """Why the lens stays closed, or None to act. The first reason that holds is reported.
 
@@ -185,7 +203,8 @@ def abstain_reason(
        pressure *and* integral, so a run that never fell below the target and never owed debt (both exactly 0) abstains
        at every evaluation, while a healed layer keeps its fading support until the integral has drained.
     3. ``lens_unsupported``: the layer has no lens, or an IdentityLens.
-    4. ``harm_backoff``: recent actions were followed by more concentration.
+    4. ``lens_unfit``: the lens would scatter tokens instead of moving them (:func:`is_fit`).
+    5. ``harm_backoff``: recent actions were followed by more concentration.
     """
     if not sufficient:
         return "insufficient_evidence"
@@ -193,6 +212,8 @@ def abstain_reason(
         return "no_pressure"
     if not lens_supported:
         return "lens_unsupported"
+    if not is_fit(lens_spread, config):
+        return "lens_unfit"
     if harm_backoff < config.harm_abstain:
         return "harm_backoff"
     return None

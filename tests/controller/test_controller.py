@@ -207,6 +207,22 @@ def test_a_thin_window_holds_the_state_and_closes_the_lens():
     assert not decision.harmed
 
 
+def test_a_lens_that_would_scatter_tokens_stays_closed_and_starts_small_when_it_no_longer_would():
+    controller, lens = controller_of(8)
+    config = controller.config
+    for step in range(1, 6):
+        lens.spread = config.lens_spread_max + 0.01
+        (decision,) = controller.update(snapshot_of([COLLAPSED], step), {0: lens})
+        assert decision.abstain_reason == "lens_unfit"
+        assert decision.scale == lens.scale == 0.0
+        assert decision.to_record()["lens"]["spread"] == lens.spread
+    assert controller.layer_state(0).integral == config.integral_step, "it must not wind up meanwhile"
+    lens.spread = config.lens_spread_max
+    (decision,) = controller.update(snapshot_of([COLLAPSED], 6), {0: lens})
+    assert not decision.abstained
+    assert 0.0 < lens.scale <= config.integral_leak * config.integral_step + config.pressure_cap
+
+
 @pytest.mark.parametrize("lenses", [None, {}, [], {0: IdentityLens(0, reason="not linear")}])
 def test_without_a_lens_pressure_is_tracked_and_the_request_is_logged(lenses):
     controller, _ = controller_of(8)

@@ -171,19 +171,25 @@ def test_with_a_restart_every_verdict_rests_the_backoff_for_one_evaluation():
 
 
 @pytest.mark.parametrize(
-    ("drive", "backoff", "sufficient", "supported", "reason"),
+    ("drive", "backoff", "sufficient", "supported", "spread", "reason"),
     [
-        (0.5, 1.0, True, True, None),
-        (0.01, 0.15, True, True, None),
-        (0.0, 0.1, False, False, "insufficient_evidence"),
-        (0.009, 0.1, True, False, "no_pressure"),
-        (0.5, 0.1, True, False, "lens_unsupported"),
-        (0.5, 0.149, True, True, "harm_backoff"),
+        (0.5, 1.0, True, True, None, None),
+        (0.01, 0.15, True, True, 0.5, None),
+        (0.0, 0.1, False, False, 0.6, "insufficient_evidence"),
+        (0.009, 0.1, True, False, 0.6, "no_pressure"),
+        (0.5, 0.1, True, False, 0.6, "lens_unsupported"),
+        (0.5, 0.1, True, True, 0.6, "lens_unfit"),
+        (0.5, 0.149, True, True, 0.5, "harm_backoff"),
     ],
 )
-def test_abstain_reasons_and_their_order(drive, backoff, sufficient, supported, reason):
+def test_abstain_reasons_and_their_order(drive, backoff, sufficient, supported, spread, reason):
     got = policy.abstain_reason(
-        drive=drive, harm_backoff=backoff, sufficient=sufficient, lens_supported=supported, config=CONFIG
+        drive=drive,
+        harm_backoff=backoff,
+        sufficient=sufficient,
+        lens_supported=supported,
+        lens_spread=spread,
+        config=CONFIG,
     )
     assert got == reason
 

@@ -26,7 +26,7 @@ GOVERN = {
     "interval": 2,
     "alerts": {"min_window_tokens": 1},
     "beta": {"eta": 0.2},
-    "control": {"integral_target": 1.0, "integral_gain": 5.0, "min_pressure": 0.0, "warmup_scale_max": 0.5},
+    "control": {"integral_target": 1.0, "integral_gain": 5.0, "min_pressure": 0.0, "lens_spread_max": 1e6},
 }
 # Adam divides by the gradient's own size: with its usual epsilon of 1e-8 the rounding noise of a sum in another order
 # becomes a full step wherever a gradient is nearly zero, and two engines could not be compared to 1e-5.

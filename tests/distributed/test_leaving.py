@@ -20,7 +20,7 @@ GOVERN: dict[str, Any] = {
     "interval": 2,
     "alerts": {"min_window_tokens": 1},
     "beta": {"eta": 0.2},
-    "control": {"integral_target": 1.0, "integral_gain": 5.0, "min_pressure": 0.0, "warmup_scale_max": 0.5},
+    "control": {"integral_target": 1.0, "integral_gain": 5.0, "min_pressure": 0.0, "lens_spread_max": 1e6},
 }
 
 
