@@ -81,7 +81,7 @@ PLAN = {
     "e8": ARMS,
     "e8-long": ("aux", "balance"),
     "e32": ARMS,
-    "e32-long": ("none", "aux", "balance", "protect"),
+    "e32-long": ("aux", "balance"),
     "healthy": ("none", "protect"),
     "quick": ("none", "balance"),
 }

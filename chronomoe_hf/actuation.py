@@ -32,7 +32,8 @@ def balance(system: ChronoSystem, count_LE: Tensor) -> None:
     for layer in system.layers:
         if layer.native_bias:
             _require_whole_bias(system, layer)
-            layer.update_native_bias(count_LE[layer.layer_id, : layer.num_experts], beta)
+            own = (layer.layer_id, slice(layer.num_experts))
+            layer.update_native_bias(count_LE[own], beta, system.bank.gain_LE[own])
         layer.link.state.steering = layer.takes_beta
     system.governed = True
 

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from chronomoe_hf.coherence import ALPHAS, CoherenceBuffer, read_clocks, update_clocks_
 from chronomoe_hf.config import BetaConfig, VetoConfig
-from chronomoe_hf.laws import balance_step, centre_and_clamp, coherence_law, compute_relevance
+from chronomoe_hf.laws import (
+    balance_error,
+    balance_step,
+    centre_and_clamp,
+    coherence_law,
+    compute_relevance,
+    next_gain,
+)
 from chronomoe_hf.observe import META, PER_EXPERT, PER_LAYER
 from chronomoe_hf.router import RouterState
 
@@ -53,6 +60,7 @@ class StateBank:
 
     NAMES = (
         "beta_LE",
+        "gain_LE",
         "ema_CLE",
         "phi_raw_LE",
         "updates_LE",
@@ -68,6 +76,8 @@ class StateBank:
         "window_LR",
     )
 
+    ADDED = frozenset({"gain_LE"})  # since schema 1.1: a state without them starts them afresh
+
     def __init__(self, num_experts: list[int]) -> None:
         self.num_experts = num_experts
         num_layers, width = len(num_experts), max(num_experts)
@@ -75,6 +85,7 @@ class StateBank:
         wide = (num_layers, width)
         self.mask_LE = torch.arange(width)[None, :] < torch.tensor(num_experts)[:, None]
         self.beta_LE = torch.zeros(wide)
+        self.gain_LE = torch.zeros(wide)
         self.beta_full_LE = torch.zeros(wide)
         self.beta_applied_LE = torch.zeros(wide)
         self.ema_CLE = torch.zeros(len(ALPHAS), *wide, dtype=torch.float64)
@@ -170,7 +181,10 @@ class StateBank:
 
     def apply_balance(self, count_LE: Tensor, beta: BetaConfig, frozen_L: Tensor) -> None:
         """One step of the balance law on beta, except for layers in `frozen_L` (their native bias is updated)."""
-        step_LE = balance_step(count_LE, self.mask_LE.sum(-1, keepdim=True), beta.rate, beta.rule)
+        num_L = self.mask_LE.sum(-1, keepdim=True)
+        error_LE = torch.where(self.mask_LE, balance_error(count_LE, num_L), 0.0)
+        self.gain_LE.copy_(next_gain(self.gain_LE, error_LE))
+        step_LE = balance_step(count_LE, num_L, beta.rate, beta.rule, self.gain_LE)
         moved_LE = centre_and_clamp(self.beta_LE.double() + step_LE, beta.balance_cap, self.mask_LE)
         self.beta_LE.copy_(torch.where(frozen_L[:, None], self.beta_LE.double(), moved_LE))
 
@@ -240,4 +254,7 @@ class StateBank:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Copy in place; shapes must agree (checked by the checkpoint room)."""
         for name in self.NAMES:
-            getattr(self, name).copy_(tensors[name])
+            if name in tensors or name not in self.ADDED:
+                getattr(self, name).copy_(tensors[name])
+            else:
+                getattr(self, name).zero_()

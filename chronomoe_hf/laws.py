@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_SWING = 0.3  # a relative error of this size on the other side is a swing, a smaller one the noise of a batch
+_SHRINK, _GROW, _SMALLEST = 0.5, 1.1, 0.1
+
 
 def compute_relevance(disagreement: Tensor | float, theta: float = 0.2) -> Tensor | float:
     """Relevance r of beta: 1 below theta, falling linearly to 0 at 3 theta.
@@ -103,15 +106,62 @@ def coherence_law(
     return centre_and_clamp(moved_LE, k_max, mask_LE).to(torch.float32)
 
 
-def balance_step(count_LE: Tensor, num_experts_L: Tensor | int, rate: float, rule: str = "quadratic") -> Tensor:
+def balance_error(count_LE: Tensor, num_experts_L: Tensor | int) -> Tensor:
+    """How far each expert is below its fair share, ``clip((fair - count) / fair, -1, 1)``.
+
+    Args:
+        count_LE: assignments of the step, shape ``(..., E)``.
+        num_experts_L: E of each layer, broadcastable to ``(..., 1)``.
+
+    Returns:
+        float64, shape of `count_LE`; 0 for a layer without a count.
+    """
+    count_LE = count_LE.double()
+    fair_L = count_LE.sum(-1, keepdim=True) / num_experts_L
+    return torch.where(fair_L > 0, ((fair_L - count_LE) / fair_L.clamp_min(1e-12)).clamp(-1.0, 1.0), 0.0)
+
+
+def next_gain(gain_LE: Tensor, error_LE: Tensor) -> Tensor:
+    """The memory that keeps the quadratic rule from swinging, after one more error.
+
+    Where many tokens look alike (the first layer reads little more than which token it is), a step can carry an expert
+    from twice its share to idle, and the next one back. Such an expert's steps are halved each time its error changes
+    sign at a size that matters, and grow by a tenth otherwise (the idea of Rprop, Riedmiller and Braun 1993).
+
+    Args:
+        gain_LE: factor on each expert's step in [0.1, 1], signed like its last error; 0 before the first.
+        error_LE: from :func:`balance_error`.
+
+    Returns:
+        New gains, dtype of `gain_LE`; unchanged in a layer without a count.
+    """
+    factor_LE = torch.where(gain_LE == 0, 1.0, gain_LE.abs().double())
+    side_LE = gain_LE.sign().double()
+    turned_LE = side_LE * error_LE.sign() < 0
+    swings_LE = turned_LE & (error_LE.abs() > _SWING)
+    grown_LE = torch.where(turned_LE, factor_LE, (_GROW * factor_LE).clamp_max(1.0))
+    factor_LE = torch.where(swings_LE, (_SHRINK * factor_LE).clamp_min(_SMALLEST), grown_LE)
+    side_LE = torch.where(error_LE != 0, error_LE.sign(), torch.where(side_LE == 0, 1.0, side_LE))
+    counted_L = (error_LE != 0).any(-1, keepdim=True)
+    return torch.where(counted_L, side_LE * factor_LE, gain_LE.double()).to(gain_LE.dtype)
+
+
+def balance_step(
+    count_LE: Tensor,
+    num_experts_L: Tensor | int,
+    rate: float,
+    rule: str = "quadratic",
+    gain_LE: Tensor | None = None,
+) -> Tensor:
     """One step of loss-free balancing, before centring.
 
     Args:
         count_LE: assignments of the step, shape ``(..., E)``.
         num_experts_L: E of each layer, broadcastable to ``(..., 1)``.
-        rate: step size, in the unit of the bias.
-        rule: with the relative error e = clip((fair - count) / fair, -1, 1), ``"quadratic"``: rate * e |e|;
-            ``"proportional"``: rate * e; ``"sign"``: rate * sign(e).
+        rate: largest step, in the unit of the bias.
+        rule: with e from :func:`balance_error`, ``"quadratic"``: rate * gain * e |e|; ``"proportional"``: rate * e;
+            ``"sign"``: rate * sign(e).
+        gain_LE: of the quadratic rule, from :func:`next_gain`; None = 1.
 
     Returns:
         float64 increments, shape of `count_LE`; 0 for a layer without a count.
@@ -119,11 +169,12 @@ def balance_step(count_LE: Tensor, num_experts_L: Tensor | int, rate: float, rul
     Source: SPEC section 4; the sign rule is arXiv 2408.15664. The quadratic rule is ours: as quick as the
     proportional one far from balance, and several times gentler near it, where most of the error is the batch's noise.
     """
-    count_LE = count_LE.double()
-    fair_L = count_LE.sum(-1, keepdim=True) / num_experts_L
+    error_LE = balance_error(count_LE, num_experts_L)
     if rule == "sign":
-        return rate * torch.sign(fair_L - count_LE) * (fair_L > 0)
-    if rule not in ("quadratic", "proportional"):
+        return rate * error_LE.sign()
+    if rule == "proportional":
+        return rate * error_LE
+    if rule != "quadratic":
         raise ValueError(f"rule must be 'quadratic', 'proportional' or 'sign', got {rule!r}")
-    error_LE = torch.where(fair_L > 0, ((fair_L - count_LE) / fair_L.clamp_min(1e-12)).clamp(-1.0, 1.0), 0.0)
-    return rate * (error_LE * error_LE.abs() if rule == "quadratic" else error_LE)
+    gain: Tensor | float = 1.0 if gain_LE is None else gain_LE.double().abs()
+    return rate * gain * error_LE * error_LE.abs()

@@ -71,16 +71,17 @@ class Layer:
         parameters = (*self.router.parameters(), *self.parent.parameters(recurse=False))
         return bias_E.numel() == 0 or any(value.data_ptr() == bias_E.data_ptr() for value in parameters)
 
-    def update_native_bias(self, count_E: Tensor, beta: BetaConfig) -> None:
+    def update_native_bias(self, count_E: Tensor, beta: BetaConfig, gain_E: Tensor | None = None) -> None:
         """The balance law on the model's own correction bias, in its score units; only the change is centred.
 
         Args:
             count_E: assignments of the step, summed over ranks.
             beta: rate and rule.
+            gain_E: see :func:`chronomoe_hf.laws.next_gain`.
         """
         bias_E = self.adapter.native_bias(self.router, self.parent)
         assert bias_E is not None
-        step_E = balance_step(count_E, self.num_experts, 1.0, beta.rule)
+        step_E = balance_step(count_E, self.num_experts, 1.0, beta.rule, gain_E)
         if beta.native_rate is not None:
             step_E = step_E * beta.native_rate
         else:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 TENSOR_FILE = "chronomoe.safetensors"
 MANIFEST_FILE = "chronomoe.json"
 SCHEMA_VERSION = 1  # raised when older readers would misread the files
-SCHEMA_MINOR = 0  # raised when older readers may ignore what was added
+SCHEMA_MINOR = 1  # raised when older readers may ignore what was added
 
 # Far above any real state (tensors are O(layers x experts), a lens O(layers x hidden size)), far below harm.
 MAX_MANIFEST_BYTES = 64 * 2**20

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from chronomoe_hf import CoherenceBuffer, RouterState
 from chronomoe_hf.config import VetoConfig
-from chronomoe_hf.laws import balance_step, centre_and_clamp, coherence_law
+from chronomoe_hf.laws import balance_error, balance_step, centre_and_clamp, coherence_law, next_gain
 from chronomoe_hf.router import compute_relevance, update_beta
 
 K_MAX = 0.3
@@ -182,6 +182,57 @@ def test_the_balance_step_on_numbers_worked_out_by_hand() -> None:
     assert balance_step(torch.zeros(4, dtype=torch.long), 4, 0.03, "sign").eq(0).all()
     with pytest.raises(ValueError, match="quadratic"):
         balance_step(count, 4, 0.03, "cubic")
+
+
+def test_an_expert_that_swings_takes_smaller_steps_until_it_settles() -> None:
+    """Errors of one expert and the factor on its next step, worked out by hand; the sign is that of the last error."""
+    gain = torch.zeros(1)
+    seen = []
+    for error in (-1.0, 0.8, -0.6, 0.2, 0.1, 0.0, -0.31):
+        gain = next_gain(gain, torch.tensor([error], dtype=torch.float64))
+        seen.append(float(gain))
+    # First error: nothing to compare. Two swings halve twice. A small error on the other side rests; then it grows.
+    expected = [-1.0, 0.5, -0.25, 0.25, 0.275, 0.275, -0.1375]
+    assert seen == pytest.approx(expected, rel=1e-6)
+    for _ in range(8):
+        gain = next_gain(-gain.abs(), torch.tensor([1.0], dtype=torch.float64))
+    assert float(gain) == pytest.approx(0.1), "never smaller"
+    for _ in range(40):
+        gain = next_gain(gain.abs(), torch.tensor([1.0], dtype=torch.float64))
+    assert float(gain) == 1.0, "never larger"
+
+
+def test_a_layer_without_a_count_keeps_its_gains_and_gains_shrink_only_the_quadratic_step() -> None:
+    gain = torch.tensor([[0.5, -0.25], [0.5, -0.25]])
+    count = torch.tensor([[0, 0], [0, 4]])
+    got = next_gain(gain, balance_error(count, 2))
+    assert got.tolist() == [[0.5, -0.25], pytest.approx([0.55, -0.275])]
+    plain = balance_step(count, 2, 0.2)
+    assert balance_step(count, 2, 0.2, "quadratic", gain).tolist() == (plain * gain.abs()).tolist()
+    for rule in ("proportional", "sign"):
+        assert torch.equal(balance_step(count, 2, 0.2, rule, gain), balance_step(count, 2, 0.2, rule))
+
+
+def test_gains_end_a_swing_that_the_plain_rule_keeps_up() -> None:
+    """Two experts and tokens that all look alike: whoever is ahead by a hair takes nearly all of them."""
+
+    def share_of_first(beta: float) -> float:
+        return 1.0 / (1.0 + math.exp(-40.0 * (0.5 + beta)))
+
+    def late_errors(damped: bool) -> list[float]:
+        beta, gain, errors = 0.0, torch.zeros(2), []
+        for _ in range(60):
+            share = share_of_first(beta)
+            count = torch.tensor([round(1000 * share), 1000 - round(1000 * share)])
+            error = balance_error(count, 2)
+            gain = next_gain(gain, error)
+            step = balance_step(count, 2, 0.3, "quadratic", gain if damped else None)
+            beta += float(step[0] - step[1])
+            errors.append(float(error.abs().max()))
+        return errors[-20:]
+
+    assert min(late_errors(damped=False)) > 0.5, "bad test setup: the plain rule settles"
+    assert max(late_errors(damped=True)) < 0.3
 
 
 @pytest.mark.parametrize("rule", ["quadratic", "proportional", "sign"])
