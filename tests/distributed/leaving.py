@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cpu_engines
+import gloo_exit
 import torch
 import training_job
 from torch.distributed.fsdp import FSDPModule
@@ -65,7 +66,7 @@ def main(path: str) -> None:
     found["logits"] = logits(trainer).tolist()
     found["steered"] = not torch.equal(governed, torch.tensor(found["logits"]))
     torch.save({"found": found, "weights": weights}, training_job.result_path(job.output_dir, int(os.environ["RANK"])))
-    torch.distributed.destroy_process_group()
+    gloo_exit.leave()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from chronomoe_hf.checkpoint import read_state
 
 HERE = Path(__file__).parent
-EXAMPLE = HERE.parent.parent / "examples" / "accelerate_loop.py"
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -60,7 +59,7 @@ def final_weights(output_dir: Path) -> dict[str, torch.Tensor]:
 def test_killed_and_resumed(
     engine: str, tmp_path: Path, start_script: Callable[..., Any], open_script: Callable[..., Any]
 ) -> None:
-    script, environment = (HERE / "loop_under_fsdp.py", FSDP) if engine == "fsdp" else (EXAMPLE, {})
+    script, environment = HERE / "loop.py", FSDP if engine == "fsdp" else {}
     whole, parted = tmp_path / "a" / "whole", tmp_path / "b" / "parted"
     returncode, output = start_script(script, [*ARGUMENTS, "--output-dir", str(whole)], 2, environment)
     assert returncode == 0, output[-6000:]

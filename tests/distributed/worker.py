@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import cpu_engines
+import gloo_exit
 import torch
 import training_job
 import transformers
@@ -29,8 +30,7 @@ def main(path: str) -> None:
         except ChronoError as error:  # the test decides whether this rank had to raise it
             result = {"error": type(error).__name__, "message": str(error)}
         training_job.save_result(job, rank, result)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    gloo_exit.leave()
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import gloo_exit
 import tiny
 import torch
 import torch.distributed as dist
@@ -54,10 +54,7 @@ def main() -> None:
     except chronomoe_hf.errors.ChronoError as error:
         result = {"error": f"{type(error).__name__}: {error}"}
     Path(f"{output}.{dist.get_rank()}").write_text(json.dumps(result))
-    dist.barrier()
-    # The groups of a device mesh leave gloo threads behind that now and then abort the interpreter's own shutdown.
-    sys.stdout.flush()
-    os._exit(0)
+    gloo_exit.leave()
 
 
 if __name__ == "__main__":
