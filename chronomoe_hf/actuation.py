@@ -13,8 +13,8 @@ from torch import Tensor
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.layer import Layer
-from chronomoe_hf.lens import carried
 from chronomoe_hf.lens_input import RouterInputs
+from chronomoe_hf.steering import carried
 from chronomoe_hf.telemetry import SystemSnapshot
 
 if TYPE_CHECKING:  # system imports this room
@@ -28,12 +28,11 @@ def balance(system: ChronoSystem, count_LE: Tensor) -> None:
         ConfigError: a correction bias that is a parameter has been sharded over the ranks.
     """
     beta = system.config.beta
-    system.bank.apply_balance(count_LE, beta, system.untouched_L)
+    step_LE = system.bank.apply_balance(count_LE, beta, system.untouched_L)
     for layer in system.layers:
         if layer.native_bias:
             _require_whole_bias(system, layer)
-            own = (layer.layer_id, slice(layer.num_experts))
-            layer.update_native_bias(count_LE[own], beta, system.bank.gain_LE[own])
+            layer.update_native_bias(step_LE[layer.layer_id, : layer.num_experts], beta)
         layer.link.state.steering = layer.takes_beta
     system.governed = True
 
@@ -128,6 +127,7 @@ def aim_lenses(
         weight_ED = distributed.full_weight(layer.adapter.weight(layer.router))
         std = seen.logit_std or 1.0  # of the snapshot: already on the host
         carry = carried(held[layer.layer_id], lens.scale, system.config.lens.memory)
-        basis, reader_D = system.config.lens.basis, seen_inputs.reader_D
-        lens.aim(seen_inputs.mean_D, weight_ED, seen.shares, std, basis, carry, reader_D)
+        settings = system.config.lens
+        reader_D = seen_inputs.reader_D if settings.reader == "ridge" else None  # None reads along the mean input
+        lens.aim(seen_inputs.mean_D, weight_ED, seen.shares, std, settings.basis, carry, reader_D)
         system.governed = True

@@ -76,8 +76,6 @@ class StateBank:
         "window_LR",
     )
 
-    ADDED = frozenset({"gain_LE"})  # since schema 1.1: a state without them starts them afresh
-
     def __init__(self, num_experts: list[int]) -> None:
         self.num_experts = num_experts
         num_layers, width = len(num_experts), max(num_experts)
@@ -179,14 +177,19 @@ class StateBank:
         self.beta_full_LE.copy_(self.beta_LE.clamp(-cap, cap) * self.logit_std_L[:, None])
         self.beta_applied_LE.copy_(self.beta_full_LE * self.relevance_L[:, None])
 
-    def apply_balance(self, count_LE: Tensor, beta: BetaConfig, frozen_L: Tensor) -> None:
-        """One step of the balance law on beta, except for layers in `frozen_L` (their native bias is updated)."""
-        num_L = self.mask_LE.sum(-1, keepdim=True)
-        error_LE = torch.where(self.mask_LE, balance_error(count_LE, num_L), 0.0)
-        self.gain_LE.copy_(next_gain(self.gain_LE, error_LE))
-        step_LE = balance_step(count_LE, num_L, beta.rate, beta.rule, self.gain_LE)
-        moved_LE = centre_and_clamp(self.beta_LE.double() + step_LE, beta.balance_cap, self.mask_LE)
+    def apply_balance(self, count_LE: Tensor, beta: BetaConfig, frozen_L: Tensor) -> Tensor:
+        """One step of the balance law on beta, except for layers in `frozen_L` (their native bias is updated).
+
+        Returns:
+            The step of every layer in units of the rate, float64 ``(L, E)``, for the native biases.
+        """
+        error_LE = torch.where(self.mask_LE, balance_error(count_LE, self.mask_LE.sum(-1, keepdim=True)), 0.0)
+        if beta.rule == "quadratic":
+            self.gain_LE.copy_(next_gain(self.gain_LE, error_LE))
+        step_LE = balance_step(error_LE, beta.rule, self.gain_LE)
+        moved_LE = centre_and_clamp(self.beta_LE.double() + beta.rate * step_LE, beta.balance_cap, self.mask_LE)
         self.beta_LE.copy_(torch.where(frozen_L[:, None], self.beta_LE.double(), moved_LE))
+        return step_LE
 
     def apply_coherence(self, step: int, beta: BetaConfig, frozen_L: Tensor | None = None) -> None:
         """The coherence law on all layers, except for those in `frozen_L` (bool)."""
@@ -254,7 +257,4 @@ class StateBank:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Copy in place; shapes must agree (checked by the checkpoint room)."""
         for name in self.NAMES:
-            if name in tensors or name not in self.ADDED:
-                getattr(self, name).copy_(tensors[name])
-            else:
-                getattr(self, name).zero_()
+            getattr(self, name).copy_(tensors[name])

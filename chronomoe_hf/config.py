@@ -20,6 +20,7 @@ SCHEMA_VERSION = 1
 CONFIG_NAME = "chronomoe_config.json"
 
 BalanceRule = Literal["quadratic", "proportional", "sign"]
+BasisName = Literal["scaled", "least_squares", "router"]
 ReaderName = Literal["ridge", "mean"]
 
 
@@ -247,8 +248,8 @@ class ControlConfig(_Part):
         scale_max: cap on the lens scale (logit standard deviations).
         warmup_steps, warmup_scale_max: the cap before that step.
         lens_spread_max: a layer whose lens would move tokens more unevenly than this (standard deviation over mean of
-            what its reader reads, on tokens it was not fitted on) abstains with ``lens_unfit``. Above 1 many tokens
-            move the wrong way.
+            what its reader reads, on tokens it was not fitted on) abstains with ``lens_unfit``. At 1, with
+            normally distributed readings, one token in six would move the wrong way.
         harm_threshold: rise of top-2 share between two evaluations that counts as harm.
         harm_min_scale: scale above which a rise is blamed on the lens.
         harm_factor, harm_floor, harm_recovery: multiplicative back-off, its floor, recovery of the gap to 1.
@@ -340,7 +341,7 @@ class LensConfig(_Part):
     """
 
     enabled: bool = True
-    basis: Literal["scaled", "least_squares", "router"] = "scaled"
+    basis: BasisName = "scaled"
     reader: ReaderName = "ridge"
     memory: float = 0.9
 

@@ -146,35 +146,25 @@ def next_gain(gain_LE: Tensor, error_LE: Tensor) -> Tensor:
     return torch.where(counted_L, side_LE * factor_LE, gain_LE.double()).to(gain_LE.dtype)
 
 
-def balance_step(
-    count_LE: Tensor,
-    num_experts_L: Tensor | int,
-    rate: float,
-    rule: str = "quadratic",
-    gain_LE: Tensor | None = None,
-) -> Tensor:
-    """One step of loss-free balancing, before centring.
+def balance_step(error_LE: Tensor, rule: str = "quadratic", gain_LE: Tensor | None = None) -> Tensor:
+    """One step of loss-free balancing, in units of the rate, before centring.
 
     Args:
-        count_LE: assignments of the step, shape ``(..., E)``.
-        num_experts_L: E of each layer, broadcastable to ``(..., 1)``.
-        rate: largest step, in the unit of the bias.
-        rule: with e from :func:`balance_error`, ``"quadratic"``: rate * gain * e |e|; ``"proportional"``: rate * e;
-            ``"sign"``: rate * sign(e).
+        error_LE: e, from :func:`balance_error`.
+        rule: ``"quadratic"``: gain * e |e|; ``"proportional"``: e; ``"sign"``: sign(e).
         gain_LE: of the quadratic rule, from :func:`next_gain`; None = 1.
 
     Returns:
-        float64 increments, shape of `count_LE`; 0 for a layer without a count.
+        float64 in [-1, 1], shape of `error_LE`; 0 for a layer without a count.
 
     Source: SPEC section 4; the sign rule is arXiv 2408.15664. The quadratic rule is ours: as quick as the
-    proportional one far from balance, and several times gentler near it, where most of the error is the batch's noise.
+    proportional one far from balance, and gentler near it, where most of the error is the batch's noise.
     """
-    error_LE = balance_error(count_LE, num_experts_L)
     if rule == "sign":
-        return rate * error_LE.sign()
+        return error_LE.sign()
     if rule == "proportional":
-        return rate * error_LE
+        return error_LE
     if rule != "quadratic":
         raise ValueError(f"rule must be 'quadratic', 'proportional' or 'sign', got {rule!r}")
     gain: Tensor | float = 1.0 if gain_LE is None else gain_LE.double().abs()
-    return rate * gain * error_LE * error_LE.abs()
+    return gain * error_LE * error_LE.abs()

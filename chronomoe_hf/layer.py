@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.config import BetaConfig
-from chronomoe_hf.laws import balance_step
 from chronomoe_hf.observe import LayerRecorder
 from chronomoe_hf.patches import Adapter
 from chronomoe_hf.router import RouterLink
@@ -71,17 +70,15 @@ class Layer:
         parameters = (*self.router.parameters(), *self.parent.parameters(recurse=False))
         return bias_E.numel() == 0 or any(value.data_ptr() == bias_E.data_ptr() for value in parameters)
 
-    def update_native_bias(self, count_E: Tensor, beta: BetaConfig, gain_E: Tensor | None = None) -> None:
+    def update_native_bias(self, step_E: Tensor, beta: BetaConfig) -> None:
         """The balance law on the model's own correction bias, in its score units; only the change is centred.
 
         Args:
-            count_E: assignments of the step, summed over ranks.
-            beta: rate and rule.
-            gain_E: see :func:`chronomoe_hf.laws.next_gain`.
+            step_E: step of the law in units of the rate, from ``StateBank.apply_balance``.
+            beta: the rate.
         """
         bias_E = self.adapter.native_bias(self.router, self.parent)
         assert bias_E is not None
-        step_E = balance_step(count_E, self.num_experts, 1.0, beta.rule, gain_E)
         if beta.native_rate is not None:
             step_E = step_E * beta.native_rate
         else:

@@ -1,13 +1,12 @@
 """How the lens tells that a token is there: a direction V with x V = 1 for every token, as nearly as can be.
 
 A lens can only shift the logits of all tokens alike if x V hardly differs between them. The mean router input mu alone
-is a poor reader wherever it is short beside the spread of the tokens about it: with V = mu / |mu|^2, x V has mean 1 and
-a standard deviation of 0.4 to 0.5 in the later layers of a small Mixtral and of 2.3 in its first one, where a lens so
-read scatters tokens instead of moving them. Ridge regression of 1 on x leaves out the directions in which tokens
-differ (0.2 and 0.8 there).
+is a poor reader wherever it is short beside the spread of the tokens about it, as in a first layer, whose input is
+little more than one token's embedding: a lens so read scatters tokens instead of moving them. Ridge regression of 1 on
+x leaves out the directions in which tokens differ. ``benchmarks/results/balance.md`` has both readers' spreads.
 
-Both readers are fitted in two folds of a sample and judged on the fold that they have not seen; the direction used is
-the mean of the two, which reads at least as evenly as either.
+A reader is fitted in two folds of a sample and judged on the fold that it has not seen; the direction used is the mean
+of the two, which spreads no more than they do on average.
 
 Shape suffixes: T tokens, D router input width, F tokens in a fold.
 """
@@ -24,11 +23,11 @@ from chronomoe_hf.config import ReaderName
 SAMPLE = 256  # tokens read per micro-batch and layer, both folds together
 RIDGE = 0.1  # penalty, in units of the mean squared length of a router input
 UNREADABLE = 1e6  # the spread of a reader that reads nothing
-_NUMBERS = 5  # after the two directions: tokens, sampled tokens, and count, sum and square sum of the readings
+_NUMBERS = 4  # after the two directions: tokens, sampled tokens, sum and square sum of their readings
 
 
 def sums_width(d_model: int) -> int:
-    """Length of the vector that :func:`input_sums` returns: 2 D + 5."""
+    """Length of the vector that :func:`input_sums` returns: 2 D + 4."""
     return 2 * d_model + _NUMBERS
 
 
@@ -45,8 +44,8 @@ def input_sums(x_TD: Tensor, real_T: Tensor, sample_S: Tensor, valid_S: Tensor, 
         reader: ``"ridge"`` or ``"mean"``.
 
     Returns:
-        fp32 ``(2 D + 5,)``: sum of x; direction times the tokens it was fitted on; tokens; tokens fitted on; then
-        number, sum and sum of squares of the readings x V on the fold that V was not fitted on.
+        fp32 ``(2 D + 4,)``: sum of x; direction times sampled tokens; tokens; sampled tokens; sum and sum of squares
+        of their readings x V, each by the V of the other fold.
     """
     half = sample_S.shape[0] // 2
     # Neighbours go to different folds, so that both see every part of the batch.
@@ -59,7 +58,7 @@ def input_sums(x_TD: Tensor, real_T: Tensor, sample_S: Tensor, valid_S: Tensor, 
         [
             real_T @ x_TD,
             fitted_2D.mean(0) * weight,
-            torch.stack([real_T.sum(), weight, weight, reading_2F.sum(), reading_2F.square().sum()]),
+            torch.stack([real_T.sum(), weight, reading_2F.sum(), reading_2F.square().sum()]),
         ]
     )
 
@@ -100,11 +99,11 @@ class RouterInputs(NamedTuple):
     def from_sums(cls, sums: Tensor) -> RouterInputs:
         """Inverse of :func:`input_sums`, after adding up batches and ranks; fp64 in."""
         total_D, fitted_D, numbers = sums.split([(sums.numel() - _NUMBERS) // 2] * 2 + [_NUMBERS])
-        tokens, fitted, readings, reading, square = numbers.double().unbind()
-        mean = reading / readings.clamp_min(1.0)
-        variance = (square / readings.clamp_min(1.0) - mean.square()).clamp_min(0.0)
+        tokens, sampled, reading, square = numbers.double().unbind()
+        mean = reading / sampled.clamp_min(1.0)
+        variance = (square / sampled.clamp_min(1.0) - mean.square()).clamp_min(0.0)
         return cls(
             mean_D=(total_D / tokens.clamp_min(1.0)).float(),
-            reader_D=(fitted_D / fitted.clamp_min(1.0)).float(),
+            reader_D=(fitted_D / sampled.clamp_min(1.0)).float(),
             spread=torch.where(mean > 0, variance.sqrt() / mean.clamp_min(1e-30), UNREADABLE).clamp_max(UNREADABLE),
         )

@@ -31,7 +31,7 @@ class Accumulators:
     Args:
         ints: int64 ``(E_max + len(META),)``: assignments per expert, then META.
         floats: float64 ``(len(PER_EXPERT) * E_max + len(PER_LAYER),)``.
-        inputs: fp32 ``(2 D + 5,)``, sums over router inputs, laid out by `lens_input.input_sums`; None without a lens.
+        inputs: fp32 ``(2 D + 4,)``, sums over router inputs, laid out by `lens_input.input_sums`; None without a lens.
     """
 
     ints: Tensor
@@ -148,7 +148,7 @@ class LayerRecorder:
     def router_input(self, hidden: Tensor) -> None:
         """Mean and reader of the router inputs, only in the step before a lens may be steered.
 
-        A compiled graph does it in every step: it is cheap, a second variant of the graph is not.
+        A compiled graph does it in every step: a switch would cost a second variant of the graph.
         """
         wanted = torch.compiler.is_compiling() or self.window.switches.router_input
         if not wanted or self.window.mode != "train":

@@ -60,7 +60,9 @@ def unpack(system: ChronoSystem, tensors: dict[str, Tensor], meta: dict[str, Any
     """
     live = [layer.table_row() for layer in system.layers]
     pairs = check_layers(meta["layers"], live, system.config.checkpoint.allow_partial)
-    missing = [name for name in system.bank.NAMES if name not in tensors and name not in system.bank.ADDED]
+    if "beta_LE" in tensors:  # gain_LE was added in schema 1.1; without it the gains start afresh
+        tensors = {"gain_LE": torch.zeros_like(tensors["beta_LE"]), **tensors}
+    missing = [name for name in system.bank.NAMES if name not in tensors]
     if missing:
         raise StateCorruptError(f"the saved state lacks {', '.join(missing)}; resume from another checkpoint")
     _warn_of_other_settings(system.config, meta.get("config"))
@@ -90,7 +92,7 @@ def unpack(system: ChronoSystem, tensors: dict[str, Tensor], meta: dict[str, Any
 def _load_matching(system: ChronoSystem, tensors: dict[str, Tensor], pairs: list[tuple[int, int]]) -> None:
     """`allow_partial`: copy the layers that agree; the open window and the control state start fresh."""
     for name in system.bank.NAMES:
-        if name == "window_LR" or name not in tensors:
+        if name == "window_LR":
             continue
         axis = _PER_LAYER_AXIS.get(name, 0)
         live = getattr(system.bank, name)

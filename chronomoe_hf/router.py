@@ -1,6 +1,6 @@
 """The wrapped router: its state, and the forward of ChronoRouter.
 
-Shape suffixes: L layers, E experts, T tokens, K experts per token, D router input width, B bends (2E).
+Shape suffixes: L layers, E experts, T tokens, K experts per token, D router input width.
 """
 
 from __future__ import annotations

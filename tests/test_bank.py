@@ -229,13 +229,3 @@ def test_state_returns_bit_for_bit() -> None:
     other.load_state_dict(bank.state_dict())
     for name in StateBank.NAMES:
         assert torch.equal(getattr(other, name), getattr(bank, name)), name
-
-
-def test_a_state_from_before_the_gains_starts_them_afresh() -> None:
-    bank, old = StateBank(list(EXPERTS)), StateBank(list(EXPERTS))
-    old.beta_LE.fill_(0.25)
-    bank.gain_LE.fill_(0.5)
-    state = old.state_dict()
-    assert state.pop("gain_LE").eq(0).all()
-    bank.load_state_dict(state)
-    assert bank.gain_LE.eq(0).all() and torch.equal(bank.beta_LE, old.beta_LE)

@@ -306,6 +306,8 @@ def test_every_lens_is_measured_before_it_may_act(reader: Any, limit: float, rea
     if reason is None and first is not None:
         mean_D = router_inputs(model, system, 0).mean(0)
         assert float(mean_D @ first.V[:, 0]) == pytest.approx(1.0, abs=1e-4)
+        along = torch.cosine_similarity(mean_D, first.V[:, 0], dim=0)
+        assert (float(along) == pytest.approx(1.0, abs=1e-5)) is (reader == "mean"), "the original: V = mu / |mu|^2"
 
 
 def test_the_spread_is_that_of_the_router_inputs() -> None:

@@ -17,6 +17,7 @@ ROOMS = (
     "coherence",
     "laws",
     "router",
+    "steering",
     "lens",
     "lens_input",
     "window",

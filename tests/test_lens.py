@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 
 from chronomoe_hf import lens as lens_module
 from chronomoe_hf.errors import ConfigError, StateMismatchError
-from chronomoe_hf.lens import (
-    ChronoLens,
-    IdentityLens,
+from chronomoe_hf.lens import ChronoLens, IdentityLens, fold_weight
+from chronomoe_hf.steering import (
     basis_problem,
     carried,
     expert_spread,
-    fold_weight,
     least_squares_basis,
     router_basis,
     steering_target,

@@ -35,7 +35,7 @@ def test_the_mean_reader_on_numbers_worked_out_by_hand() -> None:
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 4.0]])
     sums = whole(x, "mean")
     # Means (2, 0) and (0, 3): directions (1/2, 0) and (0, 1/3), orthogonal to what they are tried on.
-    assert sums.tolist() == pytest.approx([4.0, 6.0, 4 * 0.25, 4 / 6, 4.0, 4.0, 4.0, 0.0, 0.0])
+    assert sums.tolist() == pytest.approx([4.0, 6.0, 4 * 0.25, 4 / 6, 4.0, 4.0, 0.0, 0.0])
     got = RouterInputs.from_sums(sums)
     assert got.mean_D.tolist() == pytest.approx([1.0, 1.5])
     assert got.reader_D.tolist() == pytest.approx([0.25, 1 / 6])

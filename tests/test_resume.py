@@ -11,6 +11,7 @@ from typing import Any
 
 import moe_zoo
 import pytest
+import tiny
 import torch
 import training_job
 from run_records import assert_same, later_records
@@ -20,8 +21,15 @@ from training_job import Job, Tracing, make_trainer, rows, whole_weights
 from transformers import TrainerCallback
 
 import chronomoe_hf
-from chronomoe_hf.checkpoint import read_state
-from chronomoe_hf.errors import ConfigError, StateMissingError, StateWriteError, WeightMismatchError
+from chronomoe_hf import ChronoConfig, ChronoSystem
+from chronomoe_hf.checkpoint import read_state, write_state
+from chronomoe_hf.errors import (
+    ConfigError,
+    StateCorruptError,
+    StateMissingError,
+    StateWriteError,
+    WeightMismatchError,
+)
 from chronomoe_hf.telemetry import read_jsonl
 
 STATE_FILES = {"chronomoe.json", "chronomoe.safetensors"}
@@ -461,3 +469,28 @@ def test_a_sharded_correction_bias_is_refused() -> None:
             system.step(1)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_state_from_before_the_gains_starts_them_afresh(tmp_path: Path) -> None:
+    def governed() -> ChronoSystem:
+        model = tiny.tiny_model("mixtral")
+        system = chronomoe_hf.system_of(chronomoe_hf.wrap(model, ChronoConfig.balance(interval=1)))
+        for step in (1, 2):
+            model(**tiny.tiny_batch("mixtral", seed=step))
+            system.step(step)
+        return system
+
+    system = governed()
+    assert system.bank.gain_LE.all(), "bad test setup: no gain to lose"
+    beta = system.bank.beta_LE.clone()
+    system.save(tmp_path)
+    tensors, meta = read_state(tmp_path)
+    del tensors["gain_LE"]
+    write_state(tmp_path, tensors, meta, strict=True)
+    other = governed()
+    other.load(tmp_path)
+    assert not other.bank.gain_LE.any() and torch.equal(other.bank.beta_LE, beta)
+    del tensors["ema_CLE"]
+    write_state(tmp_path, tensors, meta, strict=True)
+    with pytest.raises(StateCorruptError, match="lacks ema_CLE;"):
+        other.load(tmp_path)

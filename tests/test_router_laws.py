@@ -43,7 +43,7 @@ def naive_coherence(
     return naive_centre(moved, K_MAX)
 
 
-def naive_balance(count: list[int], rate: float, rule: str) -> list[float]:
+def naive_balance(count: list[int], rule: str) -> list[float]:
     fair = sum(count) / len(count)
     if fair == 0:
         return [0.0] * len(count)
@@ -52,7 +52,7 @@ def naive_balance(count: list[int], rate: float, rule: str) -> list[float]:
         gap = (fair - number) / fair
         error = min(1.0, max(-1.0, gap))
         size = {"sign": float(gap != 0), "proportional": abs(error), "quadratic": error * error}[rule]
-        out.append(rate * math.copysign(size, gap))
+        out.append(math.copysign(size, gap))
     return out
 
 
@@ -172,16 +172,15 @@ def test_update_beta_refuses_another_layers_snapshot() -> None:
 
 def test_the_balance_step_on_numbers_worked_out_by_hand() -> None:
     count = torch.tensor([5, 2, 1, 0])  # fair share 2
-    assert balance_step(count, 4, 0.03, "proportional").tolist() == pytest.approx([-0.03, 0.0, 0.015, 0.03])
-    assert balance_step(count, 4, 0.03).tolist() == pytest.approx([-0.03, 0.0, 0.0075, 0.03])
+    assert balance_step(balance_error(count, 4), "proportional").tolist() == [-1.0, 0.0, 0.5, 1.0]
+    assert balance_step(balance_error(count, 4)).tolist() == [-1.0, 0.0, 0.25, 1.0]
     # Above the fair share the sign survives the square: 3 against 2 is an error of -1/2.
     three = torch.tensor([3, 2, 2, 1])
-    assert balance_step(three, 4, 0.04, "quadratic").tolist() == pytest.approx([-0.01, 0.0, 0.0, 0.01])
-    assert balance_step(count, 4, 0.001, "sign").tolist() == pytest.approx([-0.001, 0.0, 0.001, 0.001])
-    assert balance_step(torch.zeros(4, dtype=torch.long), 4, 0.03).eq(0).all()
-    assert balance_step(torch.zeros(4, dtype=torch.long), 4, 0.03, "sign").eq(0).all()
+    assert balance_step(balance_error(three, 4), "quadratic").tolist() == [-0.25, 0.0, 0.0, 0.25]
+    assert balance_step(balance_error(count, 4), "sign").tolist() == [-1.0, 0.0, 1.0, 1.0]
+    assert balance_error(torch.zeros(4, dtype=torch.long), 4).eq(0).all()
     with pytest.raises(ValueError, match="quadratic"):
-        balance_step(count, 4, 0.03, "cubic")
+        balance_step(balance_error(count, 4), "cubic")
 
 
 def test_an_expert_that_swings_takes_smaller_steps_until_it_settles() -> None:
@@ -207,10 +206,10 @@ def test_a_layer_without_a_count_keeps_its_gains_and_gains_shrink_only_the_quadr
     count = torch.tensor([[0, 0], [0, 4]])
     got = next_gain(gain, balance_error(count, 2))
     assert got.tolist() == [[0.5, -0.25], pytest.approx([0.55, -0.275])]
-    plain = balance_step(count, 2, 0.2)
-    assert balance_step(count, 2, 0.2, "quadratic", gain).tolist() == (plain * gain.abs()).tolist()
+    error = balance_error(count, 2)
+    assert torch.equal(balance_step(error, "quadratic", gain), balance_step(error) * gain.abs())
     for rule in ("proportional", "sign"):
-        assert torch.equal(balance_step(count, 2, 0.2, rule, gain), balance_step(count, 2, 0.2, rule))
+        assert torch.equal(balance_step(error, rule, gain), balance_step(error, rule))
 
 
 def test_gains_end_a_swing_that_the_plain_rule_keeps_up() -> None:
@@ -226,7 +225,7 @@ def test_gains_end_a_swing_that_the_plain_rule_keeps_up() -> None:
             count = torch.tensor([round(1000 * share), 1000 - round(1000 * share)])
             error = balance_error(count, 2)
             gain = next_gain(gain, error)
-            step = balance_step(count, 2, 0.3, "quadratic", gain if damped else None)
+            step = 0.3 * balance_step(error, "quadratic", gain if damped else None)
             beta += float(step[0] - step[1])
             errors.append(float(error.abs().max()))
         return errors[-20:]
@@ -247,8 +246,8 @@ def test_the_balance_step_equals_the_definition(num_experts: int, num_k: int, ru
             count[expert] += 1
     assert sum(count) == 200 * num_k
     assert num_k == num_experts or len(set(count)) > 1, "bad test setup: nothing to balance"
-    got = balance_step(torch.tensor(count), num_experts, 0.03, rule)
-    assert got.tolist() == pytest.approx(naive_balance(count, 0.03, rule), abs=1e-12)
+    got = balance_step(balance_error(torch.tensor(count), num_experts), rule)
+    assert got.tolist() == pytest.approx(naive_balance(count, rule), abs=1e-12)
 
 
 # ---- centring and the veto -----------------------------------------------------------------------------------------
@@ -350,5 +349,7 @@ def test_renumbering_experts_renumbers_beta(
         beta = coherence_law(beta, *inputs, eta=0.2, tau=tau, k_max=K_MAX)
         moved = coherence_law(moved, *(value[order] for value in inputs), eta=0.2, tau=tau, k_max=K_MAX)
         count = torch.tensor(tokens)
-        assert torch.equal(balance_step(count[order], num, 0.03), balance_step(count, num, 0.03)[order])
+        assert torch.equal(
+            balance_step(balance_error(count[order], num)), balance_step(balance_error(count, num))[order]
+        )
     assert moved.tolist() == pytest.approx(beta[order].tolist(), abs=1e-6)
