@@ -6,6 +6,7 @@ Legend: S steps, L layers, E experts, N blocks of text, T tokens, W windows.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -76,12 +77,33 @@ SETTINGS = {
     "healthy": Setting(name="healthy", size=SIZES["e8k2"], top_k=2, domain="prose", steps=100, settle=100, decay=False),
     "quick": Setting(name="quick", size=_TINY, top_k=1, steps=60, pretrain_steps=60, batch=8),
 }
-ARMS = ("none", "aux", "sign", "balance", "protect", "coherence")
+# `protect` with one thing changed: what each default is there for.
+CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "reader mean": ({"lens_spread_max": 1e6}, {"reader": "mean"}),
+    "no spread limit": ({"lens_spread_max": 1e6}, {}),
+    "no memory": ({}, {"memory": 0.0}),
+    "basis least_squares": ({}, {"basis": "least_squares"}),
+    "scale_max 0.5": ({"scale_max": 0.5}, {}),
+    "harm_threshold 0.02": ({"harm_threshold": 0.02}, {}),
+    "original law": (
+        {
+            "gate": "pressure",
+            "scale_max": 0.5,
+            "warmup_steps": 100,
+            "harm_threshold": 0.02,
+            "harm_restart": False,
+            "harm_hold": 0,
+            "lens_spread_max": 1e6,
+        },
+        {"basis": "least_squares", "reader": "mean", "memory": 0.0},
+    ),
+}
+ARMS = ("none", "aux", "sign", "proportional", "balance", "coherence", "protect", *CHANGED)
 PLAN = {
     "e8": ARMS,
-    "e8-long": ("aux", "balance"),
     "e32": ARMS,
-    "e32-long": ("aux", "balance"),
+    "e8-long": ("none", "aux", "balance", "protect"),
+    "e32-long": ("none", "aux", "balance", "protect"),
     "healthy": ("none", "protect"),
     "quick": ("none", "balance"),
 }
@@ -90,29 +112,33 @@ PLAN = {
 # -------------------------------------------------------------------------------------------------------------- arms
 
 
-def balance_config(rule: str = "proportional", rate: float | None = None) -> ChronoConfig:
-    """The `balance` preset, with another rule or rate."""
-    default = ChronoConfig.balance().beta
-    return ChronoConfig.balance(
-        beta=dataclasses.replace(default, rule=rule, rate=default.rate if rate is None else rate)
-    )
+def balance_config(**beta: Any) -> ChronoConfig:
+    """The `balance` preset with another `rule` or `rate`."""
+    return ChronoConfig.balance(beta=dataclasses.replace(ChronoConfig.balance().beta, **beta))
 
 
 def arm_config(arm: str, sign_rate: float) -> ChronoConfig:
     """The configuration of an arm by name; ``none`` and ``aux`` only observe."""
     if arm.startswith("sign@"):
-        return balance_config("sign", float(arm.removeprefix("sign@")))
-    if arm.startswith("prop@"):
-        return balance_config(rate=float(arm.removeprefix("prop@")))
+        return balance_config(rule="sign", rate=float(arm.removeprefix("sign@")))
+    protect = ChronoConfig.protect()
+    if arm in CHANGED:
+        control, lens = CHANGED[arm]
+        return dataclasses.replace(
+            protect,
+            control=dataclasses.replace(protect.control, **control),
+            lens=dataclasses.replace(protect.lens, **lens),
+        )
     return {
         "none": ChronoConfig.observe(),
         "aux": ChronoConfig.observe(),
-        "sign": balance_config("sign", sign_rate),
+        "sign": balance_config(rule="sign", rate=sign_rate),
+        "proportional": balance_config(rule="proportional"),
         "balance": ChronoConfig.balance(),
-        "protect": ChronoConfig.protect(),
         "coherence": ChronoConfig(
             veto=VetoConfig(enabled=False), control=ControlConfig(enabled=False), lens=LensConfig(enabled=False)
         ),
+        "protect": protect,
     }[arm]
 
 
@@ -280,6 +306,15 @@ def updates_to_reach(neff_SL: Tensor, target: float = TARGET) -> int | None:
     return int(found[0]) + 1 if len(found) else None
 
 
+def lens_spreads(decisions: list[Any]) -> list[float]:
+    """How unevenly the lens's reader reads tokens: median over the evaluations, per layer; empty without lenses."""
+    spreads: dict[int, list[float]] = {}
+    for decision in decisions:
+        if decision.lens is not None and decision.lens["spread"] is not None:
+            spreads.setdefault(decision.layer_id, []).append(decision.lens["spread"])
+    return [round(statistics.median(spreads[layer]), 3) for layer in sorted(spreads)]
+
+
 def summarise(run: Run, interval: int) -> dict[str, Any]:
     """The numbers of one run; every "worst" is over layers."""
     neff_SL = neff_fraction(run.count_SLE)
@@ -317,6 +352,12 @@ def summarise(run: Run, interval: int) -> dict[str, Any]:
             if value < FLOOR or dead
         ],
         "decisions": reasons,
+        "lens_spread": lens_spreads(run.decisions),
+        "lens_scale": [
+            round(max((d.scale for d in run.decisions if d.layer_id == layer), default=0.0), 3)
+            for layer in range(run.count_SLE.shape[1])
+        ],
+        "harmed": sum(decision.harmed for decision in run.decisions),
         "alerts": sorted({alert.kind for alert in run.alerts}),
         "first_action": run.first_action,
         "loss_bits": [loss.hex() for loss in run.losses[: 2 * interval]],

@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 Row = dict[str, Any]
+NOISE = 0.02  # nats of validation loss
 
 
 def _of(results: Row, setting: str, arm: str) -> list[Row]:
@@ -41,23 +42,29 @@ def claims(results: Row) -> list[Row]:
         if balance and sign:
             out += _against_sign(setting, balance, sign, results["sign_rate"][setting])
         if balance and aux:
-            out.append(_loss_claim(setting, balance, aux))
+            out += _loss_claims(setting, balance, aux)
         if protect and none:
             out += _protect(setting, protect, none)
     return out
 
 
-def _loss_claim(setting: str, balance: list[Row], aux: list[Row]) -> Row:
-    """Paired by seed: worse means by more than one standard error of the differences."""
-    by_seed = [{row["seed"]: row["valid_loss"] for row in rows} for rows in (balance, aux)]
-    differences = [by_seed[0][seed] - by_seed[1][seed] for seed in sorted(set(by_seed[0]) & set(by_seed[1]))]
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+def _paired(rows: list[Row], base: list[Row]) -> tuple[float, float, str]:
+    """Mean and standard error of the differences in validation loss, seed by seed, and all of it in words."""
+    ours, theirs = ({row["seed"]: row["valid_loss"] for row in each} for each in (rows, base))
+    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     mean = statistics.fmean(differences) if differences else 0.0
-    return _claim(
-        f"{setting}: validation loss of balance at most one standard error above that with HF aux loss",
-        mean <= error,
-        f"{mean:+.4f} with standard error {error:.4f}; by seed {', '.join(f'{value:+.4f}' for value in differences)}",
-    )
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+    each = ", ".join(f"{value:+.4f}" for value in differences)
+    return mean, error, f"{mean:+.4f} with standard error {error:.4f}; by seed {each}"
+
+
+def _loss_claims(setting: str, balance: list[Row], aux: list[Row]) -> list[Row]:
+    mean, error, numbers = _paired(balance, aux)
+    text = f"{setting}: validation loss of balance at most {{}} above that with HF aux loss"
+    return [
+        _claim(text.format(f"{NOISE} (what single runs differ by)"), mean <= NOISE, numbers),
+        _claim(text.format("one standard error"), mean <= error, numbers),
+    ]
 
 
 def _against_sign(setting: str, balance: list[Row], sign: list[Row], rate: float) -> list[Row]:
@@ -88,9 +95,9 @@ def _protect(setting: str, protect: list[Row], none: list[Row]) -> list[Row]:
     explained = all(miss["abstained"] for miss in misses)
     reasons = sorted({reason for miss in misses for reason in miss["abstained"]})
     why = f"; layers below, or with a dead expert: {len(misses)}, abstained for {', '.join(reasons)}" if misses else ""
-    losses = [[row["valid_loss"] for row in rows] for rows in (protect, none)]
-    spread = max(losses[1]) - min(losses[1])
-    difference = statistics.fmean(losses[0]) - statistics.fmean(losses[1])
+    losses = [row["valid_loss"] for row in none]
+    spread = max(losses) - min(losses)
+    difference, _, numbers = _paired(protect, none)
     return [
         _claim(
             f"{setting}: protect leaves no dead expert in a layer where it acts",
@@ -106,7 +113,7 @@ def _protect(setting: str, protect: list[Row], none: list[Row]) -> list[Row]:
         _claim(
             f"{setting}: validation loss of protect at most one seed spread above none",
             difference <= spread,
-            f"difference {difference:+.4f}, spread {spread:.4f}",
+            f"spread {spread:.4f}; {numbers}",
         ),
     ]
 
@@ -142,6 +149,7 @@ def markdown(results: Row) -> str:
         f"{results['measures']['smooth']} steps. Written by",
         "`benchmarks/balance.py`; settings, per-seed numbers and Neff of every window are in `balance.json`.",
     ]
+    changed = results.get("changed", [])
     for setting, shape in results["settings"].items():
         size = shape["size"]
         lines += [
@@ -152,8 +160,8 @@ def markdown(results: Row) -> str:
             "| arm | seeds | validation loss | worst Neff/E | max violation, train / held | dead | updates | acted |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for arm in dict.fromkeys(run["arm"] for run in results["runs"] if run["setting"] == setting):
-            lines.append(_table_row(results, setting, arm))
+        arms = dict.fromkeys(run["arm"] for run in results["runs"] if run["setting"] == setting)
+        lines += [_table_row(results, setting, arm) for arm in arms if arm not in changed]
     if results["sweep"]:
         lines += [
             "",
@@ -168,9 +176,56 @@ def markdown(results: Row) -> str:
                 f"| {row['setting']} | {row['rate']} | {reach} | {row['max_violation_tail']:.2f} "
                 f"| {row['worst_neff_tail']:.2f} |"
             )
+    lines += _changed_table(results)
+    lines += _spread_table(results)
     lines += ["", "## Claims", ""]
     lines += [f"- {'holds' if c['holds'] else '**fails**'}: {c['claim']}: {c['numbers']}" for c in results["claims"]]
     return "\n".join(lines) + "\n"
+
+
+def _changed_table(results: Row) -> list[str]:
+    """`protect` with one part changed, beside `protect` itself."""
+    lines = []
+    for setting in results["settings"]:
+        arms = [arm for arm in results.get("changed", []) if _of(results, setting, arm)]
+        if not arms:
+            continue
+        lines += ["", f"## {setting}: protect with one thing changed, by seed", ""]
+        lines += [
+            "| changed | validation loss above none | worst Neff/E | dead | acted | harm verdicts |",
+            "|---" * 6 + "|",
+        ]
+        none = _of(results, setting, "none")
+        for arm in ("protect", *arms):
+            rows = _of(results, setting, arm)
+            mean, _, by_seed = _paired(rows, none)
+            cells = (
+                f"{mean:+.4f} ({by_seed.partition('by seed ')[2]})",
+                " ".join(f"{row['worst_neff_tail']:.2f}" for row in rows),
+                " ".join(str(row["dead_tail"]) for row in rows),
+                " ".join(str(row["decisions"].get("acted", 0)) for row in rows),
+                " ".join(str(row.get("harmed", "")) for row in rows),
+            )
+            lines.append(f"| {'nothing' if arm == 'protect' else arm} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _spread_table(results: Row) -> list[str]:
+    """By layer: standard deviation over mean of what the lens's reader reads from tokens it was not fitted on."""
+    rows = [run for run in results["runs"] if run.get("lens_spread") and run["arm"] in ("protect", "reader mean")]
+    if not rows:
+        return []
+    width = max(len(row["lens_spread"]) for row in rows)
+    lines = ["", "## Spread of the lens's reader, median over the evaluations of a run; all seeds", ""]
+    lines += [
+        "| setting | arm | " + " | ".join(f"layer {layer}" for layer in range(width)) + " |",
+        "|---" * (2 + width) + "|",
+    ]
+    for setting, arm in dict.fromkeys((row["setting"], row["arm"]) for row in rows):
+        layers = zip(*(row["lens_spread"] for row in _of(results, setting, arm)), strict=True)
+        cells = [" ".join(f"{value:.2f}" for value in layer) for layer in layers]
+        lines.append(f"| {setting} | {arm} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _table_row(results: Row, setting: str, arm: str) -> str:

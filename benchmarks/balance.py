@@ -7,9 +7,10 @@ keeps the text and k on a balanced base and must be left alone. Every optimizer 
 "updates until balanced" is exact to the step. The sign rule runs at the best of its rates, swept on the first seed.
 Results are written after every run.
 
-    python benchmarks/balance.py                 # all arms, seeds 0 1 2 (about two hours on one idle core)
+    python benchmarks/balance.py                 # all arms, seeds 0 1 2 (about three hours on one idle core)
     python benchmarks/balance.py --settings e8 --output part1      # a part of it, beside others ...
-    python benchmarks/balance.py --merge part1 part2               # ... and the parts put together
+    python benchmarks/balance.py --merge part1 part2               # ... and the parts put together; the later
+                                                                   # part's runs replace the earlier one's
     python benchmarks/balance.py --quick         # one seed, a tiny model, two arms, under a minute
 """
 
@@ -27,6 +28,7 @@ import transformers
 from _balance_job import (
     ARMS,
     BEYOND,
+    CHANGED,
     FLOOR,
     PLAN,
     SETTINGS,
@@ -75,7 +77,8 @@ def header(names: list[str], seeds: list[int]) -> dict[str, Any]:
         "seeds": seeds,
         "settings": {name: dataclasses.asdict(SETTINGS[name]) for name in names},
         "measures": {"smooth": SMOOTH, "tail": TAIL, "target": TARGET, "floor": FLOOR},
-        "configs": {arm: arm_config(arm, SIGN_RATES[-1]).to_dict() for arm in ("balance", "protect", "coherence")},
+        "configs": {arm: arm_config(arm, SIGN_RATES[-1]).to_dict() for arm in ARMS if arm != "sign"},
+        "changed": list(CHANGED),
         "sign_rate": {},
         "sweep": [],
         "runs": [],
@@ -91,14 +94,6 @@ def write(results: dict[str, Any], output: Path) -> None:
     notes = output / "balance_notes.md"
     text = markdown(results) + (notes.read_text(encoding="utf-8") if notes.is_file() else "")
     (output / "balance.md").write_text(text, encoding="utf-8")
-
-
-def take_over(results: dict[str, Any], earlier: dict[str, Any], arms: list[str]) -> None:
-    """Keep of an earlier call what this one does not run again."""
-    names = set(results["settings"])
-    results["settings"] = {**earlier["settings"], **results["settings"]}
-    results["sign_rate"], results["sweep"] = earlier["sign_rate"], earlier["sweep"]
-    results["runs"] = [run for run in earlier["runs"] if run["setting"] not in names or run["arm"] not in arms]
 
 
 def run_matrix(results: dict[str, Any], names: list[str], arms: list[str], sweep_steps: int, output: Path) -> None:
@@ -120,18 +115,26 @@ def run_matrix(results: dict[str, Any], names: list[str], arms: list[str], sweep
 
 
 def merge(parts: list[Path], output: Path) -> None:
-    """Put together what calls with other settings, arms or seeds have written to `parts`."""
+    """Put together what calls with other settings, arms or seeds have written to `parts`; later ones win.
+
+    Raises:
+        SystemExit: the parts were made by different versions, or an arm ran under different configurations.
+    """
     found = [json.loads((part / "balance.json").read_text(encoding="utf-8")) for part in parts]
-    results = found[0]
-    for other in found[1:]:
-        if other["configs"] != results["configs"] or other["versions"] != results["versions"]:
-            raise SystemExit("the parts come from different configs or versions; run them again")
-        results["settings"] |= other["settings"]
-        results["sign_rate"] |= other["sign_rate"]
-        results["seeds"] = sorted({*results["seeds"], *other["seeds"]})
-        results["sweep"] += other["sweep"]
-        results["runs"] += other["runs"]
+    results, order, runs, sweep = found[0], list(SETTINGS), {}, {}
+    for each in found:
+        known = results["configs"].keys() & each["configs"].keys()
+        differ = sorted(arm for arm in known if each["configs"][arm] != results["configs"][arm])
+        if differ or each["versions"] != results["versions"]:
+            raise SystemExit(f"the parts differ in their versions or in the configs of {differ}; run them again")
+        for name in ("settings", "sign_rate", "configs"):
+            results[name] |= each[name]
+        results["changed"] = each.get("changed", results.get("changed", []))
+        results["seeds"] = sorted({*results["seeds"], *each["seeds"]})
+        runs |= {(order.index(row["setting"]), ARMS.index(row["arm"]), row["seed"]): row for row in each["runs"]}
+        sweep |= {(order.index(row["setting"]), row["rate"], row["seed"]): row for row in each["sweep"]}
     results["settings"] = {name: results["settings"][name] for name in SETTINGS if name in results["settings"]}
+    results["runs"], results["sweep"] = ([rows[key] for key in sorted(rows)] for rows in (runs, sweep))
     write(results, output)
 
 
@@ -146,7 +149,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sweep-steps", type=int, default=100)
     parser.add_argument("--output", type=Path, default=None, help=f"directory (default: {RESULTS.name}/ beside this)")
-    parser.add_argument("--add", action="store_true", help="keep what balance.json holds about other settings and arms")
     parser.add_argument("--merge", nargs="+", type=Path, default=None, help="output directories of earlier calls")
     options = parser.parse_args(arguments)
     if options.merge:
@@ -156,8 +158,6 @@ def main(arguments: list[str] | None = None) -> None:
     names, seeds = (["quick"], [0]) if options.quick else (options.settings, options.seeds)
     output = options.output or (Path("runs") / "balance-quick" if options.quick else RESULTS)
     results = header(names, seeds)
-    if options.add:
-        take_over(results, json.loads((output / "balance.json").read_text(encoding="utf-8")), options.arms)
     run_matrix(results, names, options.arms, options.sweep_steps, output)
     for claim in results["claims"]:
         print(f"{'holds' if claim['holds'] else 'FAILS'}: {claim['claim']} ({claim['numbers']})")

@@ -38,8 +38,8 @@ def expert_spread(weight_ED: Tensor) -> Tensor:
     """How far each expert's logit spreads over tokens, relative to the layer: centred row norms over their rms.
 
     A normalised router input spreads much the same in every direction, so the spread of an expert's logit follows the
-    length of its row (correlation 0.87 to 0.94 in the layers measured for ``benchmarks/results/balance.md``), and rows
-    differ in length by a factor of three and more. One shift for all throws an expert of short row from idle to busy.
+    length of its row. Where rows differ in length, one shift for all would throw an expert of short row from idle to
+    busy.
 
     Returns:
         Shape ``(E,)``, float64 on the CPU, rms 1; all ones where the rows do not differ at all.

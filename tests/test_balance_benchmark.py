@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,10 +93,14 @@ def row(arm: str, **changes: Any) -> dict[str, Any]:
     return {**base, **changes}
 
 
-def verdicts(table: ModuleType, setting: str, *rows: dict[str, Any]) -> list[bool]:
+def claims_of(table: ModuleType, setting: str, *rows: dict[str, Any]) -> list[dict[str, Any]]:
     runs = [{**each, "setting": setting} for each in rows]
-    results = {"settings": {setting: {}}, "runs": runs, "sign_rate": {setting: 0.1}}
-    return [claim["holds"] for claim in table.claims(results)]
+    found: list[dict[str, Any]] = table.claims({"settings": {setting: {}}, "runs": runs, "sign_rate": {setting: 0.1}})
+    return found
+
+
+def verdicts(table: ModuleType, setting: str, *rows: dict[str, Any]) -> list[bool]:
+    return [claim["holds"] for claim in claims_of(table, setting, *rows)]
 
 
 def test_half_the_updates_is_judged_seed_by_seed(table: ModuleType) -> None:
@@ -113,9 +117,13 @@ def test_the_loss_is_judged_by_paired_seeds(table: ModuleType) -> None:
 
     aux = arm("aux", [3.0, 4.0, 5.0])
     # Differences +0.01 each: a standard error of nearly 0, although the seeds are far apart.
-    assert verdicts(table, "e8", *aux, *arm("balance", [3.01, 4.01, 5.01])) == [False]
-    assert verdicts(table, "e8", *aux, *arm("balance", [3.03, 3.98, 5.02])) == [True]
-    assert verdicts(table, "e8", *aux, *arm("balance", [2.9, 3.9, 4.9])) == [True]
+    assert verdicts(table, "e8", *aux, *arm("balance", [3.01, 4.01, 5.01])) == [True, False]
+    assert verdicts(table, "e8", *aux, *arm("balance", [3.03, 3.98, 5.02])) == [True, True]
+    assert verdicts(table, "e8", *aux, *arm("balance", [2.9, 3.9, 4.9])) == [True, True]
+    assert verdicts(table, "e8", *aux, *arm("balance", [3.03, 4.03, 5.03])) == [False, False]
+    (found,) = {claim["numbers"] for claim in claims_of(table, "e8", *aux, *arm("balance", [3.03, 3.98, 5.02]))}
+    # Mean of 0.03, -0.02, 0.02; their standard deviation is sqrt(0.0007), over sqrt(3).
+    assert found == "+0.0100 with standard error 0.0153; by seed +0.0300, -0.0200, +0.0200"
 
 
 def test_a_layer_below_the_floor_must_be_explained(table: ModuleType) -> None:
@@ -136,6 +144,60 @@ def test_a_healthy_run_is_compared_bit_by_bit_until_the_first_action(table: Modu
     assert verdicts(table, "healthy", none, early) == [True, True, False]
     acted = row("protect", decisions={"no_pressure": 3, "acted": 1}, alerts=["DRIFT"], loss_bits=["a", "b", "c"])
     assert verdicts(table, "healthy", none, acted) == [False, False, True]
+
+
+def test_later_parts_replace_what_earlier_ones_measured(job: ModuleType, table: ModuleType, tmp_path: Path) -> None:
+    balance = load("balance")
+
+    def part(name: str, *rows: dict[str, Any], **changes: Any) -> Path:
+        results = {**balance.header(["e8"], [0]), "runs": list(rows), "sign_rate": {"e8": 0.1}, **changes}
+        balance.write(results, tmp_path / name)
+        return tmp_path / name
+
+    first = part("first", row("sign", valid_loss=2.0), row("none", valid_loss=1.0))
+    second = part("second", row("none", valid_loss=9.0), row("none", seed=1), seeds=[1])
+    balance.merge([first, second], tmp_path)
+    merged = json.loads((tmp_path / "balance.json").read_text())
+    assert [(r["arm"], r["seed"], r["valid_loss"]) for r in merged["runs"]] == [
+        ("none", 0, 9.0),
+        ("none", 1, 3.0),
+        ("sign", 0, 2.0),
+    ]
+    assert merged["seeds"] == [0, 1]
+    configs = {**merged["configs"], "balance": {}}
+    with pytest.raises(SystemExit, match=r"configs of \['balance'\]"):
+        balance.merge([first, part("other", configs=configs)], tmp_path)
+    with pytest.raises(SystemExit, match="versions"):
+        balance.merge([first, part("older", versions={})], tmp_path)
+    assert json.loads((tmp_path / "balance.json").read_text()) == merged
+
+
+def test_a_changed_part_stands_beside_protect_and_apart_from_the_arms(job: ModuleType, table: ModuleType) -> None:
+    results = load("balance").header(["e8"], [0, 1])
+    losses = {"none": (3.0, 4.0), "protect": (3.01, 4.01), "no memory": (3.1, 4.0)}
+    results["runs"] = [
+        row(arm, seed=seed, valid_loss=loss, harmed=2, lens_spread=[0.7, 0.2], decisions={"acted": 5})
+        for arm, each in losses.items()
+        for seed, loss in enumerate(each)
+    ]
+    text = table.markdown(results)
+    arms, _, rest = text.partition("## e8: protect with one thing changed, by seed")
+    assert "no memory" not in arms
+    changed, _, spreads = rest.partition("## Spread of the lens's reader")
+    assert "| nothing | +0.0100 (+0.0100, +0.0100) | 0.70 0.70 | 0 0 | 5 5 | 2 2 |" in changed
+    assert "| no memory | +0.0500 (+0.1000, +0.0000) | 0.70 0.70 | 0 0 | 5 5 | 2 2 |" in changed
+    assert "original law" not in changed, "was not run"
+    assert "| e8 | protect | 0.70 0.70 | 0.20 0.20 |" in spreads
+
+
+def test_spreads_are_medians_per_layer(job: ModuleType, table: ModuleType) -> None:
+    def decision(layer_id: int, lens: dict[str, Any] | None) -> SimpleNamespace:
+        return SimpleNamespace(layer_id=layer_id, lens=lens)
+
+    readings = [(1, 0.5), (0, 0.25), (0, 9.0), (0, 0.75), (1, None)]
+    decisions = [decision(layer, {"spread": spread}) for layer, spread in readings]
+    assert job.lens_spreads([*decisions, decision(2, None)]) == [0.75, 0.5]
+    assert job.lens_spreads([decision(0, None)]) == []
 
 
 @pytest.mark.slow
