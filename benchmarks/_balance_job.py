@@ -82,6 +82,7 @@ CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reader mean": ({"lens_spread_max": 1e6}, {"reader": "mean"}),
     "no spread limit": ({"lens_spread_max": 1e6}, {}),
     "no memory": ({}, {"memory": 0.0}),
+    "train_router": ({}, {"train_router": True}),
     "basis least_squares": ({}, {"basis": "least_squares"}),
     "scale_max 0.5": ({"scale_max": 0.5}, {}),
     "harm_threshold 0.02": ({"harm_threshold": 0.02}, {}),
@@ -95,7 +96,7 @@ CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "harm_hold": 0,
             "lens_spread_max": 1e6,
         },
-        {"basis": "least_squares", "reader": "mean", "memory": 0.0},
+        {"basis": "least_squares", "reader": "mean", "memory": 0.0, "train_router": True},
     ),
 }
 ARMS = ("none", "aux", "sign", "proportional", "balance", "coherence", "protect", *CHANGED)
@@ -103,7 +104,7 @@ PLAN = {
     "e8": ARMS,
     "e32": ARMS,
     "e8-long": ("none", "aux", "balance", "protect"),
-    "e32-long": ("none", "aux", "balance", "protect"),
+    "e32-long": ("none", "aux", "balance", "protect", "train_router"),
     "healthy": ("none", "protect"),
     "quick": ("none", "balance"),
 }

@@ -213,7 +213,12 @@ def _make_layer(layer_id: int, found: FoundLayer, window: RecordingWindow, width
         if reason := adapter.refused("lens"):
             notes.append(f"no lens: {reason}")
         else:
-            link.lens = ChronoLens(d_model=_input_width(adapter, router), rank=1, layer_id=layer_id)
+            link.lens = ChronoLens(
+                d_model=_input_width(adapter, router),
+                rank=1,
+                layer_id=layer_id,
+                train_router=config.lens.train_router,
+            )
     input_width = link.lens.d_model if link.lens is not None else 0
     recorder.train = Accumulators.zeros(width, input_width)
     recorder.eval = Accumulators.zeros(width)

@@ -41,6 +41,7 @@ class ChronoLens:
         rank: R, columns of V; a basis of lower rank is padded with zeros.
         layer_id: MoE layer the lens belongs to.
         device: where the tensors live.
+        train_router: see ``LensConfig.train_router``.
 
     Attributes:
         V: shape ``(D, R)``, float32.
@@ -58,7 +59,13 @@ class ChronoLens:
     supported = True
 
     def __init__(
-        self, d_model: int, rank: int = 1, layer_id: int = 0, *, device: torch.device | str | None = None
+        self,
+        d_model: int,
+        rank: int = 1,
+        layer_id: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        train_router: bool = False,
     ) -> None:
         for name, value in (("d_model", d_model), ("rank", rank)):
             if value < 1:
@@ -66,6 +73,7 @@ class ChronoLens:
         self.d_model = d_model
         self.rank = rank
         self.layer_id = layer_id
+        self.train_router = train_router
         self.V = torch.zeros(d_model, rank, dtype=torch.float32, device=device)
         self.U = torch.zeros(rank, d_model, dtype=torch.float32, device=device)
         self.scale = 0.0
@@ -88,7 +96,12 @@ class ChronoLens:
             return (x32 + self.scale_t * (x32 @ self.V) @ self.U).to(x.dtype)
 
     def logit_shift(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        """What the lens adds to the logits of a linear router: ``s (x V)(U W^T)``, shape ``(T, E)``, float32."""
+        """What the lens adds to the logits of a linear router: ``s (x V)(U W^T)``, shape ``(T, E)``, float32.
+
+        Differentiable in x; in W only with `train_router`.
+        """
+        if not self.train_router:
+            weight_ED = weight_ED.detach()
         with torch.autocast(x_TD.device.type, enabled=False):
             return self.scale_t * (x_TD.float() @ self.V) @ (self.U @ weight_ED.float().T)
 

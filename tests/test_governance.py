@@ -115,6 +115,30 @@ def test_activation_checkpointing_changes_no_gradient_while_governing(
     assert counted == recounted == K * (4 * 16 - 6), "a recompute is not counted"
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_router_does_not_learn_against_its_lens_unless_asked(family: str) -> None:
+    model, system = govern(family)
+    batch = tiny.tiny_batch(family, padded=True)
+    losses, grads = [], []
+    for train_router in (False, True):
+        for lens in system.lenses.values():
+            lens.train_router = train_router
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append([layer.adapter.weight(layer.router).grad.clone() for layer in system.layers])
+        system.discard()
+    assert torch.equal(*losses)
+    for layer, alone, through in zip(system.layers, *grads, strict=True):
+        lens = layer.link.lens
+        assert lens is not None and alone.abs().max() > 0
+        # Fed x' = x + s (x V) U, a linear router would have the gradient G'(X + s X V U), G that of its logits.
+        want = alone + lens.scale * (alone @ lens.V) @ lens.U
+        assert not torch.allclose(want, alone, rtol=1e-2)
+        torch.testing.assert_close(through, want, rtol=1e-4, atol=1e-7)
+
+
 def count_router_calls(system: ChronoSystem) -> Any:
     seen: list[int] = []
     handles = [layer.router.register_forward_hook(lambda *args: seen.append(1)) for layer in system.layers]

@@ -325,13 +325,18 @@ def test_math_is_fp32_also_under_autocast_and_keeps_shape_and_dtype(dtype):
     torch.testing.assert_close(shift, 0.4 * (x[0].float() @ lens.V) @ (lens.U @ weight.T), atol=1e-6, rtol=1e-5)
 
 
-def test_gradients_reach_input_and_weight_but_not_the_lens():
+@pytest.mark.parametrize("train_router", [False, True])
+def test_gradients_reach_the_input_and_the_router_only_if_asked(train_router):
     lens, weight, x = open_lens(1, 8, 16, 0.4)
+    lens.train_router = train_router
     weight.requires_grad_()
     x.requires_grad_()
     lens.logit_shift(x, weight).square().sum().backward()
-    assert weight.grad.abs().sum() > 0
-    assert x.grad.abs().sum() > 0
+    assert (weight.grad is not None) is train_router
+    assert weight.grad is None or weight.grad.abs().sum() > 0
+    # d/dx of |s (x V)(U W^T)|^2 = 2 s^2 |U W^T|^2 (x V) V^T
+    want = 2 * 0.4**2 * (lens.U @ weight.detach().T).square().sum() * (x.detach() @ lens.V) @ lens.V.T
+    torch.testing.assert_close(x.grad, want, atol=1e-5, rtol=1e-4)
     assert not lens.V.requires_grad
     assert not lens.U.requires_grad
 

@@ -117,7 +117,7 @@ class ControlConfig(Part):
 
     The original law: ``ControlConfig(gate="pressure", scale_max=0.5, warmup_steps=100, harm_threshold=0.02,
     harm_restart=False, harm_hold=0, lens_spread_max=1e6)`` with ``LensConfig(basis="least_squares", reader="mean",
-    memory=0.0)``. Why the defaults differ, in numbers: ``benchmarks/results/balance.md``.
+    memory=0.0, train_router=True)``. Why the defaults differ, in numbers: ``benchmarks/results/balance.md``.
     """
 
     enabled: bool = True
@@ -193,12 +193,16 @@ class LensConfig(Part):
         memory: how much of the lens in force goes into the next one, per evaluation. The shares that a basis is
             computed from were measured *under* the lens, so a basis without memory (0, the original) undoes itself as
             soon as it works: it settles half-way, or swings between two states where its scale is large.
+        train_router: let the router's weight take gradients through the lens, as a router that is fed x' would (the
+            original). It then learns against the lens, in the one direction in which x' differs from x, and the
+            lens needs ever more to hold its layer.
     """
 
     enabled: bool = True
     basis: BasisName = "scaled"
     reader: ReaderName = "ridge"
     memory: float = 0.9
+    train_router: bool = False
 
     def _check(self) -> None:
         between("lens.memory", self.memory, 0.0, 1.0)
