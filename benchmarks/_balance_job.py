@@ -83,6 +83,7 @@ CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no spread limit": ({"lens_spread_max": 1e6}, {}),
     "no memory": ({}, {"memory": 0.0}),
     "train_router": ({}, {"train_router": True}),
+    "reader mean, train_router": ({"lens_spread_max": 1e6}, {"reader": "mean", "train_router": True}),
     "basis least_squares": ({}, {"basis": "least_squares"}),
     "scale_max 0.5": ({"scale_max": 0.5}, {}),
     "harm_threshold 0.02": ({"harm_threshold": 0.02}, {}),
