@@ -191,10 +191,8 @@ def _changed_table(results: Row) -> list[str]:
         if not arms:
             continue
         lines += ["", f"## {setting}: protect with one thing changed, by seed", ""]
-        lines += [
-            "| changed | validation loss above none | worst Neff/E | dead | acted | harm verdicts |",
-            "|---" * 6 + "|",
-        ]
+        heads = ("changed", "validation loss above none", "worst Neff/E", "of steered layers", "dead", "acted", "harm")
+        lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         none = _of(results, setting, "none")
         for arm in ("protect", *arms):
             rows = _of(results, setting, arm)
@@ -202,12 +200,20 @@ def _changed_table(results: Row) -> list[str]:
             cells = (
                 f"{mean:+.4f} ({by_seed.partition('by seed ')[2]})",
                 " ".join(f"{row['worst_neff_tail']:.2f}" for row in rows),
+                " ".join(_worst_steered(row) for row in rows),
                 " ".join(str(row["dead_tail"]) for row in rows),
                 " ".join(str(row["decisions"].get("acted", 0)) for row in rows),
-                " ".join(str(row.get("harmed", "")) for row in rows),
+                " ".join(str(row.get("harmed", "-")) for row in rows),
             )
             lines.append(f"| {'nothing' if arm == 'protect' else arm} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _worst_steered(row: Row) -> str:
+    """Worst Neff/E of the layers whose lens was open at some time."""
+    scales = row.get("lens_scale", [])
+    steered = [neff for neff, scale in zip(row["neff_tail"], scales, strict=True) if scale > 0] if scales else []
+    return f"{min(steered):.2f}" if steered else "-"
 
 
 def _spread_table(results: Row) -> list[str]:

@@ -90,7 +90,9 @@ def write(results: dict[str, Any], output: Path) -> None:
     """balance.json and balance.md, as far as the matrix has come."""
     output.mkdir(parents=True, exist_ok=True)
     results["claims"] = claims(results)
-    (output / "balance.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in results["runs"])  # a line each
+    text = json.dumps({**results, "runs": "ROWS"}, indent=1, allow_nan=False).replace('"ROWS"', f"[\n  {rows}\n ]")
+    (output / "balance.json").write_text(text + "\n", encoding="utf-8")
     notes = output / "balance_notes.md"
     text = markdown(results) + (notes.read_text(encoding="utf-8") if notes.is_file() else "")
     (output / "balance.md").write_text(text, encoding="utf-8")
@@ -129,11 +131,11 @@ def merge(parts: list[Path], output: Path) -> None:
             raise SystemExit(f"the parts differ in their versions or in the configs of {differ}; run them again")
         for name in ("settings", "sign_rate", "configs"):
             results[name] |= each[name]
-        results["changed"] = each.get("changed", results.get("changed", []))
         results["seeds"] = sorted({*results["seeds"], *each["seeds"]})
         runs |= {(order.index(row["setting"]), ARMS.index(row["arm"]), row["seed"]): row for row in each["runs"]}
         sweep |= {(order.index(row["setting"]), row["rate"], row["seed"]): row for row in each["sweep"]}
     results["settings"] = {name: results["settings"][name] for name in SETTINGS if name in results["settings"]}
+    results["changed"] = list(CHANGED)
     results["runs"], results["sweep"] = ([rows[key] for key in sorted(rows)] for rows in (runs, sweep))
     write(results, output)
 

@@ -176,7 +176,16 @@ def test_a_changed_part_stands_beside_protect_and_apart_from_the_arms(job: Modul
     results = load("balance").header(["e8"], [0, 1])
     losses = {"none": (3.0, 4.0), "protect": (3.01, 4.01), "no memory": (3.1, 4.0)}
     results["runs"] = [
-        row(arm, seed=seed, valid_loss=loss, harmed=2, lens_spread=[0.7, 0.2], decisions={"acted": 5})
+        row(
+            arm,
+            seed=seed,
+            valid_loss=loss,
+            harmed=2,
+            lens_spread=[0.7, 0.2],
+            lens_scale=[0.0, 1.0],
+            neff_tail=[0.7, 0.8],
+            decisions={"acted": 5},
+        )
         for arm, each in losses.items()
         for seed, loss in enumerate(each)
     ]
@@ -184,9 +193,10 @@ def test_a_changed_part_stands_beside_protect_and_apart_from_the_arms(job: Modul
     arms, _, rest = text.partition("## e8: protect with one thing changed, by seed")
     assert "no memory" not in arms
     changed, _, spreads = rest.partition("## Spread of the lens's reader")
-    assert "| nothing | +0.0100 (+0.0100, +0.0100) | 0.70 0.70 | 0 0 | 5 5 | 2 2 |" in changed
-    assert "| no memory | +0.0500 (+0.1000, +0.0000) | 0.70 0.70 | 0 0 | 5 5 | 2 2 |" in changed
+    assert "| nothing | +0.0100 (+0.0100, +0.0100) | 0.70 0.70 | 0.80 0.80 | 0 0 | 5 5 | 2 2 |" in changed
+    assert "| no memory | +0.0500 (+0.1000, +0.0000) | 0.70 0.70 | 0.80 0.80 | 0 0 | 5 5 | 2 2 |" in changed
     assert "original law" not in changed, "was not run"
+    assert len({line.count("|") for line in changed.splitlines() if line.startswith("|")}) == 1, "a table of one width"
     assert "| e8 | protect | 0.70 0.70 | 0.20 0.20 |" in spreads
 
 
