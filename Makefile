@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Passive waiting: where other work shares the cores, OpenMP threads that spin cost far more than they win (5x measured).
+# Passive waiting: where other work shares the cores, OpenMP threads that spin keep it from its core.
 DEMO_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
 demo: $(STAMP)

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 Row = dict[str, Any]
-NOISE = 0.02  # nats of validation loss
+TOLERANCE = 0.02  # nats of validation loss
 
 
 def _of(results: Row, setting: str, arm: str) -> list[Row]:
@@ -62,7 +62,7 @@ def _loss_claims(setting: str, balance: list[Row], aux: list[Row]) -> list[Row]:
     mean, error, numbers = _paired(balance, aux)
     text = f"{setting}: validation loss of balance at most {{}} above that with HF aux loss"
     return [
-        _claim(text.format(f"{NOISE} (what single runs differ by)"), mean <= NOISE, numbers),
+        _claim(text.format(TOLERANCE), mean <= TOLERANCE, numbers),
         _claim(text.format("one standard error"), mean <= error, numbers),
     ]
 
@@ -149,7 +149,6 @@ def markdown(results: Row) -> str:
         f"{results['measures']['smooth']} steps. Written by",
         "`benchmarks/balance.py`; settings, per-seed numbers and Neff of every window are in `balance.json`.",
     ]
-    changed = results.get("changed", [])
     for setting, shape in results["settings"].items():
         size = shape["size"]
         lines += [
@@ -161,7 +160,7 @@ def markdown(results: Row) -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         arms = dict.fromkeys(run["arm"] for run in results["runs"] if run["setting"] == setting)
-        lines += [_table_row(results, setting, arm) for arm in arms if arm not in changed]
+        lines += [_table_row(results, setting, arm) for arm in arms if arm not in results["changed"]]
     if results["sweep"]:
         lines += [
             "",
@@ -187,7 +186,7 @@ def _changed_table(results: Row) -> list[str]:
     """`protect` with one part changed, beside `protect` itself."""
     lines = []
     for setting in results["settings"]:
-        arms = [arm for arm in results.get("changed", []) if _of(results, setting, arm)]
+        arms = [arm for arm in results["changed"] if _of(results, setting, arm)]
         if not arms:
             continue
         lines += ["", f"## {setting}: protect with one thing changed, by seed", ""]

@@ -29,20 +29,16 @@ from _balance_job import (
     ARMS,
     BEYOND,
     CHANGED,
-    FLOOR,
     PLAN,
     SETTINGS,
     SIGN_RATES,
-    SMOOTH,
-    TAIL,
-    TARGET,
     Data,
     Setting,
     arm_config,
     fine_tune,
     prepare,
-    summarise,
 )
+from _balance_measure import FLOOR, SMOOTH, TAIL, TARGET, summarise
 from _balance_table import claims, markdown
 
 import chronomoe_hf

@@ -157,8 +157,8 @@ def balance_step(error_LE: Tensor, rule: str = "quadratic", gain_LE: Tensor | No
     Returns:
         float64 in [-1, 1], shape of `error_LE`; 0 for a layer without a count.
 
-    Source: SPEC section 4; the sign rule is arXiv 2408.15664. The quadratic rule is ours: as quick as the
-    proportional one far from balance, and gentler near it, where most of the error is the batch's noise.
+    Source: SPEC section 4; the sign rule is arXiv 2408.15664. The quadratic rule is ours: the
+    step of the proportional one at an error of 1, smaller steps below.
     """
     if rule == "sign":
         return error_LE.sign()

@@ -1,12 +1,12 @@
 """How the lens tells that a token is there: a direction V with x V = 1 for every token, as nearly as can be.
 
 A lens can only shift the logits of all tokens alike if x V hardly differs between them. The mean router input mu alone
-is a poor reader wherever it is short beside the spread of the tokens about it, as in a first layer, whose input is
-little more than one token's embedding: a lens so read scatters tokens instead of moving them. Ridge regression of 1 on
-x leaves out the directions in which tokens differ. ``benchmarks/results/balance.md`` has both readers' spreads.
+is a poor reader wherever it is short beside the spread of the tokens about it: a lens so read scatters tokens instead
+of moving them. Ridge regression of 1 on x leaves out the directions in which tokens differ.
+``benchmarks/results/balance.md`` has both readers' spreads.
 
 A reader is fitted in two folds of a sample and judged on the fold that it has not seen; the direction used is the mean
-of the two, which spreads no more than they do on average.
+of the two, whose readings have at most the mean of their standard deviations.
 
 Shape suffixes: T tokens, D router input width, F tokens in a fold.
 """

@@ -37,28 +37,33 @@ def job() -> ModuleType:
     return load("_balance_job")
 
 
+@pytest.fixture(scope="module")
+def measure(job: ModuleType) -> ModuleType:
+    return load("_balance_measure")
+
+
 def naive_neff_fraction(counts: list[int]) -> float:
     shares = [count / sum(counts) for count in counts]
     return math.exp(-sum(share * math.log(share) for share in shares if share > 0)) / len(counts)
 
 
-def test_neff_fraction_is_the_definition(job: ModuleType) -> None:
+def test_neff_fraction_is_the_definition(measure: ModuleType) -> None:
     count = torch.randint(0, 50, (5, 3, 8), generator=torch.Generator().manual_seed(0))
     count[0, 0, :4] = 0
-    got = job.neff_fraction(count)
+    got = measure.neff_fraction(count)
     for step in range(5):
         for layer in range(3):
             assert float(got[step, layer]) == pytest.approx(naive_neff_fraction(count[step, layer].tolist()), abs=1e-12)
 
 
-def test_updates_to_reach_waits_for_the_worst_layer_and_ignores_a_spike(job: ModuleType) -> None:
+def test_updates_to_reach_waits_for_the_worst_layer_and_ignores_a_spike(measure: ModuleType) -> None:
     neff = torch.full((40, 2), 0.95)
     neff[:20, 1] = 0.5
     neff[3, 1] = 1.0  # one good step is not balance
     # The first ten steps that average 0.9: at most one of them may be 0.5.
-    assert job.updates_to_reach(neff) == 20
-    assert job.updates_to_reach(torch.full((40, 2), 0.89)) is None
-    assert job.updates_to_reach(torch.full((40, 2), 0.91)) == 1
+    assert measure.updates_to_reach(neff) == 20
+    assert measure.updates_to_reach(torch.full((40, 2), 0.89)) is None
+    assert measure.updates_to_reach(torch.full((40, 2), 0.91)) == 1
 
 
 def test_every_arm_has_its_rule(job: ModuleType) -> None:
@@ -146,7 +151,7 @@ def test_a_healthy_run_is_compared_bit_by_bit_until_the_first_action(table: Modu
     assert verdicts(table, "healthy", none, acted) == [False, False, True]
 
 
-def test_later_parts_replace_what_earlier_ones_measured(job: ModuleType, table: ModuleType, tmp_path: Path) -> None:
+def test_later_parts_replace_what_earlier_ones_measured(measure: ModuleType, table: ModuleType, tmp_path: Path) -> None:
     balance = load("balance")
 
     def part(name: str, *rows: dict[str, Any], **changes: Any) -> Path:
@@ -172,7 +177,7 @@ def test_later_parts_replace_what_earlier_ones_measured(job: ModuleType, table: 
     assert json.loads((tmp_path / "balance.json").read_text()) == merged
 
 
-def test_a_changed_part_stands_beside_protect_and_apart_from_the_arms(job: ModuleType, table: ModuleType) -> None:
+def test_a_changed_part_stands_beside_protect_and_apart_from_the_arms(measure: ModuleType, table: ModuleType) -> None:
     results = load("balance").header(["e8"], [0, 1])
     losses = {"none": (3.0, 4.0), "protect": (3.01, 4.01), "no memory": (3.1, 4.0)}
     results["runs"] = [
@@ -200,14 +205,14 @@ def test_a_changed_part_stands_beside_protect_and_apart_from_the_arms(job: Modul
     assert "| e8 | protect | 0.70 0.70 | 0.20 0.20 |" in spreads
 
 
-def test_spreads_are_medians_per_layer(job: ModuleType, table: ModuleType) -> None:
+def test_spreads_are_medians_per_layer(measure: ModuleType) -> None:
     def decision(layer_id: int, lens: dict[str, Any] | None) -> SimpleNamespace:
         return SimpleNamespace(layer_id=layer_id, lens=lens)
 
     readings = [(1, 0.5), (0, 0.25), (0, 9.0), (0, 0.75), (1, None)]
     decisions = [decision(layer, {"spread": spread}) for layer, spread in readings]
-    assert job.lens_spreads([*decisions, decision(2, None)]) == [0.75, 0.5]
-    assert job.lens_spreads([decision(0, None)]) == []
+    assert measure.lens_spreads([*decisions, decision(2, None)]) == [0.75, 0.5]
+    assert measure.lens_spreads([decision(0, None)]) == []
 
 
 @pytest.mark.slow

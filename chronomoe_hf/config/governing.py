@@ -97,7 +97,7 @@ class ControlConfig(Part):
             sees a dead expert in a wide layer whose Neff is well above the target. 0 = Neff alone.
         integral_gain, integral_leak, integral_step: integral <- leak * integral + min(gain * shortfall, step), with
             shortfall = the larger of target - Neff/E and min_share - E * smallest share, not below 0. The step bounds
-            what one evaluation may add: several times that and experts swing between idle and busy.
+            what one evaluation may add.
         c1, c2: pressure and heat gains of the lens scale.
         pressure_cap: pressure counts at most this much towards the scale.
         scale_max: cap on the lens scale (logit standard deviations).
@@ -187,7 +187,7 @@ class LensConfig(Part):
     Args:
         enabled: open a lens when the controller asks for it.
         basis: ``"scaled"`` (least squares, each expert moved in units of its own logit spread), ``"least_squares"``
-            (all in units of the layer's) or ``"router"`` (the original).
+            (all in units of the layer's) or ``"router"`` (the direction of ChronoMoE v2).
         reader: ``"ridge"`` (V by ridge regression, so that all tokens are moved alike) or ``"mean"`` (V along the mean
             router input, the original, which scatters tokens where that mean is short).
         memory: how much of the lens in force goes into the next one, per evaluation. The shares that a basis is
