@@ -13,22 +13,30 @@ import torch
 from torch import nn
 
 from chronomoe_hf.config import ChronoConfig
-from chronomoe_hf.discovery import FoundLayer, find_layers, root_of
 from chronomoe_hf.errors import (
     AlreadyWrappedError,
     NoMoELayersError,
     NotWrappedError,
     UnsupportedArchitectureError,
 )
-from chronomoe_hf.layer import Layer
-from chronomoe_hf.lens import ChronoLens
-from chronomoe_hf.observe import Accumulators, LayerRecorder
+from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.patches import Adapter, probe
-from chronomoe_hf.router import LINK, RouterLink, RouterState
-from chronomoe_hf.save_hook import install_save_hook, remove_save_hook
-from chronomoe_hf.swap import check_not_sharded, check_swappable, remove_hooks, restore, swap
-from chronomoe_hf.system import SYSTEM, ChronoSystem, find_system
-from chronomoe_hf.window import WINDOW, RecordingWindow, Switches, close_window, forward_parameters, open_window
+from chronomoe_hf.recording.scope import (
+    WINDOW,
+    RecordingWindow,
+    Switches,
+    close_window,
+    forward_parameters,
+    open_window,
+)
+from chronomoe_hf.recording.sums import Accumulators, LayerRecorder
+from chronomoe_hf.router.forward import LINK, RouterLink, RouterState
+from chronomoe_hf.system import ChronoSystem
+from chronomoe_hf.wrapping.class_swap import check_not_sharded, check_swappable, remove_hooks, restore, swap
+from chronomoe_hf.wrapping.discovery import FoundLayer, find_layers, root_of
+from chronomoe_hf.wrapping.layer import Layer
+from chronomoe_hf.wrapping.owner import SYSTEM, find_system
+from chronomoe_hf.wrapping.save_pretrained import install_save_hook, remove_save_hook
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -148,7 +156,7 @@ def system_of(model: nn.Module) -> ChronoSystem:
     Raises:
         NotWrappedError: there is none; call ``chronomoe_hf.wrap(model)`` first.
     """
-    system = find_system(model)
+    system: ChronoSystem | None = find_system(model)
     if system is None:
         raise NotWrappedError(f"{type(model).__name__} is not wrapped; call chronomoe_hf.wrap(model) first")
     return system

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chronomoe_hf import actuation, distributed, persistence
-from chronomoe_hf.bank import StateBank
+from chronomoe_hf import distributed
+from chronomoe_hf.checkpoint import system_state as persistence
 from chronomoe_hf.coherence import CoherenceBuffer
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import ControlDecision, Controller
+from chronomoe_hf.controller import actuate as actuation
 from chronomoe_hf.errors import StateWriteError
-from chronomoe_hf.fold import FoldReport, fold_system
-from chronomoe_hf.layer import Layer
-from chronomoe_hf.lens import ChronoLens
-from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
-from chronomoe_hf.observe import Accumulators
-from chronomoe_hf.readout import layer_events
-from chronomoe_hf.router import RouterState
+from chronomoe_hf.lens.lens import ChronoLens
+from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator, PruneDecision
+from chronomoe_hf.recording.scope import Switches
+from chronomoe_hf.recording.sums import Accumulators
+from chronomoe_hf.router.forward import RouterState
+from chronomoe_hf.step_state import StateBank
 from chronomoe_hf.telemetry import (
     AlertHistory,
     RoutingEvent,
@@ -34,12 +34,11 @@ from chronomoe_hf.telemetry import (
     next_attempt,
     run_manifest,
 )
-from chronomoe_hf.window import Switches
+from chronomoe_hf.telemetry.from_state import layer_events
+from chronomoe_hf.wrapping.fold import FoldReport, fold_system
+from chronomoe_hf.wrapping.layer import Layer
 
 logger = logging.getLogger("chronomoe_hf")
-
-SYSTEM = "_chrono_system"
-"""Name of the plain attribute of the wrapped root that holds its ChronoSystem."""
 
 
 class ChronoSystem:
@@ -453,16 +452,6 @@ class ChronoSystem:
         if self.writer is not None:
             self.writer.close()
             self.writer = None
-
-
-def find_system(model: nn.Module) -> ChronoSystem | None:
-    """The ChronoSystem of `model` or of anything inside it (PEFT, DDP, torch.compile wrappers), or None."""
-    for module in model.modules():
-        system = module.__dict__.get(SYSTEM)
-        if system is not None:
-            assert isinstance(system, ChronoSystem)
-            return system
-    return None
 
 
 def _zero(sums: Accumulators) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import UnsupportedArchitectureError
 from chronomoe_hf.patches.rules import Rule, Scope, Setting, setting
-from chronomoe_hf.router import ChronoRouter, Routing
+from chronomoe_hf.router.forward import ChronoRouter, Routing
 
 CAPABILITIES = ("observe", "beta", "lens", "coherence", "fold")
 

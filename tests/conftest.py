@@ -1,6 +1,6 @@
 """Shared by every test: quiet libraries, one thread, fixed seeds, and tiny models of the first-class families.
 
-`import tiny` gives the same factory outside fixtures (parametrisation, worker scripts).
+`from support import models` gives the same factory outside fixtures (parametrisation, worker scripts).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers
+from support import models as tiny
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,13 +44,13 @@ def _seeds() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_model() -> Callable[..., transformers.PreTrainedModel]:
-    """Factory ``tiny_model(family, seed=0, dtype=torch.float32, train=True, **config)``; see tests/tiny.py."""
+    """Factory ``tiny_model(family, seed=0, dtype=torch.float32, train=True, **config)``; see support/models.py."""
     return tiny.tiny_model
 
 
 @pytest.fixture
 def tiny_batch() -> Callable[..., dict[str, Any]]:
-    """Factory ``tiny_batch(family, batch=4, length=16, seed=0, padded=False)``; see tests/tiny.py."""
+    """Factory ``tiny_batch(family, batch=4, length=16, seed=0, padded=False)``; see tests/support/models.py."""
     return tiny.tiny_batch
 
 

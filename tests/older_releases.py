@@ -23,7 +23,7 @@ PINS = {
     "5.19.0": [],
 }
 # Switch routers return another layout before 5.18: the contract probe refuses them, which test_versions asserts.
-SUITE = ["tests/test_versions.py", "tests/test_wrap.py", "tests/test_observe.py"]
+SUITE = ["tests/test_versions.py", "tests/wrapping/test_wrap.py", "tests/recording/test_observe.py"]
 SELECT = "not switch and not batched_mm and not ac and not reentrant"
 
 

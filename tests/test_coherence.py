@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.overrides import TorchFunctionMode
+from support.guards import Transfers
 
 from chronomoe_hf import CoherenceBuffer
 from chronomoe_hf.coherence import ALPHAS, phase_coherence, read_clocks, update_clocks_
@@ -111,21 +110,6 @@ def test_bad_shapes_are_refused() -> None:
         buffer.update(torch.zeros(2), [0, 1], 1, [1, 1, 1])
     with pytest.raises(ValueError, match="at least 1"):
         CoherenceBuffer(0)
-
-
-class Transfers(TorchFunctionMode):
-    """Counts the calls by which a tensor's values leave the device."""
-
-    READS = frozenset({"cpu", "item", "__float__", "__int__", "__bool__", "__index__", "equal", "nonzero"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ in self.READS:
-            self.reads.append(func.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def test_only_the_snapshot_talks_to_the_host_and_only_once() -> None:

@@ -11,11 +11,11 @@ from collections import Counter
 from importlib.metadata import version
 from typing import Any
 
-import moe_zoo
 import pytest
 import torch
 import transformers
-from moe_zoo import FAMILIES
+from support import moe_zoo
+from support.moe_zoo import FAMILIES
 from torch import nn
 
 import chronomoe_hf

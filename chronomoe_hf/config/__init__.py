@@ -3,8 +3,8 @@
 Units are given per field. "interval" everywhere means optimizer steps.
 """
 
-from chronomoe_hf.config.chrono import CONFIG_NAME, SCHEMA_VERSION, ChronoConfig
-from chronomoe_hf.config.governing import (
+from chronomoe_hf.config.config import CONFIG_NAME, SCHEMA_VERSION, ChronoConfig
+from chronomoe_hf.config.governance import (
     BalanceRule,
     BasisName,
     BetaConfig,
@@ -13,7 +13,7 @@ from chronomoe_hf.config.governing import (
     ReaderName,
     VetoConfig,
 )
-from chronomoe_hf.config.watching import (
+from chronomoe_hf.config.recording import (
     AlertConfig,
     CheckpointConfig,
     CoherenceConfig,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from chronomoe_hf.config import ControlConfig
 from chronomoe_hf.controller import policy
 from chronomoe_hf.controller.decisions import ControlDecision
-from chronomoe_hf.controller.state import LayerControlState
+from chronomoe_hf.controller.layer_state import LayerControlState
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
-from chronomoe_hf.lens import ChronoLens, IdentityLens
+from chronomoe_hf.lens.lens import ChronoLens, IdentityLens
 from chronomoe_hf.metrics import relative_top2
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from chronomoe_hf.checkpoint import read_state
-from chronomoe_hf.state_format import MANIFEST_FILE, TENSOR_FILE
+from chronomoe_hf.checkpoint.manifest import MANIFEST_FILE, TENSOR_FILE
+from chronomoe_hf.checkpoint.state_file import read_state
 
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 

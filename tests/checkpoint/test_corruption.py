@@ -15,10 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chronomoe_hf import state_format
-from chronomoe_hf.checkpoint import MANIFEST_FILE, TENSOR_FILE, read_manifest, read_state, write_state
+from chronomoe_hf.checkpoint import manifest as state_format
+from chronomoe_hf.checkpoint.manifest import header_table, parse_manifest, render_manifest
+from chronomoe_hf.checkpoint.state_file import MANIFEST_FILE, TENSOR_FILE, read_manifest, read_state, write_state
 from chronomoe_hf.errors import StateCorruptError, StateError, StateSchemaError
-from chronomoe_hf.state_format import header_table, parse_manifest, render_manifest
 
 FILES = (TENSOR_FILE, MANIFEST_FILE)
 

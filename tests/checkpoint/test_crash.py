@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from chronomoe_hf import checkpoint
-from chronomoe_hf.checkpoint import MANIFEST_FILE, PREVIOUS_FILE, TENSOR_FILE, read_state, write_state
+from chronomoe_hf.checkpoint import state_file as checkpoint
+from chronomoe_hf.checkpoint.state_file import MANIFEST_FILE, PREVIOUS_FILE, TENSOR_FILE, read_state, write_state
 from chronomoe_hf.errors import StateError, StateMissingError, StateWriteError
 
 CALLS = ("open", "write", "fsync", "replace", "unlink", "listdir")

@@ -7,8 +7,8 @@ import hashlib
 import pytest
 import torch
 
+from chronomoe_hf.checkpoint.fingerprint import SLICE_ELEMENTS, check_layers, compare_fingerprints, fingerprint
 from chronomoe_hf.errors import StateMismatchError
-from chronomoe_hf.fingerprint import SLICE_ELEMENTS, check_layers, compare_fingerprints, fingerprint
 
 
 def layer(

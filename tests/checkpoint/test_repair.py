@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_batch, tiny_model
+from support.models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
+from chronomoe_hf.checkpoint.fingerprint import compare_fingerprints, fingerprint, repair_weights
 from chronomoe_hf.errors import StateCorruptError, StateError, StateMismatchError, StateMissingError
-from chronomoe_hf.fingerprint import compare_fingerprints, fingerprint, repair_weights
 
 # The families that lose weights, and whether the router is among them (facts of transformers 5.23).
 LOSSY = {"mixtral": True, "qwen3_moe": False, "qwen2_moe": False}

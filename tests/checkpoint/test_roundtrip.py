@@ -10,8 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from chronomoe_hf import checkpoint, state_format
-from chronomoe_hf.checkpoint import MANIFEST_FILE, TENSOR_FILE, has_state, read_manifest, read_state, write_state
+from chronomoe_hf.checkpoint import manifest as state_format
+from chronomoe_hf.checkpoint import state_file as checkpoint
+from chronomoe_hf.checkpoint.state_file import (
+    MANIFEST_FILE,
+    TENSOR_FILE,
+    has_state,
+    read_manifest,
+    read_state,
+    write_state,
+)
 from chronomoe_hf.errors import StateCorruptError, StateMissingError, StateSchemaError, StateWriteError
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "state_v1"

@@ -10,7 +10,7 @@ import pytest
 
 from chronomoe_hf.controller import ControlConfig, ControlDecision, Controller
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
-from chronomoe_hf.lens import ChronoLens, IdentityLens
+from chronomoe_hf.lens.lens import ChronoLens, IdentityLens
 from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot, TelemetryWriter
 
 D_MODEL = 4

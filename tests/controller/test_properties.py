@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from chronomoe_hf.config import ControlConfig
 from chronomoe_hf.controller import policy
+from chronomoe_hf.lens.basis import steering_target
 from chronomoe_hf.metrics import compute_n_effective, dead, top2_share
-from chronomoe_hf.steering import steering_target
 
 SIZES = st.tuples(st.sampled_from([1, 2, 3, 4, 8, 16, 64]), st.integers(1, 8)).filter(lambda size: size[1] <= size[0])
 GATES = st.sampled_from([ControlConfig(), ControlConfig(gate="pressure"), ControlConfig(c2=1.0, scale_max=0.8)])

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_job import Job, result_path
+from support.jobs import Job, result_path
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import cpu_engines
-import gloo_exit
 import torch
-import training_job
+from support import gloo_exit
+from support import jobs as training_job
 from torch.distributed.fsdp import FSDPModule
 
 import chronomoe_hf

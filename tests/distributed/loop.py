@@ -7,9 +7,9 @@ import sys
 
 import accelerate_loop
 import cpu_engines
-import gloo_exit
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from support import gloo_exit
 
 if __name__ == "__main__":
     sharded = "ACCELERATE_USE_FSDP" in os.environ

@@ -13,11 +13,11 @@ from typing import Any
 import accelerate_loop
 import pytest
 import torch
-from run_records import assert_same, later_records
 from safetensors.torch import load_file
+from support.run_records import assert_same, later_records
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from chronomoe_hf.checkpoint import read_state
+from chronomoe_hf.checkpoint.state_file import read_state
 
 HERE = Path(__file__).parent
 FSDP = {

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-import training_job
-from run_records import assert_same
-from tiny import NUM_EXPERTS, tiny_model
-from training_job import Job
+from support import jobs as training_job
+from support.jobs import Job
+from support.models import NUM_EXPERTS, tiny_model
+from support.run_records import assert_same
 
 from chronomoe_hf.telemetry import read_jsonl
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from run_records import later_records
-from training_job import Job
+from support.jobs import Job
+from support.run_records import later_records
 
 GOVERN: dict[str, Any] = {
     "interval": 2,

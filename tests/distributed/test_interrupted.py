@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import training_job
-from run_records import assert_same, later_records, without_free
-from training_job import Job
+from support import jobs as training_job
+from support.jobs import Job
+from support.run_records import assert_same, later_records, without_free
 from transformers import MixtralForCausalLM
 
-from chronomoe_hf.checkpoint import read_state
+from chronomoe_hf.checkpoint.state_file import read_state
 
 SAVED, KILLED, STEPS = 4, 8, 9
 # Windows of 3 steps: the checkpoint at step 4 lies inside one, and step 6 is recorded twice, before and after the kill.

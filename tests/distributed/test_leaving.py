@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model
-from training_job import Job, result_path, rows
+from support.jobs import Job, result_path, rows
+from support.models import tiny_model
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import cpu_engines
-import gloo_exit
 import torch
-import training_job
 import transformers
+from support import gloo_exit
+from support import jobs as training_job
 
 from chronomoe_hf.errors import ChronoError
 

@@ -8,10 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import gloo_exit
-import tiny
 import torch
 import torch.distributed as dist
+from support import gloo_exit
+from support import models as tiny
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
-from test_observe import Recount, train_step
+from support import models as tiny
+from support.oracles import Recount, train_step
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import models as tiny
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 from transformers.utils.output_capturing import maybe_install_capturing_hooks

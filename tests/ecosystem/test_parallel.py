@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import models as tiny
 
 HERE = Path(__file__).resolve().parent
 LAYOUTS: dict[str, dict[str, int]] = {

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from test_observe import Recount, naive_phi, train_step
+from support import models as tiny
+from support.oracles import Recount, naive_phi, train_step
 from transformers import Trainer, TrainingArguments
 
 import chronomoe_hf

@@ -9,11 +9,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import moe_zoo
 import pytest
 import torch
 import transformers
-from moe_zoo import FAMILIES, ROUTED, Call
+from support import moe_zoo
+from support.moe_zoo import FAMILIES, ROUTED, Call
 from torch import Tensor
 
 from chronomoe_hf import patches

@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import moe_zoo
 import pytest
 import torch
 import transformers
+from support import moe_zoo
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from chronomoe_hf import patches
 from chronomoe_hf.errors import ContractError, UnsupportedArchitectureError
-from chronomoe_hf.router import ChronoRouter
+from chronomoe_hf.router.forward import ChronoRouter
 
 
 def mixtral_call() -> moe_zoo.Call:
@@ -93,7 +93,7 @@ def test_swapped_router_unpickles_in_a_fresh_process(family: str, tmp_path: Path
     router.__class__ = patches.chrono_class(adapter, type(router))
     torch.save(router, tmp_path / "router.pt")
     code = (
-        "import sys, torch; from chronomoe_hf.router import ChronoRouter; "
+        "import sys, torch; from chronomoe_hf.router.forward import ChronoRouter; "
         "r = torch.load(sys.argv[1], weights_only=False); "
         "print(type(r).__name__, isinstance(r, ChronoRouter), tuple(r.weight.shape))"
     )

@@ -1,0 +1,134 @@
+"""Settings of what is watched and written: coherence, alerts, lifecycle, telemetry, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from chronomoe_hf.config.base import Part, between, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoherenceConfig(Part):
+    """How expert outputs are read (SPEC section 4).
+
+    Args:
+        enabled: read expert outputs at all; without them phi and contributions are reported as null.
+        max_tokens: tokens of one micro-batch and layer whose expert outputs are read, spread evenly over the
+            real tokens; every record says how many rows were used. ``None`` reads all of them (exact).
+        reference: ``"leave_one_out"`` (mixture without the expert's own part; falls back to ``"mixture"``
+            where k = 1) or ``"mixture"``.
+    """
+
+    enabled: bool = True
+    max_tokens: int | None = 256
+    reference: Literal["leave_one_out", "mixture"] = "leave_one_out"
+
+    def _check(self) -> None:
+        if self.max_tokens is not None:
+            positive("coherence.max_tokens", self.max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlertConfig(Part):
+    """Alert thresholds (SPEC section 3).
+
+    Args:
+        neff_floor: PRE_COLLAPSE below this fraction of E (fraction).
+        top2_pre: PRE_COLLAPSE above this top-2 share relative to its ceiling min(1, 2/k).
+        top2_confirmed: COLLAPSE_CONFIRMED above this relative top-2 share, with a dead expert.
+        drift_fraction: DRIFT below this fraction of the run's own baseline n_effective.
+        pre_after, confirmed_after, drift_after: consecutive snapshots before the alert is raised.
+        baseline_windows: full windows averaged into the baseline.
+        min_window_tokens: assignments per expert (on average) below which a window gives no alert.
+    """
+
+    neff_floor: float = 0.6
+    top2_pre: float = 0.75
+    top2_confirmed: float = 0.85
+    drift_fraction: float = 0.8
+    pre_after: int = 3
+    confirmed_after: int = 5
+    drift_after: int = 3
+    baseline_windows: int = 3
+    min_window_tokens: int = 8
+
+    def _check(self) -> None:
+        for name in ("neff_floor", "top2_pre", "top2_confirmed", "drift_fraction"):
+            between(f"alerts.{name}", getattr(self, name), 0.0, 1.0)
+        for name in ("pre_after", "confirmed_after", "drift_after", "baseline_windows"):
+            positive(f"alerts.{name}", getattr(self, name))
+        between("alerts.min_window_tokens", self.min_window_tokens, 0, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LifecycleConfig(Part):
+    """The dry-run lifecycle (SPEC section 6).
+
+    Args:
+        enabled: look for prune candidates at every interval. Weights are never touched.
+        prune_threshold: Phi_slow, ``"auto"`` = layer mean - 2 standard deviations.
+        starvation_threshold: token-weighted mean Phi_slow, ``"auto"`` = below 0.8 of its own baseline.
+        min_tokens: fewer tokens than this after `after_step` is low observability.
+        coherence_tokens: tokens seen before low coherence can be judged.
+        after_step: optimizer step before which low observability is not judged.
+        confirmations: consecutive evaluations before a candidate is confirmed.
+    """
+
+    enabled: bool = True
+    prune_threshold: float | Literal["auto"] = "auto"
+    starvation_threshold: float | Literal["auto"] = "auto"
+    min_tokens: int = 100
+    coherence_tokens: int = 1000
+    after_step: int = 1000
+    confirmations: int = 3
+
+    def _check(self) -> None:
+        for name in ("prune_threshold", "starvation_threshold"):
+            value = getattr(self, name)
+            if isinstance(value, float):
+                between(f"lifecycle.{name}", value, -1.0, 1.0)
+        for name in ("min_tokens", "coherence_tokens", "after_step"):
+            between(f"lifecycle.{name}", getattr(self, name), 0, math.inf)
+        positive("lifecycle.confirmations", self.confirmations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig(Part):
+    """What is written where (SPEC sections 3 and 7).
+
+    Args:
+        jsonl: write JSONL records below ``<output_dir>/chronomoe``.
+        output_dir: ``None`` = the Trainer's output_dir (nothing is written without a Trainer).
+        scalars: add ``moe/...`` scalars to the Trainer's logs.
+        per_layer_scalars: also one set of scalars per layer.
+        evaluation: record evaluation apart from training (``eval_moe/...``).
+        on_error: ``"warn"`` keeps training when our own code fails, ``"raise"`` stops.
+    """
+
+    jsonl: bool = True
+    output_dir: str | None = None
+    scalars: bool = True
+    per_layer_scalars: bool = False
+    evaluation: bool = True
+    on_error: Literal["warn", "raise"] = "warn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Part):
+    """Saving and resuming (SPEC section 7).
+
+    Args:
+        save: write chronomoe.safetensors and chronomoe.json beside every checkpoint.
+        on_missing: ``"auto"`` (warn and start fresh, but raise if the run had acted), ``"fresh"`` or ``"raise"``.
+        repair: ``"repair"`` reloads MoE weights that Trainer dropped, ``"raise"`` stops instead, ``"off"`` only warns.
+        allow_partial: load matching layers of a state whose layer table differs.
+        strict_save: raise on every rank when state cannot be written.
+    """
+
+    save: bool = True
+    on_missing: Literal["auto", "fresh", "raise"] = "auto"
+    repair: Literal["repair", "raise", "off"] = "repair"
+    allow_partial: bool = False
+    strict_save: bool = False

@@ -1,0 +1,159 @@
+"""What survives without the library: lens and beta written into the model's own weights, where that is exact.
+
+The lens always folds into the weight of a linear router, ``W' = W + s (W U^T) V^T``. beta is a constant added to the
+logits, so it folds where the model has a constant of the same kind:
+
+* scope ``"routing"`` (choice and weights from ``z + beta``): the bias of the router's own linear;
+* scope ``"selection"`` (only the choice): a native correction bias that is added to the *logits*. One that is added to
+  sigmoid or softmax scores is another thing (``sigmoid(z + beta)`` is not ``sigmoid(z) + c``), and nothing is folded.
+
+"Exact" is up to one rounding in the dtype of the weight. What does not fold is reported, with the share of tokens whose
+experts it decided. Shape suffixes: E experts, D router input width.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from chronomoe_hf import distributed
+from chronomoe_hf.errors import WrapError
+from chronomoe_hf.lens.lens import fold_weight
+from chronomoe_hf.patches.rules import TopKSquash
+
+if TYPE_CHECKING:  # system imports this room
+    from chronomoe_hf.system import ChronoSystem
+    from chronomoe_hf.wrapping.layer import Layer
+
+logger = logging.getLogger("chronomoe_hf")
+
+WARN_ABOVE = 0.01
+_ADAPTER_WRAPPER = "base_layer"
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What became of one layer's steering.
+
+    Args:
+        layer_id: position among the wrapped layers.
+        name: module path of the router.
+        folded: what is in the model's own weights now: a subset of ``("lens", "beta")``.
+        lost: what is not, with the reason: ``{"beta": "..."}``. It acts only while the model stays wrapped.
+        topk_differs: share of the real tokens of the last window whose experts were not those of the plain router,
+            everything that steered taken together; None where nothing steered or nothing was recorded.
+    """
+
+    layer_id: int
+    name: str
+    folded: tuple[str, ...]
+    lost: dict[str, str]
+    topk_differs: float | None
+
+    def __str__(self) -> str:
+        share = "an unknown share" if self.topk_differs is None else f"{100.0 * self.topk_differs:.2g} %"
+        reasons = "; ".join(f"{part} does not fold: {reason}" for part, reason in self.lost.items())
+        return f"layer {self.layer_id} ({self.name}): {share} of tokens go to other experts without it; {reasons}"
+
+
+@torch.no_grad()
+def fold_system(system: ChronoSystem) -> list[FoldReport]:
+    """Fold every layer in place; what was folded stops acting, so nothing is applied twice.
+
+    Args:
+        system: the owner of a wrapped model.
+
+    Returns:
+        One report per layer. A warning names the layers that lose more than 1 % of their choices.
+
+    Raises:
+        WrapError: a lens or beta belongs to a router whose weights are sharded; nothing was changed.
+    """
+    for layer in system.layers:
+        _require_whole(layer)
+    reports = [
+        _fold_layer(system.model, layer, differs)
+        for layer, differs in zip(system.layers, system.bank.topk_disagreement(), strict=True)
+    ]
+    lossy = [report for report in reports if report.lost]
+    above = [report for report in lossy if report.topk_differs is None or report.topk_differs > WARN_ABOVE]
+    for report in lossy:
+        logger.info("fold: %s", report)
+    if above:
+        warnings.warn(
+            "part of the routing does not survive outside chronomoe_hf:\n  "
+            + "\n  ".join(map(str, above))
+            + "\nKeep the model wrapped where it is used, or train on without this steering.",
+            stacklevel=4,
+        )
+    return reports
+
+
+def _fold_layer(model: nn.Module, layer: Layer, differs: float | None) -> FoldReport:
+    folded: list[str] = []
+    lost: dict[str, str] = {}
+    link = layer.link
+    if link.lens_open:
+        assert link.lens is not None
+        reason = layer.adapter.refused("fold") or _adapted(model, layer)
+        if reason is None:
+            weight_ED = layer.adapter.weight(layer.router)
+            weight_ED.copy_(fold_weight(weight_ED, link.lens.V, link.lens.U, link.lens.scale))
+            link.lens.set_scale(0.0)
+            link.lens_open = False
+            folded.append("lens")
+        else:
+            lost["lens"] = reason
+    if _has_beta(layer):
+        target_E, reason = _beta_target(layer)
+        reason = reason or _adapted(model, layer)
+        if target_E is not None and reason is None:
+            state = link.state
+            target_E.add_(state.beta_applied.to(device=target_E.device, dtype=target_E.dtype))
+            for value in (state.beta_coeff, state.beta_full, state.beta_applied):
+                value.zero_()
+            folded.append("beta")
+        else:
+            assert reason is not None
+            lost["beta"] = reason
+    return FoldReport(layer.layer_id, layer.name, tuple(folded), lost, differs)
+
+
+def _has_beta(layer: Layer) -> bool:
+    return layer.link.state.steering and bool(layer.link.state.beta_applied.any())
+
+
+def _beta_target(layer: Layer) -> tuple[Tensor | None, str | None]:
+    """The model's tensor that stands for a constant shift of the logits in the layer's scope, or why there is none."""
+    adapter = layer.adapter
+    if layer.link.state.scope == "routing":
+        bias_E = adapter.linear_bias(layer.router)
+        return bias_E, None if bias_E is not None else "the router has no bias of its own"
+    bias_E = adapter.native_bias(layer.router, layer.parent)
+    if bias_E is None:
+        return None, "the model has no bias that acts on the choice alone"
+    if not isinstance(adapter.rule, TopKSquash):
+        return None, "the model's correction bias is added to scores, beta to logits"
+    return bias_E, None
+
+
+def _adapted(model: nn.Module, layer: Layer) -> str | None:
+    """Why the router's own tensors are not all of it, or None."""
+    path = next(name for name, module in model.named_modules() if module is layer.router)
+    if _ADAPTER_WRAPPER in path.split("."):
+        return "a PEFT adapter acts on the router's weight; call merge_and_unload() first"
+    return None
+
+
+def _require_whole(layer: Layer) -> None:
+    steers = layer.link.lens_open or layer.link.state.steering
+    if steers and distributed.is_sharded(layer.adapter.weight(layer.router)):
+        raise WrapError(
+            f"layer {layer.layer_id} ({layer.name}): the router's weight is sharded over ranks, and folding needs it "
+            "whole; save the model, load it in one process, restore the state with system.load(directory), fold there"
+        )

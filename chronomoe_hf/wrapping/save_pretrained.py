@@ -1,0 +1,36 @@
+"""``model.save_pretrained`` writes our state beside the weights, also without a Trainer."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from chronomoe_hf.wrapping.owner import find_system
+
+SAVE_HOOK = "save_pretrained"
+
+
+def install_save_hook(model: nn.Module) -> None:
+    """Make ``model.save_pretrained`` write our state too; bound on the instance, so a deep copy binds its own."""
+    if hasattr(type(model), SAVE_HOOK) and SAVE_HOOK not in model.__dict__:
+        model.__dict__[SAVE_HOOK] = types.MethodType(save_pretrained, model)
+
+
+def remove_save_hook(model: nn.Module) -> None:
+    """Undo :func:`install_save_hook`."""
+    hook = model.__dict__.get(SAVE_HOOK)
+    if isinstance(hook, types.MethodType) and hook.__func__ is save_pretrained:
+        del model.__dict__[SAVE_HOOK]
+
+
+def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """The model's own ``save_pretrained``, with chronomoe.safetensors and chronomoe.json written beside the weights."""
+    result = getattr(type(self), SAVE_HOOK)(self, save_directory, *args, **kwargs)
+    system = find_system(self)
+    if system is not None and system.config.checkpoint.save and kwargs.get("is_main_process", True):
+        if not system.saving:
+            system.save(save_directory)
+    return result
