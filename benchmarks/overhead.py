@@ -103,12 +103,14 @@ def state_bytes(system: ChronoSystem | None) -> int:
     """Bytes of every tensor that wrapping added."""
     if system is None:
         return 0
-    tensors = [getattr(system.bank, name) for name in (*system.bank.NAMES, "beta_full_LE", "beta_applied_LE")]
+    tensors = [
+        getattr(system.step_state, name) for name in (*system.step_state.NAMES, "beta_full_LE", "beta_applied_LE")
+    ]
     for layer in system.layers:
         for sums in (layer.recorder.train, layer.recorder.eval):
             tensors += [t for t in (sums.ints, sums.floats, sums.inputs) if t is not None]
-        if layer.link.lens is not None:
-            tensors += [layer.link.lens.V, layer.link.lens.U]
+        if layer.handle.lens is not None:
+            tensors += [layer.handle.lens.V, layer.handle.lens.U]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

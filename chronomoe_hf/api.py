@@ -22,15 +22,15 @@ from chronomoe_hf.errors import (
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.patches import Adapter, probe
 from chronomoe_hf.recording.scope import (
-    WINDOW,
-    RecordingWindow,
+    SCOPE,
+    ForwardScope,
     Switches,
-    close_window,
+    close_scope,
     forward_parameters,
-    open_window,
+    open_scope,
 )
 from chronomoe_hf.recording.sums import Accumulators, LayerRecorder
-from chronomoe_hf.router.forward import LINK, RouterLink, RouterState
+from chronomoe_hf.router.forward import HANDLE, RouterHandle, RouterState
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.wrapping.class_swap import check_not_sharded, check_swappable, remove_hooks, restore, swap
 from chronomoe_hf.wrapping.discovery import FoundLayer, find_layers, root_of
@@ -87,15 +87,13 @@ def _install(root: nn.Module, found: list[FoundLayer], config: ChronoConfig) -> 
                 check_swappable(layer.name, module)
     switches = Switches()
     width = max(layer.adapter.num_experts(layer.router) for layer in found)
-    windows: dict[nn.Module, RecordingWindow] = {}
+    windows: dict[nn.Module, ForwardScope] = {}
     layers = []
     for layer_id, layer in enumerate(found):
         if layer.owner not in windows:
-            windows[layer.owner] = RecordingWindow(
-                switches, forward_parameters(layer.owner), _pad_token_id(layer.owner)
-            )
+            windows[layer.owner] = ForwardScope(switches, forward_parameters(layer.owner), _pad_token_id(layer.owner))
         layers.append(_make_layer(layer_id, layer, windows[layer.owner], width, config))
-    if not any(layer.steerable for layer in layers):
+    if not any(layer.can_steer for layer in layers):
         raise UnsupportedArchitectureError(
             f"no layer of {type(root).__name__} can be governed: {layers[0].name}: {layers[0].notes[0]}; "
             "use ChronoConfig.observe()"
@@ -104,9 +102,9 @@ def _install(root: nn.Module, found: list[FoundLayer], config: ChronoConfig) -> 
     for made in layers:
         swap(made)
     for owner, window in windows.items():
-        owner.__dict__[WINDOW] = window
-        owner.register_forward_pre_hook(open_window, with_kwargs=True)
-        owner.register_forward_hook(close_window, always_call=True)
+        owner.__dict__[SCOPE] = window
+        owner.register_forward_pre_hook(open_scope, with_kwargs=True)
+        owner.register_forward_hook(close_scope, always_call=True)
     root.__dict__[SYSTEM] = system
 
 
@@ -140,7 +138,7 @@ def unwrap(model: Model, fold: bool = False) -> Model:
         if layer.experts is not None:
             restore(layer.experts)
     for module in system.model.modules():
-        if module.__dict__.pop(WINDOW, None) is not None:
+        if module.__dict__.pop(SCOPE, None) is not None:
             remove_hooks(module)
     for module in model.modules():
         remove_save_hook(module)
@@ -190,7 +188,7 @@ def _discover(model: nn.Module) -> list[FoundLayer]:
             f"{type(model).__name__} has no MoE layer that chronomoe_hf knows "
             f"(searched {sum(1 for _ in model.modules())} modules); is this the model you meant to wrap?"
         )
-    if any(LINK in layer.router.__dict__ for layer in found):
+    if any(HANDLE in layer.router.__dict__ for layer in found):
         raise AlreadyWrappedError(
             f"this {type(model).__name__} is part of a wrapped model; use that one, or chronomoe_hf.unwrap it first"
         )
@@ -199,7 +197,7 @@ def _discover(model: nn.Module) -> list[FoundLayer]:
     return found
 
 
-def _make_layer(layer_id: int, found: FoundLayer, window: RecordingWindow, width: int, config: ChronoConfig) -> Layer:
+def _make_layer(layer_id: int, found: FoundLayer, window: ForwardScope, width: int, config: ChronoConfig) -> Layer:
     name, router, adapter, parent = found.name, found.router, found.adapter, found.parent
     adapter.bind(router, parent)
     _probe(adapter, router, parent)
@@ -216,18 +214,18 @@ def _make_layer(layer_id: int, found: FoundLayer, window: RecordingWindow, width
     state.scope = "selection" if config.beta.law == "balance" else config.beta.scope
     if config.beta.law == "balance":
         state.k_max = config.beta.balance_cap
-    link = RouterLink(state=state, recorder=recorder)
+    handle = RouterHandle(state=state, recorder=recorder)
     if config.lens.enabled and config.control.enabled:
         if reason := adapter.refused("lens"):
             notes.append(f"no lens: {reason}")
         else:
-            link.lens = ChronoLens(
+            handle.lens = ChronoLens(
                 d_model=_input_width(adapter, router),
                 rank=1,
                 layer_id=layer_id,
                 train_router=config.lens.train_router,
             )
-    input_width = link.lens.d_model if link.lens is not None else 0
+    input_width = handle.lens.d_model if handle.lens is not None else 0
     recorder.train = Accumulators.zeros(width, input_width)
     recorder.eval = Accumulators.zeros(width)
     if config.coherence.enabled and found.unreadable is not None:
@@ -242,10 +240,10 @@ def _make_layer(layer_id: int, found: FoundLayer, window: RecordingWindow, width
         parent=parent,
         num_experts=num_experts,
         top_k=adapter.top_k(router),
-        link=link,
+        handle=handle,
         recorder=recorder,
         native_bias=native,
-        steerable=refused_beta is None,
+        can_steer=refused_beta is None,
         notes=notes,
     )
 

@@ -51,7 +51,7 @@ class Row:
         return row[..., self.size - len(PER_LAYER) + PER_LAYER.index(name)]
 
 
-class StateBank:
+class StepState:
     """Stacked state of L layers; every tensor is plain and listed in :attr:`NAMES`.
 
     Args:
@@ -112,7 +112,7 @@ class StateBank:
             setattr(self, name, getattr(self, name).to(device))
 
     def bind(self, state: RouterState) -> None:
-        """Make `state`'s tensors views of this bank."""
+        """Make `state`'s tensors views of these stacked tensors."""
         layer, num = state.layer_id, state.num_experts
         state.beta_coeff = self.beta_LE[layer, :num]
         state.beta_full = self.beta_full_LE[layer, :num]
@@ -124,7 +124,7 @@ class StateBank:
         state.overlap_only = self.overlap_L[layer]
 
     def coherence(self, layer: int) -> CoherenceBuffer:
-        """The layer's clocks as a CoherenceBuffer over this bank's tensors."""
+        """The layer's clocks as a CoherenceBuffer over these stacked tensors."""
         num = self.num_experts[layer]
         return CoherenceBuffer.view(
             layer,
@@ -135,8 +135,8 @@ class StateBank:
             self.last_step_LE[layer, :num],
         )
 
-    def fold(self, row_LR: Tensor, step: int, veto: VetoConfig) -> None:
-        """Fold one optimizer step's sums (already summed over ranks) into window, clocks, logit std and veto.
+    def update(self, row_LR: Tensor, step: int, veto: VetoConfig) -> None:
+        """Add one optimizer step's sums (already summed over ranks) into window, clocks, logit std and veto.
 
         Args:
             row_LR: float64, see :class:`Row`.
@@ -217,7 +217,7 @@ class StateBank:
         self.window_LR.zero_()
 
     def _steered(self) -> Tensor:
-        return torch.stack([self.row.layer(self.window_LR, name) for name in ("topk_differs", "steered")])
+        return torch.stack([self.row.layer(self.window_LR, name) for name in ("topk_differs", "steered_tokens")])
 
     def topk_disagreement(self) -> list[float | None]:
         """Per layer, the share of real tokens whose experts are not those of the plain router; one transfer.

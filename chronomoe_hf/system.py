@@ -25,7 +25,7 @@ from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator, PruneDecisi
 from chronomoe_hf.recording.scope import Switches
 from chronomoe_hf.recording.sums import Accumulators
 from chronomoe_hf.router.forward import RouterState
-from chronomoe_hf.step_state import StateBank
+from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import (
     AlertHistory,
     RoutingEvent,
@@ -69,7 +69,7 @@ class ChronoSystem:
         self.attempt = 0
         self.global_step = 0
         self.window_steps = 0
-        self.bank = StateBank([layer.num_experts for layer in layers])
+        self.step_state = StepState([layer.num_experts for layer in layers])
         self.alerts = AlertHistory()
         self.controller = Controller(
             n_layers=len(layers),
@@ -106,29 +106,29 @@ class ChronoSystem:
     @property
     def lenses(self) -> dict[int, ChronoLens]:
         """Lenses by layer id, for the layers that can have one."""
-        return {layer.layer_id: layer.link.lens for layer in self.layers if layer.link.lens is not None}
+        return {layer.layer_id: layer.handle.lens for layer in self.layers if layer.handle.lens is not None}
 
     def coherence(self, layer_id: int) -> CoherenceBuffer:
         """The layer's three clocks."""
-        return self.bank.coherence(layer_id)
+        return self.step_state.coherence(layer_id)
 
     def router_state(self, layer_id: int) -> RouterState:
         """The layer's router state."""
-        return self.layers[layer_id].link.state
+        return self.layers[layer_id].handle.state
 
     def _bind(self) -> None:
         for layer in self.layers:
-            self.bank.bind(layer.link.state)
+            self.step_state.bind(layer.handle.state)
 
     def _follow_device(self) -> None:
         device = self.layers[0].recorder.train.ints.device
-        if device != self.bank.device:
-            self.bank.to_(device)
+        if device != self.step_state.device:
+            self.step_state.to_(device)
             self.untouched_L = self.untouched_L.to(device)
             self._bind()
             for layer in self.layers:
-                if layer.link.lens is not None:
-                    layer.link.lens.to(layer.recorder.train.ints.device)
+                if layer.handle.lens is not None:
+                    layer.handle.lens.to(layer.recorder.train.ints.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of the model is its own wrapped model: it must not write into this run's files.
@@ -155,13 +155,13 @@ class ChronoSystem:
         self.global_step = global_step
         closing = global_step % self.config.interval == 0
         row_LR, inputs = self._take(with_inputs=self.switches.router_input)
-        self.bank.fold(row_LR, global_step, self.config.veto)
+        self.step_state.update(row_LR, global_step, self.config.veto)
         self.window_steps += 1
         if self.config.beta.law == "balance":
-            actuation.balance(self, self.bank.row.count(row_LR))
+            actuation.balance(self, self.step_state.row.count(row_LR))
         snapshot = self._close_window(global_step, inputs) if closing else None
         if self.config.beta.law != "none":
-            self.bank.refresh(self.cap)
+            self.step_state.refresh(self.cap)
         self._aim_switches(global_step)
         self.overhead_s += time.perf_counter() - started
         return snapshot
@@ -187,7 +187,7 @@ class ChronoSystem:
         self.run_id = str(distributed.broadcast_object(self.run_id))  # every process has drawn its own
         self.controller.initialize(run_id=self.run_id)
         self.discard()
-        self.bank.window_LR.zero_()
+        self.step_state.window_LR.zero_()
         self.window_steps = 0
         self.overhead_s = 0.0
 
@@ -196,12 +196,12 @@ class ChronoSystem:
         # a pass over the hidden states for numbers that are thrown away.
         upcoming = (step + 1) % self.config.interval == 0
         self.switches.router_input = self.config.lens.enabled and self.config.control.enabled and upcoming
-        self.switches.steered = any(layer.link.state.steering or layer.link.lens_open for layer in self.layers)
+        self.switches.any_steering = any(layer.handle.state.beta_on or layer.handle.lens_open for layer in self.layers)
 
     def _take(self, mode: str = "train", with_inputs: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Sums of all layers since the last take, over all ranks, and (where asked) those of the router inputs."""
         self._follow_device()
-        device = self.bank.device
+        device = self.step_state.device
         sums = [layer.recorder.train if mode == "train" else layer.recorder.eval for layer in self.layers]
         ints = torch.stack([s.ints.to(device) for s in sums]).double()
         floats = torch.stack([s.floats.to(device) for s in sums])
@@ -230,7 +230,9 @@ class ChronoSystem:
             StateWriteError: the main process could not write.
         """
         if self.config.checkpoint.strict_save:
-            failed = torch.full((), float(self.failed_save is not None), dtype=torch.float64, device=self.bank.device)
+            failed = torch.full(
+                (), float(self.failed_save is not None), dtype=torch.float64, device=self.step_state.device
+            )
             self._require_saved(distributed.all_reduce_sum_(failed))
 
     def _require_saved(self, failures: Tensor) -> None:
@@ -249,8 +251,8 @@ class ChronoSystem:
     def _events(self, step: int) -> list[RoutingEvent]:
         return layer_events(
             self.layers,
-            self.bank.row,
-            self.bank.host(),
+            self.step_state.row,
+            self.step_state.host(),
             run_id=self.run_id,
             attempt=self.attempt,
             step=step,
@@ -309,12 +311,14 @@ class ChronoSystem:
         return snapshot
 
     def _checksum(self) -> Tensor:
-        bank = self.bank
-        return torch.stack([bank.beta_LE.double().sum(), bank.ema_CLE.sum(), bank.window_LR.sum(), bank.std_L.sum()])
+        stacked = self.step_state
+        return torch.stack(
+            [stacked.beta_LE.double().sum(), stacked.ema_CLE.sum(), stacked.window_LR.sum(), stacked.std_L.sum()]
+        )
 
     def _reset_window(self, snapshot: SystemSnapshot | None) -> None:
         self.last_snapshot = snapshot or self.last_snapshot
-        self.bank.close_window()
+        self.step_state.close_window()
         self.window_steps = 0
         self.overhead_s = 0.0
 
@@ -368,7 +372,7 @@ class ChronoSystem:
             return None
         events = layer_events(
             self.layers,
-            self.bank.row,
+            self.step_state.row,
             host,
             run_id=self.run_id,
             attempt=self.attempt,
@@ -421,7 +425,7 @@ class ChronoSystem:
     def resumed(self) -> None:
         """Bring what is derived from the state in line with it, after a load."""
         self.controller.initialize(run_id=self.run_id)
-        self.bank.refresh(self.cap)
+        self.step_state.refresh(self.cap)
         self.discard()
         self._aim_switches(self.global_step)
 

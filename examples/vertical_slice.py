@@ -109,13 +109,13 @@ def weight_hash(block: nn.Module) -> str:
 
 def count_transfers(system: ChronoSystem, log: Log) -> None:
     """Count calls of the one function that brings a window's state to the host."""
-    host = system.bank.host
+    host = system.step_state.host
 
     def counted() -> dict[str, Any]:
         log.transfers += 1
         return host()
 
-    system.bank.host = counted  # type: ignore[method-assign]
+    system.step_state.host = counted  # type: ignore[method-assign]
 
 
 def show(snapshot: SystemSnapshot, system: ChronoSystem, loss: float) -> None:
@@ -182,7 +182,7 @@ def forced_veto(block: nn.Module, task: Task, size: float) -> Iterator[Veto]:
     system = chronomoe_hf.system_of(block)
     optimizer = torch.optim.Adam(block.parameters(), lr=1e-3)
     state = system.router_state(0)
-    state.steering = True
+    state.beta_on = True
     for step in range(1, VETO_STEPS + 1):
         x_BSD, y_BSD = task.batch()
         nn.functional.mse_loss(block(x_BSD), y_BSD).backward()

@@ -121,7 +121,7 @@ def _mix(
 class PhimoeAdapter(Adapter):
     """Replays the random numbers of the native forward before it chooses again."""
 
-    def steer(
+    def reroute(
         self,
         router: nn.Module,
         output: Any,
@@ -131,7 +131,7 @@ class PhimoeAdapter(Adapter):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """See `Adapter.steer`. Raises ContractError in training when the random state was not remembered."""
+        """See `Adapter.reroute`. Raises ContractError in training when the random state was not remembered."""
         if router.training:
             self._rewind(router, args[0] if args else kwargs["hidden_states"])
         # The threshold is taken in the dtype of the logits; under autocast the weights have another one.

@@ -32,7 +32,7 @@ class Adapter:
         weights_index, indices_index: positions of the weights and of the chosen ids.
         linear: the logits are ``x @ weight.T`` (+ constant) of the router's input, so a lens can act and be folded.
         experts: attribute of the router's parent that holds the experts; None when there is none.
-        experts_reader: how the experts are called: ``"interface"`` (``experts(x, index, weights)``, dispatched through
+        experts_call: how the experts are called: ``"interface"`` (``experts(x, index, weights)``, dispatched through
             Transformers' experts interface), ``"direct"`` (same call, no dispatch), ``"longcat"`` (same call, at least
             two slots), ``"switch"``, ``"llama4"``, ``"dbrx"``, ``"none"``.
         num_experts_at, top_k_at, weight_at: where the router keeps the number of its classes, k, and its weight.
@@ -55,7 +55,7 @@ class Adapter:
     indices_index: int = 2
     linear: bool = True
     experts: str | None = "experts"
-    experts_reader: str = "interface"
+    experts_call: str = "interface"
     num_experts_at: Setting = "num_experts"
     top_k_at: Setting = "top_k"
     weight_at: str = "weight"
@@ -113,7 +113,7 @@ class Adapter:
         """Return the scores of the logits as a distribution, fp32 ``[T, E]``: no native bias, no group limit."""
         return self.rule.distribution(router, logits_TE)
 
-    def steer(
+    def reroute(
         self,
         router: nn.Module,
         output: Any,
@@ -176,7 +176,7 @@ class Adapter:
 class ObserveOnly(Adapter):
     """A router whose choice cannot be moved; `refuse` says why under ``"beta"``."""
 
-    def steer(
+    def reroute(
         self,
         router: nn.Module,
         output: Any,

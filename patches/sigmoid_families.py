@@ -65,7 +65,7 @@ ADAPTERS = (
         router_class="Step3p7TopKRouter",
         rule=MINIMAX_M2,
         bias_at=ESB,
-        experts_reader="direct",
+        experts_call="direct",
     ),
     Adapter(
         family="laguna",

@@ -33,7 +33,7 @@ class InklingAdapter(Adapter):
         rows_ED: Tensor = router.weight[: router.num_experts]
         return rows_ED
 
-    def steer(
+    def reroute(
         self,
         router: Any,
         output: Any,
@@ -77,7 +77,7 @@ class ZayaAdapter(Adapter):
         skip = router.num_router_classes - 1
         return Routing(logits, index_TK.masked_fill(weights_TK.detach() == 0, skip), None)
 
-    def steer(
+    def reroute(
         self,
         router: Any,
         output: Any,
@@ -88,7 +88,7 @@ class ZayaAdapter(Adapter):
         kwargs: Mapping[str, Any],
     ) -> Any:
         """Choose among all classes, then mask the skip class as the native router does."""
-        _, weights_TK, _, states = parts = super().steer(router, output, z_TE, beta_E, scope, args, kwargs)
+        _, weights_TK, _, states = parts = super().reroute(router, output, z_TE, beta_E, scope, args, kwargs)
         skipped_TK = parts[2] == router.num_router_classes - 1
         return output[0], weights_TK.masked_fill(skipped_TK, 0), parts[2].masked_fill(skipped_TK, 0), states
 
@@ -102,7 +102,7 @@ class GemmaAdapter(Adapter):
         prob_TE, _, index_TK = output
         return Routing(prob_TE.clamp_min(torch.finfo(prob_TE.dtype).tiny).log(), index_TK, None)
 
-    def steer(
+    def reroute(
         self,
         router: Any,
         output: Any,
@@ -223,7 +223,7 @@ ADAPTERS = (
         rule=ScoreTopK(score="softmax"),
         logits_index=None,
         weight_at="layer.weight",
-        experts_reader="dbrx",
+        experts_call="dbrx",
         refuse={"beta": _DBRX, "lens": _DBRX, "fold": _DBRX},
     ),
     NllbAdapter(
@@ -234,7 +234,7 @@ ADAPTERS = (
         logits_index=2,
         top_k_at=2,
         weight_at="classifier.weight",
-        experts_reader="none",
+        experts_call="none",
         refuse={"beta": _NLLB, "lens": _NLLB, "fold": _NLLB, "coherence": _NLLB},
     ),
 )

@@ -58,7 +58,7 @@ ADAPTERS = (
         num_experts_at="n_routed_experts",
         weight_at="classifier.weight",
         bias_at="e_score_correction_bias",
-        experts_reader="longcat",
+        experts_call="longcat",
         notes="ids from config.n_routed_experts on are identity experts; E counts them",
     ),
     *(

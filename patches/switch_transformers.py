@@ -35,7 +35,7 @@ class SwitchAdapter(Adapter):
         index_T1 = torch.where(kept_T1, mask_TE.argmax(dim=-1, keepdim=True), prob_TE.argmax(dim=-1, keepdim=True))
         return Routing(logits_TE, index_T1, kept_T1)
 
-    def steer(
+    def reroute(
         self,
         router: Any,
         output: Any,
@@ -82,7 +82,7 @@ ADAPTERS = (
         top_k_at=1,
         weight_at="classifier.weight",
         linear_bias_at="classifier.bias",
-        experts_reader="switch",
+        experts_call="switch",
         notes="capacity per sequence and expert, in position order",
     ),
 )

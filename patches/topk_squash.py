@@ -35,7 +35,7 @@ class JetMoeAdapter(Adapter):
         index_N = torch.empty_like(order_N).scatter_(0, order_N, expert_N)
         return Routing(logits_TE, index_N.view(-1, self.top_k(router)), None)
 
-    def steer(
+    def reroute(
         self,
         router: nn.Module,
         output: Any,
@@ -62,7 +62,7 @@ class Llama4Adapter(Adapter):
         score_TE, logits_TE = output
         return Routing(logits_TE, torch.topk(score_TE.detach(), self.top_k(router), dim=-1)[1], None)
 
-    def steer(
+    def reroute(
         self,
         router: nn.Module,
         output: Any,
@@ -132,7 +132,7 @@ ADAPTERS = (
         logits_index=4,
         weight_at="layer.weight",
         experts=None,
-        experts_reader="none",
+        experts_call="none",
         refuse={"coherence": _NO_EXPERTS_MODULE},
         notes="attention is routed too (self_attention.experts.router)",
     ),
@@ -143,7 +143,7 @@ ADAPTERS = (
         rule=TopKSquash("sigmoid"),
         logits_index=1,
         weights_index=0,
-        experts_reader="llama4",
+        experts_call="llama4",
         refuse={"coherence": _SCALED_INPUT},
     ),
 )

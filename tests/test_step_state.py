@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.config import BetaConfig, CoherenceConfig, VetoConfig
-from chronomoe_hf.recording.scope import RecordingWindow, Switches
+from chronomoe_hf.recording.scope import ForwardScope, Switches
 from chronomoe_hf.recording.sums import META, PER_EXPERT, PER_LAYER, Accumulators, LayerRecorder
 from chronomoe_hf.router.forward import RouterState, Routing
-from chronomoe_hf.step_state import Row, StateBank
+from chronomoe_hf.step_state import Row, StepState
 
 EXPERTS = (4, 6)  # two layers of different width: the narrow one has padding columns
 WIDTH = max(EXPERTS)
@@ -25,7 +25,7 @@ class Forward:
     """Recorders of two layers, fed by hand, and the row that a step folds."""
 
     def __init__(self) -> None:
-        self.window = RecordingWindow(Switches(), (), None)
+        self.window = ForwardScope(Switches(), (), None)
         self.recorders = []
         for layer_id, num in enumerate(EXPERTS):
             recorder = LayerRecorder(layer_id, num, WIDTH, self.window, CoherenceConfig())
@@ -68,7 +68,7 @@ def test_the_columns_of_a_row_do_not_overlap() -> None:
 
 
 def test_logit_std_is_the_bias_corrected_mean_of_the_spread_of_real_tokens() -> None:
-    forward, bank = Forward(), StateBank(list(EXPERTS))
+    forward, stacked = Forward(), StepState(list(EXPERTS))
     draw = torch.Generator().manual_seed(0)
     series = []
     for step in range(1, 5):
@@ -82,13 +82,13 @@ def test_logit_std_is_the_bias_corrected_mean_of_the_spread_of_real_tokens() -> 
             rows += [row for row, ok in zip(logits.tolist(), real, strict=True) if ok]
             assert len(rows) == 3 * (micro + 1)
         series.append(spread(rows))
-        bank.fold(forward.row(), step, VetoConfig())
+        stacked.update(forward.row(), step, VetoConfig())
         ema = 0.0
         for value in series:
             ema = 0.99 * ema + 0.01 * value
-        assert float(bank.logit_std_L[0]) == pytest.approx(ema / (1 - 0.99 ** len(series)), rel=1e-4)
+        assert float(stacked.logit_std_L[0]) == pytest.approx(ema / (1 - 0.99 ** len(series)), rel=1e-4)
     assert max(series) > 2 * min(series), "bad test setup: a constant would pass"
-    assert float(bank.logit_std_L[1]) == 1.0 and int(bank.std_updates_L[1]) == 0, "a layer that was never called"
+    assert float(stacked.logit_std_L[1]) == 1.0 and int(stacked.std_updates_L[1]) == 0, "a layer that was never called"
 
 
 def test_padding_and_non_finite_tokens_are_in_no_sum() -> None:
@@ -105,26 +105,26 @@ def test_padding_and_non_finite_tokens_are_in_no_sum() -> None:
     assert {name: int(row.meta(sums, name)) for name in META} == {"tokens": 2, "dropped": 0, "nonfinite": 1, "calls": 1}
     assert int(row.count(sums).sum()) == 2 * 2
     got = {name: float(row.layer(sums, name)) for name in PER_LAYER[1:]}
-    assert got == {"js": 1.0, "flip": 2.0, "overlap": 2.0, "compared": 2.0, "topk_differs": 2.0, "steered": 2.0}
+    assert got == {"js": 1.0, "flip": 2.0, "overlap": 2.0, "compared": 2.0, "topk_differs": 2.0, "steered_tokens": 2.0}
 
 
 def test_a_step_without_a_comparison_keeps_disagreement_and_relevance() -> None:
-    forward, bank = Forward(), StateBank(list(EXPERTS))
+    forward, stacked = Forward(), StepState(list(EXPERTS))
     logits = torch.randn(3, 4)
     forward.call(
         0, logits, disagreement=(torch.tensor([0.2, 0.4, 0.6]), torch.tensor([0.0, 1.0, 0.0]), torch.ones(3) / 4)
     )
-    bank.fold(forward.row(), 1, VetoConfig())
+    stacked.update(forward.row(), 1, VetoConfig())
     forward.call(0, logits)
-    bank.fold(forward.row(), 2, VetoConfig())
-    bank.fold(forward.row(), 3, VetoConfig())
-    assert bank.js_L.tolist() == pytest.approx([0.4, 0.0])
-    assert bank.flip_L.tolist() == pytest.approx([1 / 3, 0.0])
-    assert bank.overlap_L.tolist() == pytest.approx([0.25, 0.0])
-    assert bank.relevance_L.tolist() == pytest.approx([0.5, 1.0])
-    bank.fold(forward.row(), 4, VetoConfig(signal="overlap"))
-    assert bank.relevance_L.tolist() == pytest.approx([0.25, 1.0])
-    off = StateBank(list(EXPERTS))
+    stacked.update(forward.row(), 2, VetoConfig())
+    stacked.update(forward.row(), 3, VetoConfig())
+    assert stacked.js_L.tolist() == pytest.approx([0.4, 0.0])
+    assert stacked.flip_L.tolist() == pytest.approx([1 / 3, 0.0])
+    assert stacked.overlap_L.tolist() == pytest.approx([0.25, 0.0])
+    assert stacked.relevance_L.tolist() == pytest.approx([0.5, 1.0])
+    stacked.update(forward.row(), 4, VetoConfig(signal="overlap"))
+    assert stacked.relevance_L.tolist() == pytest.approx([0.25, 1.0])
+    off = StepState(list(EXPERTS))
     forward.call(0, logits, disagreement=(torch.ones(3), torch.ones(3), torch.ones(3)))
     off.fold(forward.row(), 1, VetoConfig(enabled=False))
     assert off.relevance_L.tolist() == [1.0, 1.0] and float(off.js_L[0]) == 1.0
@@ -142,90 +142,90 @@ def coherence_row(phi: list[list[float]], weight: list[list[float]], count: list
 
 
 def test_the_bank_and_a_buffer_of_its_own_agree_on_clocks_and_beta() -> None:
-    """Two layers of different width in one bank against one plain buffer and one plain router state per layer."""
+    """Two layers of different width in one stacked against one plain buffer and one plain router state per layer."""
     from chronomoe_hf import CoherenceBuffer
     from chronomoe_hf.router.forward import update_beta
 
     draw = random.Random(0)
-    bank = StateBank(list(EXPERTS))
+    stacked = StepState(list(EXPERTS))
     buffers = [CoherenceBuffer(num) for num in EXPERTS]
     states = [RouterState.fresh(layer, num, 0.3) for layer, num in enumerate(EXPERTS)]
     config = BetaConfig(eta=0.2)
     for step in range(1, 8):
         phi = [[draw.uniform(-1, 1) for _ in range(num)] for num in EXPERTS]
         count = [[draw.choice([0, 5, 9]) for _ in range(num)] for num in EXPERTS]
-        bank.fold(coherence_row(phi, [[float(n) for n in layer] for layer in count], count), step, VetoConfig())
-        bank.apply_coherence(step, config)
+        stacked.update(coherence_row(phi, [[float(n) for n in layer] for layer in count], count), step, VetoConfig())
+        stacked.apply_coherence(step, config)
         for layer, buffer in enumerate(buffers):
             active = [e for e, n in enumerate(count[layer]) if n]
             buffer.update(torch.tensor(phi[layer], dtype=torch.float64), active, step, torch.tensor(count[layer]))
             update_beta(states[layer], buffer.snapshot(step), eta=0.2)
     for layer, num in enumerate(EXPERTS):
         want = buffers[layer].snapshot(7)
-        for expert, state in bank.coherence(layer).snapshot(7).items():
+        for expert, state in stacked.coherence(layer).snapshot(7).items():
             assert astuple(state) == pytest.approx(astuple(want[expert]), abs=1e-12)
         assert float(states[layer].beta_coeff.abs().max()) > 0.1, "bad test setup"
-        assert bank.beta_LE[layer, :num].tolist() == pytest.approx(states[layer].beta_coeff.tolist(), abs=1e-6)
-    assert bank.beta_LE[0, EXPERTS[0] :].eq(0).all()
+        assert stacked.beta_LE[layer, :num].tolist() == pytest.approx(states[layer].beta_coeff.tolist(), abs=1e-6)
+    assert stacked.beta_LE[0, EXPERTS[0] :].eq(0).all()
 
 
 def test_balance_moves_each_layer_by_its_own_counts_and_leaves_frozen_ones_alone() -> None:
-    bank = StateBank(list(EXPERTS))
+    stacked = StepState(list(EXPERTS))
     count = torch.tensor([[8, 4, 4, 0, 0, 0], [6, 6, 6, 6, 6, 0]])
     for _ in range(2):
         beta = BetaConfig(law="balance", rule="proportional", rate=0.1)
-        bank.apply_balance(count, beta, torch.tensor([False, False]))
+        stacked.apply_balance(count, beta, torch.tensor([False, False]))
     # Fair shares 4 and 5: gaps (-1, 0, 0, 1) and (-0.2 five times, 1), both already centred.
-    assert bank.beta_LE[0].tolist() == pytest.approx([-0.2, 0, 0, 0.2, 0, 0], abs=1e-6)
-    assert bank.beta_LE[1].tolist() == pytest.approx([-0.04] * 5 + [0.2], abs=1e-6)
-    before = bank.beta_LE.clone()
-    bank.apply_balance(count, beta, torch.tensor([True, False]))
-    assert torch.equal(bank.beta_LE[0], before[0]) and not torch.equal(bank.beta_LE[1], before[1])
+    assert stacked.beta_LE[0].tolist() == pytest.approx([-0.2, 0, 0, 0.2, 0, 0], abs=1e-6)
+    assert stacked.beta_LE[1].tolist() == pytest.approx([-0.04] * 5 + [0.2], abs=1e-6)
+    before = stacked.beta_LE.clone()
+    stacked.apply_balance(count, beta, torch.tensor([True, False]))
+    assert torch.equal(stacked.beta_LE[0], before[0]) and not torch.equal(stacked.beta_LE[1], before[1])
 
 
 def test_what_the_forward_adds_is_relevance_times_clamped_beta_times_logit_std() -> None:
-    bank = StateBank(list(EXPERTS))
+    stacked = StepState(list(EXPERTS))
     state = RouterState.fresh(1, 6)
-    bank.bind(state)
-    bank.beta_LE[1] = torch.tensor([0.5, -0.5, 0.1, -0.1, 0.0, 0.0])
-    bank.logit_std_L[1], bank.relevance_L[1] = 2.0, 0.25
-    bank.refresh(0.3)
+    stacked.bind(state)
+    stacked.beta_LE[1] = torch.tensor([0.5, -0.5, 0.1, -0.1, 0.0, 0.0])
+    stacked.logit_std_L[1], stacked.relevance_L[1] = 2.0, 0.25
+    stacked.refresh(0.3)
     assert state.beta_full.tolist() == pytest.approx([0.6, -0.6, 0.2, -0.2, 0, 0])
     assert state.beta_applied.tolist() == pytest.approx([0.15, -0.15, 0.05, -0.05, 0, 0])
-    bank.forget(torch.tensor([1.0, 0.5]))
+    stacked.forget(torch.tensor([1.0, 0.5]))
     assert state.beta_coeff.tolist() == pytest.approx([0.25, -0.25, 0.05, -0.05, 0, 0])
 
 
 def test_topk_disagreement_spans_the_closed_and_the_open_window() -> None:
-    forward, bank = Forward(), StateBank(list(EXPERTS))
-    assert bank.topk_disagreement() == [None, None]
+    forward, stacked = Forward(), StepState(list(EXPERTS))
+    assert stacked.topk_disagreement() == [None, None]
     forward.call(0, torch.randn(4, 4), differs=torch.tensor([True, False, False, False]))
-    bank.fold(forward.row(), 1, VetoConfig())
-    assert bank.topk_disagreement() == [0.25, None]
-    bank.close_window()
+    stacked.update(forward.row(), 1, VetoConfig())
+    assert stacked.topk_disagreement() == [0.25, None]
+    stacked.close_window()
     forward.call(0, torch.randn(4, 4), [True, True, False, False], differs=torch.ones(4, dtype=torch.bool))
-    bank.fold(forward.row(), 2, VetoConfig())
-    assert bank.topk_disagreement() == [0.5, None]
-    bank.close_window()
-    assert bank.topk_disagreement() == [1.0, None]
+    stacked.update(forward.row(), 2, VetoConfig())
+    assert stacked.topk_disagreement() == [0.5, None]
+    stacked.close_window()
+    assert stacked.topk_disagreement() == [1.0, None]
 
 
 def test_a_snapshot_is_one_transfer() -> None:
     from support.guards import Transfers
 
-    bank = StateBank(list(EXPERTS))
+    stacked = StepState(list(EXPERTS))
     with Transfers() as seen:
-        host = bank.host()
+        host = stacked.host()
     assert seen.reads == ["cpu"]
-    assert host["window"].shape == (2, bank.row.size) and host["phi_slow"].shape == (2, WIDTH)
+    assert host["window"].shape == (2, stacked.row.size) and host["phi_slow"].shape == (2, WIDTH)
 
 
 def test_state_returns_bit_for_bit() -> None:
     draw = torch.Generator().manual_seed(3)
-    bank, other = StateBank(list(EXPERTS)), StateBank(list(EXPERTS))
-    for name in StateBank.NAMES:
-        tensor = getattr(bank, name)
+    stacked, other = StepState(list(EXPERTS)), StepState(list(EXPERTS))
+    for name in StepState.NAMES:
+        tensor = getattr(stacked, name)
         tensor.copy_((torch.rand(tensor.shape, generator=draw) * 100).to(tensor.dtype))
-    other.load_state_dict(bank.state_dict())
-    for name in StateBank.NAMES:
-        assert torch.equal(getattr(other, name), getattr(bank, name)), name
+    other.load_state_dict(stacked.state_dict())
+    for name in StepState.NAMES:
+        assert torch.equal(getattr(other, name), getattr(stacked, name)), name

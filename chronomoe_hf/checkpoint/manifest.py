@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 TENSOR_FILE = "chronomoe.safetensors"
 MANIFEST_FILE = "chronomoe.json"
-SCHEMA_VERSION = 1  # raised when older readers would misread the files
+STATE_SCHEMA = 1  # raised when older readers would misread the files
 SCHEMA_MINOR = 1  # raised when older readers may ignore what was added
 
 # Far above any real state (tensors are O(layers x experts), a lens O(layers x hidden size)), far below harm.
@@ -92,17 +92,17 @@ def _check_schema(manifest: Any, source: str) -> None:
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version is None or not is_count(version) or version < 1:
         raise StateCorruptError(f"{source} has no schema_version (a positive integer), got {short(version)}; {WAY_OUT}")
-    if version > SCHEMA_VERSION:
+    if version > STATE_SCHEMA:
         raise StateSchemaError(
-            f"{source} has schema version {version}, this chronomoe_hf reads up to {SCHEMA_VERSION}; "
+            f"{source} has schema version {version}, this chronomoe_hf reads up to {STATE_SCHEMA}; "
             f"install chronomoe_hf {short(manifest.get('chronomoe_version'))} or newer"
         )
     minor = manifest.get("schema_minor", 0)
     if not is_count(minor):
         raise StateCorruptError(f"{source} has schema_minor {short(minor)}, not an integer; {WAY_OUT}")
-    if version == SCHEMA_VERSION and minor > SCHEMA_MINOR:
+    if version == STATE_SCHEMA and minor > SCHEMA_MINOR:
         logger.warning("%s has schema %d.%d, newer than %d.%d: what was added is ignored",
-                       source, version, minor, SCHEMA_VERSION, SCHEMA_MINOR)  # fmt: skip
+                       source, version, minor, STATE_SCHEMA, SCHEMA_MINOR)  # fmt: skip
 
 
 def manifest_problem(manifest: Mapping[str, Any]) -> str | None:

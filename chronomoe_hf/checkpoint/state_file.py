@@ -43,7 +43,7 @@ from chronomoe_hf.checkpoint.manifest import (
     MAX_MANIFEST_BYTES,
     MAX_TENSOR_BYTES,
     SCHEMA_MINOR,
-    SCHEMA_VERSION,
+    STATE_SCHEMA,
     TENSOR_FILE,
     WAY_OUT,
     Meta,
@@ -146,11 +146,11 @@ def read_state(directory: str | Path) -> tuple[Tensors, Meta]:
 
 
 def _migrate(tensors: Tensors, meta: Meta, path: Path) -> tuple[Tensors, Meta]:
-    while (version := meta["schema_version"]) < SCHEMA_VERSION:
+    while (version := meta["schema_version"]) < STATE_SCHEMA:
         if version not in MIGRATIONS:
             raise StateSchemaError(
                 f"{path} has schema version {version}, which cannot be migrated to this "
-                f"version's {SCHEMA_VERSION}; install chronomoe_hf {short(meta.get('chronomoe_version'))}"
+                f"version's {STATE_SCHEMA}; install chronomoe_hf {short(meta.get('chronomoe_version'))}"
             )
         tensors, meta = MIGRATIONS[version](tensors, meta)
         meta = {**meta, "schema_version": version + 1}
@@ -167,7 +167,7 @@ def _tensor_payload(tensors: Mapping[str, Tensor]) -> bytes:
 def _manifest(payload: bytes, meta: Mapping[str, Any]) -> Meta:
     manifest = {
         **meta,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": STATE_SCHEMA,
         "schema_minor": SCHEMA_MINOR,
         "chronomoe_version": _version("chronomoe_hf"),
         "versions": {

@@ -31,7 +31,7 @@ _PER_LAYER_AXIS = {"ema_CLE": 1}
 
 def pack(system: ChronoSystem) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The system's state as CPU tensors by name and a JSON-ready mapping."""
-    tensors = {name: value.cpu() for name, value in system.bank.state_dict().items()}
+    tensors = {name: value.cpu() for name, value in system.step_state.state_dict().items()}
     for layer_id, lens in system.lenses.items():
         tensors |= {f"lens.{layer_id}.{name}": value.cpu() for name, value in lens.state_dict().items()}
     meta = {
@@ -40,7 +40,7 @@ def pack(system: ChronoSystem) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "run_id": system.run_id,
         "attempt": system.attempt,
         "governed": system.governed,
-        "steering": [layer.link.state.steering for layer in system.layers],
+        "steering": [layer.handle.state.beta_on for layer in system.layers],
         "layers": [layer.table_row() for layer in system.layers],
         "config": system.config.to_dict(),
         "controller": system.controller.state_dict(),
@@ -62,12 +62,12 @@ def unpack(system: ChronoSystem, tensors: dict[str, Tensor], meta: dict[str, Any
     pairs = check_layers(meta["layers"], live, system.config.checkpoint.allow_partial)
     if "beta_LE" in tensors:  # gain_LE was added in schema 1.1; without it the gains start afresh
         tensors = {"gain_LE": torch.zeros_like(tensors["beta_LE"]), **tensors}
-    missing = [name for name in system.bank.NAMES if name not in tensors]
+    missing = [name for name in system.step_state.NAMES if name not in tensors]
     if missing:
         raise StateCorruptError(f"the saved state lacks {', '.join(missing)}; resume from another checkpoint")
     _warn_of_other_settings(system.config, meta.get("config"))
     if len(pairs) == len(live) == len(meta["layers"]) and all(old == new for old, new in pairs):
-        system.bank.load_state_dict(tensors)
+        system.step_state.load_state_dict(tensors)
         system.controller.load_state_dict(meta["controller"])
         system.lifecycle.load_state_dict(meta["lifecycle"])
         system.alerts.load_state_dict(meta["alerts"])
@@ -76,13 +76,13 @@ def unpack(system: ChronoSystem, tensors: dict[str, Tensor], meta: dict[str, Any
         _load_matching(system, tensors, pairs)
     for old, new in pairs:
         layer = system.layers[new]
-        layer.link.state.steering = bool(meta["steering"][old])
-        lens = layer.link.lens
+        layer.handle.state.beta_on = bool(meta["steering"][old])
+        lens = layer.handle.lens
         prefix = f"lens.{old}."
         saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         if lens is not None and saved:
             lens.load_state_dict(saved)
-            layer.link.lens_open = lens.scale > 0.0
+            layer.handle.lens_open = lens.scale > 0.0
     system.governed = bool(meta["governed"])
     system.global_step = int(meta["step"])
     system.run_id = str(meta["run_id"])
@@ -91,11 +91,11 @@ def unpack(system: ChronoSystem, tensors: dict[str, Tensor], meta: dict[str, Any
 
 def _load_matching(system: ChronoSystem, tensors: dict[str, Tensor], pairs: list[tuple[int, int]]) -> None:
     """`allow_partial`: copy the layers that agree; the open window and the control state start fresh."""
-    for name in system.bank.NAMES:
+    for name in system.step_state.NAMES:
         if name == "window_LR":
             continue
         axis = _PER_LAYER_AXIS.get(name, 0)
-        live = getattr(system.bank, name)
+        live = getattr(system.step_state, name)
         for old, new in pairs:
             source, target = tensors[name].select(axis, old), live.select(axis, new)
             if target.dim() == 0:
@@ -103,7 +103,7 @@ def _load_matching(system: ChronoSystem, tensors: dict[str, Tensor], pairs: list
             else:
                 num = system.layers[new].num_experts
                 target[..., :num].copy_(source[..., :num])
-    system.bank.window_LR.zero_()
+    system.step_state.window_LR.zero_()
     system.window_steps = 0
     logger.warning("loaded the state of %d of %d layers; the others start fresh", len(pairs), len(system.layers))
 
@@ -158,7 +158,7 @@ def save(system: ChronoSystem, directory: str | Path) -> bool:
 
 def _report_disagreement(system: ChronoSystem) -> list[float | None]:
     """Per layer, the share of tokens that a plain reload of this checkpoint would route otherwise; warns above 1 %."""
-    shares = system.bank.topk_disagreement()
+    shares = system.step_state.topk_disagreement()
     known = [(share, layer.name) for share, layer in zip(shares, system.layers, strict=True) if share is not None]
     if known and max(known)[0] > WARN_ABOVE:
         worst, name = max(known)
@@ -210,4 +210,4 @@ def _missing(system: ChronoSystem, directory: str | Path) -> None:
 
 
 def _acted_before(system: ChronoSystem) -> bool:
-    return system.governed or bool(torch.count_nonzero(system.bank.beta_LE))
+    return system.governed or bool(torch.count_nonzero(system.step_state.beta_LE))

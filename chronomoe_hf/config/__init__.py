@@ -3,7 +3,7 @@
 Units are given per field. "interval" everywhere means optimizer steps.
 """
 
-from chronomoe_hf.config.config import CONFIG_NAME, SCHEMA_VERSION, ChronoConfig
+from chronomoe_hf.config.config import CONFIG_NAME, CONFIG_SCHEMA, ChronoConfig
 from chronomoe_hf.config.governance import (
     BalanceRule,
     BasisName,
@@ -23,7 +23,7 @@ from chronomoe_hf.config.recording import (
 
 __all__ = [
     "CONFIG_NAME",
-    "SCHEMA_VERSION",
+    "CONFIG_SCHEMA",
     "AlertConfig",
     "BalanceRule",
     "BasisName",

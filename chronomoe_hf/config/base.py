@@ -17,7 +17,7 @@ def require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-class Part:
+class ConfigBase:
     """Shared behaviour of every config dataclass: typed fields, strict dictionaries."""
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class Part:
         out: dict[str, Any] = {}
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
-            out[item.name] = value.to_dict() if isinstance(value, Part) else value
+            out[item.name] = value.to_dict() if isinstance(value, ConfigBase) else value
         return out
 
     @classmethod
@@ -51,7 +51,7 @@ class Part:
         values = dict(data)
         for name, value in data.items():
             hint = hints[name]
-            if isinstance(hint, type) and issubclass(hint, Part) and isinstance(value, dict):
+            if isinstance(hint, type) and issubclass(hint, ConfigBase) and isinstance(value, dict):
                 values[name] = hint.from_dict(value)
         return cls(**values)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chronomoe_hf.config.base import Part, positive, require
+from chronomoe_hf.config.base import ConfigBase, positive, require
 from chronomoe_hf.config.governance import BetaConfig, ControlConfig, LensConfig, VetoConfig
 from chronomoe_hf.config.recording import (
     AlertConfig,
@@ -19,12 +19,12 @@ from chronomoe_hf.config.recording import (
 )
 from chronomoe_hf.errors import ConfigError
 
-SCHEMA_VERSION = 1
+CONFIG_SCHEMA = 1
 CONFIG_NAME = "chronomoe_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChronoConfig(Part):
+class ChronoConfig(ConfigBase):
     """All settings of one wrapped model.
 
     Args:
@@ -47,13 +47,13 @@ class ChronoConfig(Part):
     lifecycle: LifecycleConfig = field(default_factory=LifecycleConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = CONFIG_SCHEMA
 
     def _check(self) -> None:
         positive("interval", self.interval)
         require(
-            self.schema_version == SCHEMA_VERSION,
-            f"schema_version {self.schema_version} is not readable by this version (it reads {SCHEMA_VERSION}); "
+            self.schema_version == CONFIG_SCHEMA,
+            f"schema_version {self.schema_version} is not readable by this version (it reads {CONFIG_SCHEMA}); "
             "install the chronomoe_hf that wrote it",
         )
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from chronomoe_hf.config.base import Part, between, positive
+from chronomoe_hf.config.base import ConfigBase, between, positive
 
 BalanceRule = Literal["quadratic", "proportional", "sign"]
 BasisName = Literal["scaled", "least_squares", "router"]
@@ -14,7 +14,7 @@ ReaderName = Literal["ridge", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BetaConfig(Part):
+class BetaConfig(ConfigBase):
     """The slow routing bias (SPEC section 4). Biases are in units of one logit standard deviation.
 
     Args:
@@ -57,7 +57,7 @@ class BetaConfig(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VetoConfig(Part):
+class VetoConfig(ConfigBase):
     """The bridge veto (SPEC section 4).
 
     Args:
@@ -83,7 +83,7 @@ class VetoConfig(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlConfig(Part):
+class ControlConfig(ConfigBase):
     """The controller (SPEC section 5).
 
     Args:
@@ -181,7 +181,7 @@ class ControlConfig(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LensConfig(Part):
+class LensConfig(ConfigBase):
     """The low-rank lens on the router input (SPEC section 5).
 
     Args:

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from chronomoe_hf.config.base import Part, between, positive
+from chronomoe_hf.config.base import ConfigBase, between, positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoherenceConfig(Part):
+class CoherenceConfig(ConfigBase):
     """How expert outputs are read (SPEC section 4).
 
     Args:
@@ -31,7 +31,7 @@ class CoherenceConfig(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlertConfig(Part):
+class AlertConfig(ConfigBase):
     """Alert thresholds (SPEC section 3).
 
     Args:
@@ -63,7 +63,7 @@ class AlertConfig(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LifecycleConfig(Part):
+class LifecycleConfig(ConfigBase):
     """The dry-run lifecycle (SPEC section 6).
 
     Args:
@@ -95,7 +95,7 @@ class LifecycleConfig(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TelemetryConfig(Part):
+class TelemetryConfig(ConfigBase):
     """What is written where (SPEC sections 3 and 7).
 
     Args:
@@ -116,7 +116,7 @@ class TelemetryConfig(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(Part):
+class CheckpointConfig(ConfigBase):
     """Saving and resuming (SPEC section 7).
 
     Args:

@@ -28,12 +28,12 @@ def balance(system: ChronoSystem, count_LE: Tensor) -> None:
         ConfigError: a correction bias that is a parameter has been sharded over the ranks.
     """
     beta = system.config.beta
-    step_LE = system.bank.apply_balance(count_LE, beta, system.untouched_L)
+    step_LE = system.step_state.apply_balance(count_LE, beta, system.untouched_L)
     for layer in system.layers:
         if layer.native_bias:
             _require_whole_bias(system, layer)
             layer.update_native_bias(step_LE[layer.layer_id, : layer.num_experts], beta)
-        layer.link.state.steering = layer.takes_beta
+        layer.handle.state.beta_on = layer.takes_beta
     system.governed = True
 
 
@@ -59,7 +59,7 @@ def share_control(system: ChronoSystem) -> Tensor:
     for layer_id, lens in system.lenses.items():
         control_L2[layer_id, 0] = lens.scale
     if distributed.active():
-        control_L2 = distributed.broadcast_(control_L2.to(system.bank.device)).cpu()
+        control_L2 = distributed.broadcast_(control_L2.to(system.step_state.device)).cpu()
         for layer_id, lens in system.lenses.items():
             lens.set_scale(float(control_L2[layer_id, 0]))
     return control_L2[:, 1]
@@ -75,10 +75,10 @@ def move_beta(system: ChronoSystem, step: int, keep_L: Tensor) -> None:
     """
     if system.config.beta.law != "coherence":
         return
-    system.bank.apply_coherence(step, system.config.beta, system.untouched_L)
-    system.bank.forget(keep_L)
+    system.step_state.apply_coherence(step, system.config.beta, system.untouched_L)
+    system.step_state.forget(keep_L)
     for layer in system.layers:
-        layer.link.state.steering = layer.takes_beta
+        layer.handle.state.beta_on = layer.takes_beta
     system.governed = True
 
 
@@ -94,7 +94,7 @@ def read_inputs(system: ChronoSystem, sums: list[Tensor]) -> list[RouterInputs]:
     """
     inputs = [RouterInputs.from_sums(each) for each in sums]
     if inputs:
-        with_lens = [layer.link.lens for layer in system.layers if layer.link.lens is not None]
+        with_lens = [layer.handle.lens for layer in system.layers if layer.handle.lens is not None]
         spread_L = torch.stack([each.spread for each in inputs]).tolist()
         for lens, spread in zip(with_lens, spread_L, strict=True):
             lens.spread = spread
@@ -112,17 +112,17 @@ def aim_lenses(
         snapshot: of the window, None if it could not be evaluated.
         held: lens scales of the window that closes.
     """
-    with_lens = [layer for layer in system.layers if layer.link.lens is not None]
+    with_lens = [layer for layer in system.layers if layer.handle.lens is not None]
     for layer in with_lens:
-        assert layer.link.lens is not None
-        layer.link.lens_open = layer.link.lens.scale > 0.0
+        assert layer.handle.lens is not None
+        layer.handle.lens_open = layer.handle.lens.scale > 0.0
     if snapshot is None or not inputs:
         return
     by_id = {layer.layer_id: layer for layer in snapshot.layers}
     for layer, seen_inputs in zip(with_lens, inputs, strict=True):
-        lens, seen = layer.link.lens, by_id[layer.layer_id]
+        lens, seen = layer.handle.lens, by_id[layer.layer_id]
         assert lens is not None
-        if not layer.link.lens_open or seen.shares is None:
+        if not layer.handle.lens_open or seen.shares is None:
             continue
         weight_ED = distributed.full_weight(layer.adapter.weight(layer.router))
         std = seen.logit_std or 1.0  # of the snapshot: already on the host

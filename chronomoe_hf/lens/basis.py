@@ -34,7 +34,7 @@ def steering_target(share_E: Tensor | Sequence[float]) -> Tensor:
     return t_E - t_E.mean()
 
 
-def expert_spread(weight_ED: Tensor) -> Tensor:
+def row_norm_ratio(weight_ED: Tensor) -> Tensor:
     """How far each expert's logit spreads over tokens, relative to the layer: centred row norms over their rms.
 
     A normalised router input spreads much the same in every direction, so the spread of an expert's logit follows the
@@ -88,7 +88,7 @@ def least_squares_basis(
         weight_ED: router weight, shape ``(E, D)``, any floating dtype.
         share_E: share of assignments per expert, shape ``(E,)``.
         logit_std: standard deviation of the clean logits, positive.
-        spread_E: factors on the target, then centred again, shape ``(E,)``; see :func:`expert_spread`.
+        spread_E: factors on the target, then centred again, shape ``(E,)``; see :func:`row_norm_ratio`.
         reader_D: direction of V, shape ``(D,)``; it is scaled to read 1 for `mu_D`. None = along `mu_D`.
 
     Returns:

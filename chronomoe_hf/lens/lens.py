@@ -18,7 +18,7 @@ from torch import Tensor
 
 from chronomoe_hf.config import BasisName
 from chronomoe_hf.errors import ConfigError, StateMismatchError
-from chronomoe_hf.lens.basis import basis_problem, expert_spread, host64, least_squares_basis, no_basis, router_basis
+from chronomoe_hf.lens.basis import basis_problem, host64, least_squares_basis, no_basis, router_basis, row_norm_ratio
 
 
 def fold_weight(weight_ED: Tensor, V_DR: Tensor, U_RD: Tensor, scale: float) -> Tensor:
@@ -156,7 +156,7 @@ class ChronoLens:
         if basis == "router":
             V_DR, U_RD = router_basis(mu_D, weight_ED, share_E, reader_D)
         else:
-            spread_E = expert_spread(weight_ED) if basis == "scaled" else None
+            spread_E = row_norm_ratio(weight_ED) if basis == "scaled" else None
             V_DR, U_RD = least_squares_basis(mu_D, weight_ED, share_E, logit_std, spread_E, reader_D)
         if carry > 0.0:
             held_D = (host64(mu_D) @ host64(self.V)) @ host64(self.U)

@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from chronomoe_hf.patches import all_adapters
 from chronomoe_hf.recording.scope import TokenSample, sample_tokens
 from chronomoe_hf.recording.sums import ExpertRows, LayerRecorder
-from chronomoe_hf.router.forward import LINK
+from chronomoe_hf.router.forward import HANDLE
 
 _TAPPED = ("grouped_mm", "batched_mm")
 # Sending tokens through the experts again costs compute, reading rows does not: keep the former small.
@@ -51,7 +51,7 @@ class ChronoExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
         """The native module's inputs and output; records expert outputs on the way."""
-        recorder: LayerRecorder = self.__dict__[LINK].recorder
+        recorder: LayerRecorder = self.__dict__[HANDLE].recorder
         if not (recorder.active and recorder.coherence.enabled):
             return super().forward(hidden_states, top_k_index, top_k_weights, *args)  # type: ignore[misc]
         config: Any = self.config
@@ -92,7 +92,7 @@ class ChronoDirectExperts(ChronoExperts):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
         """The native module's inputs and output; records expert outputs on the way."""
-        recorder: LayerRecorder = self.__dict__[LINK].recorder
+        recorder: LayerRecorder = self.__dict__[HANDLE].recorder
         native = super(ChronoExperts, self).forward
         output: Tensor = native(hidden_states, top_k_index, top_k_weights, *args)
         if recorder.active and recorder.coherence.enabled:
@@ -123,7 +123,7 @@ class ChronoSwitchExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
         """The native module's inputs and output; records expert outputs on the way."""
-        recorder: LayerRecorder = self.__dict__[LINK].recorder
+        recorder: LayerRecorder = self.__dict__[HANDLE].recorder
         output: Tensor = super().forward(hidden_states, selected_experts, routing_weights)  # type: ignore[misc]
         if recorder.active and recorder.coherence.enabled:
             mask_TE = selected_experts.reshape(output.shape[0], -1)
@@ -203,7 +203,7 @@ def chrono_experts_class(reader: str, original_class: type[nn.Module]) -> type[n
     """The class ``Chrono<Original>`` for an experts module, or None where no reader exists for it.
 
     Args:
-        reader: the adapter's ``experts_reader``.
+        reader: the adapter's ``experts_call``.
         original_class: class of the experts module.
     """
     mixin = _MIXINS.get(reader)
@@ -238,7 +238,7 @@ def __getattr__(name: str) -> type[nn.Module]:
             if module_name.startswith("transformers.models.") and ".modeling_" in module_name:
                 original = vars(module).get(name.removeprefix("Chrono"))
                 if isinstance(original, type) and original.__module__ == module_name:
-                    reader = next((a.experts_reader for a in all_adapters() if a.module == module_name), "none")
+                    reader = next((a.experts_call for a in all_adapters() if a.module == module_name), "none")
                     chrono = chrono_experts_class(reader, original)
                     if chrono is not None:
                         return chrono

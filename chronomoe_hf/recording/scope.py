@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Mode = Literal["off", "train", "eval"]
-WINDOW = "_chrono_window"
+SCOPE = "_chrono_scope"
 
 
 @dataclass
@@ -24,16 +24,16 @@ class Switches:
         training: record training forwards.
         evaluation: record forwards in eval mode (set while Trainer evaluates, or by ``system.recording_eval()``).
         router_input: also sum router inputs (set for the one step before a lens may be steered).
-        steered: beta or a lens acts in some layer (only compiled graphs go by it, see ``ChronoRouter.forward``).
+        any_steering: beta or a lens acts in some layer (only compiled graphs go by it, see ``ChronoRouter.forward``).
     """
 
     training: bool = True
     evaluation: bool = False
     router_input: bool = False
-    steered: bool = False
+    any_steering: bool = False
 
 
-class RecordingWindow:
+class ForwardScope:
     """Whether the running forward counts, and which of its rows are real tokens.
 
     One window belongs to each innermost PreTrainedModel that owns routers. Its pre-hook opens it, its
@@ -76,14 +76,14 @@ class RecordingWindow:
         return mask_T if mask_T is not None and mask_T.shape[0] == num_rows else None
 
 
-def open_window(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of an owner; finds its window through the module, so a deep copy records into its own."""
-    module.__dict__[WINDOW].open(module.training, args, kwargs)
+    module.__dict__[SCOPE].open(module.training, args, kwargs)
 
 
-def close_window(module: nn.Module, args: Any, output: Any) -> None:
+def close_scope(module: nn.Module, args: Any, output: Any) -> None:
     """Always-called forward hook of an owner."""
-    module.__dict__[WINDOW].close()
+    module.__dict__[SCOPE].close()
 
 
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:

@@ -16,12 +16,12 @@ from torch import Tensor
 from chronomoe_hf.coherence import phase_coherence
 from chronomoe_hf.config import CoherenceConfig, ReaderName
 from chronomoe_hf.lens.direction import SAMPLE, input_sums, sums_width
-from chronomoe_hf.recording.scope import RecordingWindow, sample_tokens
+from chronomoe_hf.recording.scope import ForwardScope, sample_tokens
 from chronomoe_hf.router.forward import Routing
 
 META = ("tokens", "dropped", "nonfinite", "calls")
 PER_EXPERT = ("prob", "phi_weighted", "phi_weight", "phi_rows", "contribution", "contribution_weight")
-PER_LAYER = ("logit_var", "js", "flip", "overlap", "compared", "topk_differs", "steered")
+PER_LAYER = ("logit_var", "js", "flip", "overlap", "compared", "topk_differs", "steered_tokens")
 
 
 @dataclass
@@ -70,7 +70,7 @@ class LayerRecorder:
     layer_id: int
     num_experts: int
     width: int
-    window: RecordingWindow
+    window: ForwardScope
     coherence: CoherenceConfig
     reader: ReaderName = "ridge"
     train: Accumulators = field(repr=False, default=None)  # type: ignore[assignment]
@@ -82,9 +82,9 @@ class LayerRecorder:
         return self.window.mode != "off"
 
     @property
-    def steered(self) -> bool:
+    def any_steering(self) -> bool:
         """Whether anything steers in any layer of the system."""
-        return self.window.switches.steered
+        return self.window.switches.any_steering
 
     def _sums(self, device: torch.device) -> Accumulators:
         sums = self.train if self.window.mode == "train" else self.eval
@@ -140,7 +140,7 @@ class LayerRecorder:
                 scalars["compared"] = weight_T.sum()
             if differs_T is not None:
                 scalars["topk_differs"] = weight_T @ differs_T.float()
-                scalars["steered"] = weight_T.sum()
+                scalars["steered_tokens"] = weight_T.sum()
             nothing = weight_T.new_zeros(())
             start = len(PER_EXPERT) * self.width
             sums.floats[start:].add_(torch.stack([scalars.get(name, nothing) for name in PER_LAYER]))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # the adapter's room lies to the right of this one; only its 
     from chronomoe_hf.lens.lens import ChronoLens
     from chronomoe_hf.patches.registry import Adapter
 
-LINK = "_chrono_link"
+HANDLE = "_chrono_handle"
 """Name of the plain attribute through which a wrapped module finds its layer. Never a registered buffer."""
 
 
@@ -47,7 +47,7 @@ class Recorder(Protocol):
         """Whether this forward is recorded."""
 
     @property
-    def steered(self) -> bool:
+    def any_steering(self) -> bool:
         """Whether anything steers in any layer of the system."""
 
     def routing(
@@ -80,7 +80,7 @@ class RouterState:
         beta_full: shape ``(E,)``, clamp(beta_coeff) * logit_std_ema, in logits.
         beta_applied: shape ``(E,)``, relevance * beta_full: what the forward adds.
         scope: ``"routing"`` or ``"selection"``.
-        steering: whether the forward applies beta at all (a host-side switch: no step reads the device for it).
+        beta_on: whether the forward applies beta at all (a host-side switch: no step reads the device for it).
     """
 
     layer_id: int
@@ -95,7 +95,7 @@ class RouterState:
     beta_full: Tensor
     beta_applied: Tensor
     scope: Literal["routing", "selection"] = "routing"
-    steering: bool = False
+    beta_on: bool = False
 
     @classmethod
     def fresh(cls, layer_id: int, num_experts: int, k_max: float = 0.3) -> RouterState:
@@ -122,7 +122,7 @@ class RouterState:
 
 
 @dataclass
-class RouterLink:
+class RouterHandle:
     """How a router module reaches its slow state; shared with the ChronoSystem, never registered as a submodule."""
 
     state: RouterState
@@ -143,38 +143,38 @@ class ChronoRouter(nn.Module):
     @property
     def router_state(self) -> RouterState:
         """Slow state of this router."""
-        link: RouterLink = self.__dict__[LINK]
-        return link.state
+        handle: RouterHandle = self.__dict__[HANDLE]
+        return handle.state
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The native router's inputs and outputs; see the class docstring."""
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        link: RouterLink = self.__dict__[LINK]
-        state, lens, adapter = link.state, link.lens, self.adapter
-        recording = link.recorder.active
+        handle: RouterHandle = self.__dict__[HANDLE]
+        state, lens, adapter = handle.state, handle.lens, self.adapter
+        recording = handle.recorder.active
         # Lenses open layer by layer, and a graph for every pattern of open ones would soon reach the compiler's limit:
         # in a compiled graph they open together, those at scale 0 shifting by exactly 0.
-        together = torch.compiler.is_compiling() and lens is not None and link.recorder.steered
-        lens_open = together or link.lens_open
-        if not (recording or state.steering or lens_open):
+        together = torch.compiler.is_compiling() and lens is not None and handle.recorder.any_steering
+        lens_open = together or handle.lens_open
+        if not (recording or state.beta_on or lens_open):
             return output
         routing = adapter.read(self, output)
         disagreement = differs_T = None
-        if state.steering or lens_open:
+        if state.beta_on or lens_open:
             clean_TE = z_TE = routing.logits_TE
             beta_E = state.beta_applied.to(z_TE.device)
             if lens_open:
                 assert lens is not None
                 z_TE = z_TE.float() + lens.logit_shift(_flat(args[0]), adapter.weight(self))
-            output = adapter.steer(self, output, z_TE, beta_E, state.scope, args, kwargs)
+            output = adapter.reroute(self, output, z_TE, beta_E, state.scope, args, kwargs)
             if recording:
                 native, routing = routing, adapter.read(self, output)
                 differs_T = experts_differ(native.index_TK, routing.index_TK)
-                if state.steering:
+                if state.beta_on:
                     disagreement = measure_disagreement(self, clean_TE.detach(), state.beta_full)
         if recording:
-            link.recorder.router_input(args[0])
-            link.recorder.routing(routing, self._distribution, disagreement, differs_T)
+            handle.recorder.router_input(args[0])
+            handle.recorder.routing(routing, self._distribution, disagreement, differs_T)
         return output
 
     def _distribution(self, logits_TE: Tensor) -> Tensor:
@@ -244,5 +244,5 @@ def update_beta(
         k_max=router_state.k_max,
     )
     router_state.beta_coeff.copy_(beta_E)
-    router_state.steering = True
+    router_state.beta_on = True
     router_state.refresh_()

@@ -19,7 +19,7 @@ from chronomoe_hf import metrics
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.telemetry.values import finite, finite_list, known, plain_counts, plain_list
 
-SCHEMA = 1
+RECORD_SCHEMA = 1
 Mode = Literal["TRAIN", "INFER", "EVAL"]
 Vector = list[float | None]
 
@@ -278,7 +278,7 @@ class RoutingEvent:
 
     def to_record(self) -> dict[str, Any]:
         """Strict-JSON dictionary: NaN and infinities become null, floats keep 7 significant digits."""
-        record: dict[str, Any] = {"schema": SCHEMA}
+        record: dict[str, Any] = {"schema": RECORD_SCHEMA}
         for item in dataclasses.fields(self):
             record[item.name] = getattr(self, item.name)
         for name in VECTORS:

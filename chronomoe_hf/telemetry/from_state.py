@@ -34,7 +34,7 @@ def layer_events(
     Args:
         layers: wrapped layers, in order.
         row: names the columns of ``host["window"]``.
-        host: arrays of ``StateBank.host()``; only ``"window"`` for evaluation.
+        host: arrays of ``StepState.host()``; only ``"window"`` for evaluation.
         run_id: of the run.
         attempt: start or resume of the run.
         step: optimizer step at which the window ends.
@@ -111,7 +111,7 @@ def _state_fields(host: Mapping[str, Any], layer: Layer, config: ChronoConfig) -
     if config.beta.law != "none" and not layer.native_bias:
         fields["beta"] = host["beta"][at, :num].tolist()
         fields["relevance"] = float(host["relevance"][at])
-    lens = layer.link.lens
+    lens = layer.handle.lens
     if lens is not None:
         fields["lens_scale"] = lens.scale
     return fields

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from chronomoe_hf.config import ChronoConfig
-from chronomoe_hf.telemetry.events import SCHEMA
+from chronomoe_hf.telemetry.events import RECORD_SCHEMA
 
 PACKAGES = ("chronomoe_hf", "torch", "transformers", "accelerate")
 
@@ -53,7 +53,7 @@ def run_manifest(
         A JSON-ready dictionary; ``created`` is the time in UTC, ISO 8601.
     """
     return {
-        "schema": SCHEMA,
+        "schema": RECORD_SCHEMA,
         "run_id": run_id,
         "attempt": attempt,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

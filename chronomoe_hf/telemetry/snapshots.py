@@ -11,7 +11,7 @@ from typing import Any
 from chronomoe_hf.config import AlertConfig
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.telemetry.alerts import Alert, AlertHistory, evaluate
-from chronomoe_hf.telemetry.events import SCHEMA, Mode, RoutingEvent
+from chronomoe_hf.telemetry.events import RECORD_SCHEMA, Mode, RoutingEvent
 from chronomoe_hf.telemetry.layers import LayerSnapshot
 from chronomoe_hf.telemetry.values import finite
 
@@ -173,7 +173,7 @@ class SystemSnapshot:
     def to_record(self) -> dict[str, Any]:
         """Strict-JSON dictionary."""
         return {
-            "schema": SCHEMA,
+            "schema": RECORD_SCHEMA,
             "run_id": self.run_id,
             "attempt": self.attempt,
             "step": self.step,

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from chronomoe_hf.errors import ConfigError, TelemetryError
-from chronomoe_hf.telemetry.events import SCHEMA
+from chronomoe_hf.telemetry.events import RECORD_SCHEMA
 from chronomoe_hf.telemetry.reader import ATTEMPTS, DIRECTORY, KINDS, MANIFEST, next_attempt, read_jsonl, read_manifest
 
 __all__ = ["KINDS", "TelemetryWriter", "next_attempt", "read_jsonl", "read_manifest"]
@@ -138,7 +138,7 @@ class TelemetryWriter:
         """One line of strict JSON, or None (counted as dropped) for something that is no record."""
         try:
             data = record if isinstance(record, Mapping) else record.to_record()
-            data = {"schema": SCHEMA, **data, "run_id": self.run_id, "attempt": self.attempt}
+            data = {"schema": RECORD_SCHEMA, **data, "run_id": self.run_id, "attempt": self.attempt}
             try:
                 return json.dumps(data, allow_nan=False, separators=(",", ":")) + "\n"
             except ValueError:  # NaN or infinity somewhere

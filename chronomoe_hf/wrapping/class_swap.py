@@ -12,8 +12,8 @@ from torch import nn
 from chronomoe_hf.errors import WrapError
 from chronomoe_hf.patches import chrono_class
 from chronomoe_hf.recording.experts import chrono_experts_class
-from chronomoe_hf.recording.scope import close_window, open_window
-from chronomoe_hf.router.forward import LINK
+from chronomoe_hf.recording.scope import close_scope, open_scope
+from chronomoe_hf.router.forward import HANDLE
 from chronomoe_hf.wrapping.layer import Layer
 
 
@@ -21,12 +21,12 @@ def swap(layer: Layer) -> None:
     """Give the layer's router, and its experts where they are read, their wrapped classes."""
     swaps = [(layer.router, chrono_class(layer.adapter, type(layer.router)))]
     if layer.experts is not None:
-        chrono = chrono_experts_class(layer.adapter.experts_reader, type(layer.experts))
+        chrono = chrono_experts_class(layer.adapter.experts_call, type(layer.experts))
         assert chrono is not None, "experts without a reader are dropped when the layer is made"
         swaps.append((layer.experts, chrono))
     for module, chrono in swaps:
         module.__class__ = chrono
-        module.__dict__[LINK] = layer.link
+        module.__dict__[HANDLE] = layer.handle
         _rebind_hooked_forward(module)
 
 
@@ -57,7 +57,7 @@ def restore(module: nn.Module) -> None:
     """Give a wrapped module its native class again."""
     chrono = type(module)
     module.__class__ = next(cls for cls in chrono.__mro__ if cls.__module__ != chrono.__module__ and not _is_mixin(cls))
-    del module.__dict__[LINK]
+    del module.__dict__[HANDLE]
     _rebind_hooked_forward(module)
 
 
@@ -67,7 +67,7 @@ def _is_mixin(cls: type) -> bool:
 
 def remove_hooks(module: nn.Module) -> None:
     """Remove the hooks of a recording window."""
-    for registry, hook in ((module._forward_pre_hooks, open_window), (module._forward_hooks, close_window)):
+    for registry, hook in ((module._forward_pre_hooks, open_scope), (module._forward_hooks, close_scope)):
         for key in [key for key, value in registry.items() if value is hook]:
             del registry[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -129,8 +129,8 @@ def _unreadable(experts: nn.Module | None, adapter: Adapter) -> str | None:
         return refused
     if experts is None:
         return f"the experts of {adapter.family} cannot be reached"
-    if chrono_experts_class(adapter.experts_reader, type(experts)) is None:
-        return f"no reader for the experts of {adapter.family} ({adapter.experts_reader})"
+    if chrono_experts_class(adapter.experts_call, type(experts)) is None:
+        return f"no reader for the experts of {adapter.family} ({adapter.experts_call})"
     if "forward" in experts.__dict__ and "_old_forward" not in experts.__dict__:
         return "the experts' forward was replaced on the instance (expert or tensor parallel)"
     return None

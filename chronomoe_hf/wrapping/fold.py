@@ -78,7 +78,7 @@ def fold_system(system: ChronoSystem) -> list[FoldReport]:
         _require_whole(layer)
     reports = [
         _fold_layer(system.model, layer, differs)
-        for layer, differs in zip(system.layers, system.bank.topk_disagreement(), strict=True)
+        for layer, differs in zip(system.layers, system.step_state.topk_disagreement(), strict=True)
     ]
     lossy = [report for report in reports if report.lost]
     above = [report for report in lossy if report.topk_differs is None or report.topk_differs > WARN_ABOVE]
@@ -97,15 +97,15 @@ def fold_system(system: ChronoSystem) -> list[FoldReport]:
 def _fold_layer(model: nn.Module, layer: Layer, differs: float | None) -> FoldReport:
     folded: list[str] = []
     lost: dict[str, str] = {}
-    link = layer.link
-    if link.lens_open:
-        assert link.lens is not None
+    handle = layer.handle
+    if handle.lens_open:
+        assert handle.lens is not None
         reason = layer.adapter.refused("fold") or _adapted(model, layer)
         if reason is None:
             weight_ED = layer.adapter.weight(layer.router)
-            weight_ED.copy_(fold_weight(weight_ED, link.lens.V, link.lens.U, link.lens.scale))
-            link.lens.set_scale(0.0)
-            link.lens_open = False
+            weight_ED.copy_(fold_weight(weight_ED, handle.lens.V, handle.lens.U, handle.lens.scale))
+            handle.lens.set_scale(0.0)
+            handle.lens_open = False
             folded.append("lens")
         else:
             lost["lens"] = reason
@@ -113,7 +113,7 @@ def _fold_layer(model: nn.Module, layer: Layer, differs: float | None) -> FoldRe
         target_E, reason = _beta_target(layer)
         reason = reason or _adapted(model, layer)
         if target_E is not None and reason is None:
-            state = link.state
+            state = handle.state
             target_E.add_(state.beta_applied.to(device=target_E.device, dtype=target_E.dtype))
             for value in (state.beta_coeff, state.beta_full, state.beta_applied):
                 value.zero_()
@@ -125,13 +125,13 @@ def _fold_layer(model: nn.Module, layer: Layer, differs: float | None) -> FoldRe
 
 
 def _has_beta(layer: Layer) -> bool:
-    return layer.link.state.steering and bool(layer.link.state.beta_applied.any())
+    return layer.handle.state.beta_on and bool(layer.handle.state.beta_applied.any())
 
 
 def _beta_target(layer: Layer) -> tuple[Tensor | None, str | None]:
     """The model's tensor that stands for a constant shift of the logits in the layer's scope, or why there is none."""
     adapter = layer.adapter
-    if layer.link.state.scope == "routing":
+    if layer.handle.state.scope == "routing":
         bias_E = adapter.linear_bias(layer.router)
         return bias_E, None if bias_E is not None else "the router has no bias of its own"
     bias_E = adapter.native_bias(layer.router, layer.parent)
@@ -151,7 +151,7 @@ def _adapted(model: nn.Module, layer: Layer) -> str | None:
 
 
 def _require_whole(layer: Layer) -> None:
-    steers = layer.link.lens_open or layer.link.state.steering
+    steers = layer.handle.lens_open or layer.handle.state.beta_on
     if steers and distributed.is_sharded(layer.adapter.weight(layer.router)):
         raise WrapError(
             f"layer {layer.layer_id} ({layer.name}): the router's weight is sharded over ranks, and folding needs it "

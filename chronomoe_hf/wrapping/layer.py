@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from chronomoe_hf.config import BetaConfig
 from chronomoe_hf.patches import Adapter
 from chronomoe_hf.recording.sums import LayerRecorder
-from chronomoe_hf.router.forward import RouterLink
+from chronomoe_hf.router.forward import RouterHandle
 
 
 @dataclass
@@ -26,10 +26,10 @@ class Layer:
         experts: the wrapped experts module, or None.
         parent: the module that owns the native bias where the router does not.
         num_experts, top_k: E and k.
-        link: what the router points to.
+        handle: what the router points to.
         recorder: the layer's accumulators.
         native_bias: the model's own correction bias, when the balance law updates that instead of beta.
-        steerable: beta may act here; False for a layer that can only be observed.
+        can_steer: beta may act here; False for a layer that can only be observed.
         notes: what is not supported on this layer, in plain words.
     """
 
@@ -41,16 +41,16 @@ class Layer:
     parent: nn.Module
     num_experts: int
     top_k: int
-    link: RouterLink
+    handle: RouterHandle
     recorder: LayerRecorder
     native_bias: bool = False
-    steerable: bool = True
+    can_steer: bool = True
     notes: list[str] = field(default_factory=list)
 
     @property
     def takes_beta(self) -> bool:
         """Whether a law on beta acts on this layer: it can, and no native bias does the work."""
-        return self.steerable and not self.native_bias
+        return self.can_steer and not self.native_bias
 
     def table_row(self) -> dict[str, Any]:
         """Name, router class, E and k, for manifests."""
@@ -74,7 +74,7 @@ class Layer:
         """The balance law on the model's own correction bias, in its score units; only the change is centred.
 
         Args:
-            step_E: step of the law in units of the rate, from ``StateBank.apply_balance``.
+            step_E: step of the law in units of the rate, from ``StepState.apply_balance``.
             beta: the rate.
         """
         bias_E = self.adapter.native_bias(self.router, self.parent)
@@ -83,6 +83,6 @@ class Layer:
             step_E = step_E * beta.native_rate
         else:
             slope = self.adapter.rule.bias_slope(self.num_experts)
-            step_E = step_E * (beta.rate * slope * self.link.state.logit_std_ema.double())
+            step_E = step_E * (beta.rate * slope * self.handle.state.logit_std_ema.double())
         with torch.no_grad():
             bias_E.add_((step_E - step_E.mean()).to(device=bias_E.device, dtype=bias_E.dtype))

@@ -146,7 +146,7 @@ def _layer_support(layer: FoundLayer) -> LayerSupport:
     top_k = adapter.top_k(layer.router)
     if "coherence" in capabilities:
         assert layer.experts is not None
-        capabilities["coherence"] = reading_mode(layer.experts, adapter.experts_reader, top_k)
+        capabilities["coherence"] = reading_mode(layer.experts, adapter.experts_call, top_k)
     return LayerSupport(
         name=layer.name,
         router_class=adapter.router_class,

@@ -164,8 +164,8 @@ def test_newer_schema_is_refused_newer_minor_warns(tmp_path, sample_state, step_
 
 def test_older_schemas_go_through_every_migration(tmp_path, sample_state, monkeypatch) -> None:
     assert write_state(tmp_path, *sample_state(1), strict=True)
-    monkeypatch.setattr(checkpoint, "SCHEMA_VERSION", 3)
-    monkeypatch.setattr(state_format, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(checkpoint, "STATE_SCHEMA", 3)
+    monkeypatch.setattr(state_format, "STATE_SCHEMA", 3)
     with pytest.raises(StateSchemaError, match="schema version 1, which cannot be migrated"):
         read_state(tmp_path)
     trail = []

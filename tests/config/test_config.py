@@ -242,7 +242,7 @@ def test_a_part_must_be_a_part() -> None:
 
 def test_other_schema_versions_are_refused() -> None:
     data = ChronoConfig().to_dict()
-    data["schema_version"] = config_module.SCHEMA_VERSION + 1
+    data["schema_version"] = config_module.CONFIG_SCHEMA + 1
     with pytest.raises(ConfigError, match="schema_version"):
         ChronoConfig.from_dict(data)
 

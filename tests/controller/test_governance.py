@@ -33,22 +33,22 @@ def govern(family: str, *, backend: str = "eager", steps: int = 4, **fields: Any
         system.step(step)
     for layer in system.layers:
         open_lens(system, layer.layer_id)
-        state = layer.link.state
+        state = layer.handle.state
         state.relevance.fill_(0.6)
         state.refresh_()
-        assert state.steering and float(state.beta_applied.abs().max()) > 0.05, "bad test setup: beta does not act"
+        assert state.beta_on and float(state.beta_applied.abs().max()) > 0.05, "bad test setup: beta does not act"
     return model, system
 
 
 def open_lens(system: ChronoSystem, layer_id: int, scale: float = 0.5) -> None:
     layer = system.layers[layer_id]
-    lens, weight = layer.link.lens, layer.adapter.weight(layer.router)
+    lens, weight = layer.handle.lens, layer.adapter.weight(layer.router)
     assert lens is not None
     share = torch.arange(1, weight.shape[0] + 1).double()
     note = lens.aim(torch.randn(weight.shape[1]), weight, share / share.sum(), 2.0)
     assert note is None
     lens.set_scale(scale)
-    layer.link.lens_open = True
+    layer.handle.lens_open = True
 
 
 # ---- causality ---------------------------------------------------------------------------------------------------
@@ -103,7 +103,12 @@ def test_activation_checkpointing_changes_no_gradient_while_governing(
         loss.backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         results.append(
-            (loss.detach(), grads, calls(), int(system.layers[0].recorder.train.ints[: system.bank.row.width].sum()))
+            (
+                loss.detach(),
+                grads,
+                calls(),
+                int(system.layers[0].recorder.train.ints[: system.step_state.row.width].sum()),
+            )
         )
         system.discard()
     (loss, want, plain_calls, counted), (again, got, calls_made, recounted) = results
@@ -131,7 +136,7 @@ def test_the_router_does_not_learn_against_its_lens_unless_asked(family: str) ->
         system.discard()
     assert torch.equal(*losses)
     for layer, alone, through in zip(system.layers, *grads, strict=True):
-        lens = layer.link.lens
+        lens = layer.handle.lens
         assert lens is not None and alone.abs().max() > 0
         # Fed x' = x + s (x V) U, a linear router would have the gradient G'(X + s X V U), G that of its logits.
         want = alone + lens.scale * (alone @ lens.V) @ lens.U
@@ -187,7 +192,7 @@ def test_disagreement_is_measured_for_the_full_beta_however_much_of_it_is_vetoed
     state.logit_std_ema.fill_(4.0)
     state.relevance.fill_(relevance)
     state.refresh_()
-    state.steering = True
+    state.beta_on = True
     batch = tiny.tiny_batch("mixtral", padded=True)
     out = model(**batch, output_router_logits=True)
     real = batch["attention_mask"].flatten().bool()
@@ -214,7 +219,7 @@ def test_a_veto_does_not_flip_flop() -> None:
     system = chronomoe_hf.system_of(model)
     state = system.router_state(0)
     state.beta_coeff.copy_(torch.tensor([21.0] + [-3.0] * 7))
-    state.steering = True
+    state.beta_on = True
     state.refresh_()
     series, logits = [], []
     batch = tiny.tiny_batch("mixtral")
@@ -230,8 +235,8 @@ def test_a_veto_does_not_flip_flop() -> None:
 
 def test_topk_disagreement_counts_real_tokens_with_other_experts_than_the_plain_router() -> None:
     model, system = govern("mixtral")
-    system.bank.close_window()
-    system.bank.close_window()
+    system.step_state.close_window()
+    system.step_state.close_window()
     chosen: dict[int, Tensor] = {}
     handles = [
         layer.router.register_forward_hook(lambda m, a, out, at=layer.layer_id: chosen.update({at: out[2]}))
@@ -249,8 +254,8 @@ def test_topk_disagreement_counts_real_tokens_with_other_experts_than_the_plain_
         want.append(sum(d for d, ok in zip(differs, real, strict=True) if ok) / sum(real))
     assert all(0.05 < share < 1.0 for share in want), "bad test setup"
     system.window_steps = 0
-    system.bank.fold(system._take()[0], 99, system.config.veto)
-    assert system.bank.topk_disagreement() == pytest.approx(want)
+    system.step_state.update(system._take()[0], 99, system.config.veto)
+    assert system.step_state.topk_disagreement() == pytest.approx(want)
 
 
 # ---- devices -------------------------------------------------------------------------------------------------------
@@ -292,7 +297,7 @@ def test_a_step_without_a_snapshot_never_waits_for_the_gpu(preset: str) -> None:
             assert system.step(step) is None
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert system.bank.device.type == "cuda"
+    assert system.step_state.device.type == "cuda"
     assert sum(system.snapshot().layers[0].counts) == 3 * K * (4 * 16 - 6)
 
 
@@ -309,7 +314,7 @@ def test_an_open_lens_and_a_veto_read_nothing_on_the_host() -> None:
             window.close()
             assert system.step(step) is None
         assert guard.calls > 100, "bad test setup: the guard saw nothing"
-    assert system.bank.topk_disagreement()[0] is not None
+    assert system.step_state.topk_disagreement()[0] is not None
 
 
 # ---- lenses that would scatter tokens ------------------------------------------------------------------------------
@@ -322,11 +327,11 @@ def test_every_lens_is_measured_before_it_may_act(reader: Any, limit: float, rea
     model, system = watch(ChronoConfig(interval=2, control=control, lens=LensConfig(reader=reader)), steps=2)
     assert [decision.abstain_reason for decision in system.decisions] == [reason] * len(system.layers)
     for layer, decision in zip(system.layers, system.decisions, strict=True):
-        lens = layer.link.lens
+        lens = layer.handle.lens
         assert lens is not None and decision.lens is not None
         assert 0.0 < decision.lens["spread"] == lens.spread < math.inf
-        assert layer.link.lens_open is (reason is None) is (lens.scale > 0.0) is bool(lens.V.any())
-    first = system.layers[0].link.lens
+        assert layer.handle.lens_open is (reason is None) is (lens.scale > 0.0) is bool(lens.V.any())
+    first = system.layers[0].handle.lens
     if reason is None and first is not None:
         mean_D = router_inputs(model, system, 0).mean(0)
         assert float(mean_D @ first.V[:, 0]) == pytest.approx(1.0, abs=1e-4)
@@ -343,7 +348,7 @@ def test_the_spread_is_that_of_the_router_inputs() -> None:
         x[1 - side :: 2] @ (fold.mean(0) / fold.mean(0).square().sum()) for side in (0, 1) for fold in [x[side::2]]
     ]
     reading = torch.cat(readings).double()
-    lens = system.layers[0].link.lens
+    lens = system.layers[0].handle.lens
     assert lens is not None
     assert lens.spread == pytest.approx(float(reading.std(unbiased=False) / reading.mean()), rel=1e-3)
 
@@ -363,7 +368,7 @@ def router_inputs(model: Any, system: ChronoSystem, layer_id: int) -> Tensor:
     """The plain model's router inputs for the batch of `watch`, one row per token; beta and lenses closed for it."""
     seen: list[Tensor] = []
     for layer in system.layers:
-        layer.link.lens_open = layer.link.state.steering = False
+        layer.handle.lens_open = layer.handle.state.beta_on = False
     handle = system.layers[layer_id].router.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
     )

@@ -34,7 +34,7 @@ def collapsed(family: str) -> Any:
 
 
 def step_counts(system: Any) -> torch.Tensor:
-    return system.bank.window_LR[:, : system.bank.row.width].clone()
+    return system.step_state.window_LR[:, : system.step_state.row.width].clone()
 
 
 def worst_share_of_experts(count_LE: torch.Tensor, num_experts: list[int]) -> float:
@@ -58,7 +58,7 @@ def train(model: Any, steps: int) -> tuple[float, float]:
         before = step_counts(system)
         system.step(step)
         seen.append(step_counts(system) - before)
-    experts = system.bank.num_experts
+    experts = system.step_state.num_experts
     return (worst_share_of_experts(seen[0], experts), worst_share_of_experts(sum(seen[-10:]), experts))
 
 
@@ -76,7 +76,9 @@ def test_balance_undoes_a_collapse(family: str, tmp_path: Path) -> None:
     assert last >= 0.9
     native = family in WITH_BIAS
     assert all(layer.native_bias is native for layer in system.layers)
-    assert bool(torch.count_nonzero(system.bank.beta_LE)) is not native, "beta stays zero where the native bias acts"
+    assert bool(torch.count_nonzero(system.step_state.beta_LE)) is not native, (
+        "beta stays zero where the native bias acts"
+    )
     if not native:
         return
     model.save_pretrained(tmp_path)

@@ -39,7 +39,7 @@ def run(directory: str, family: str, layout: dict[str, int], preset: str) -> dic
         "native_class": [type(layer.router).__name__ for layer in system.layers],
         "experts_forward_replaced": "forward" in system.layers[0].parent.experts.__dict__,
         "phi": [layer.phi_slow for layer in snapshot.layers],
-        "beta": system.bank.beta_LE.tolist(),
+        "beta": system.step_state.beta_LE.tolist(),
     }
 
 

@@ -104,7 +104,7 @@ def test_counts_are_exact_while_beta_changes(family: str, order: str) -> None:
         assert [layer.counts for layer in snapshot.layers] == want
         assert plain == [(4 * 16 - 6) * 2] * 2
         moved += any((layer.overlap_only or 0.0) > 0.0 for layer in snapshot.layers)
-        betas.append(system.bank.beta_LE.clone())
+        betas.append(system.step_state.beta_LE.clone())
         seen_graphs.append(graphs() - before)
     assert moved >= 3 and not torch.equal(betas[-1], betas[-2]), "bad test setup: beta does not change"
     assert seen_graphs[0] == 1 and seen_graphs[1:] == [GRAPHS] * 5, seen_graphs
@@ -134,7 +134,7 @@ def test_activation_checkpointing_counts_once_and_changes_no_gradient(reentrant:
             assert [sum(layer.counts) for layer in closed.layers] == [2 * (4 * 16 - 6) * 2] * 2
             assert [layer.calls for layer in closed.layers] == [2, 2]
         seen_graphs.append(graphs())
-    assert system.switches.steered and float(system.bank.beta_LE.abs().max()) > 0, "bad test setup"
+    assert system.switches.any_steering and float(system.step_state.beta_LE.abs().max()) > 0, "bad test setup"
     assert seen_graphs == [1, 1, GRAPHS, GRAPHS, GRAPHS, GRAPHS], seen_graphs
 
 
@@ -153,9 +153,9 @@ def test_lenses_that_open_one_by_one_share_a_graph() -> None:
                     weight = layer.adapter.weight(layer.router)
                     generator = torch.Generator().manual_seed(layer.layer_id)
                     share = torch.arange(1, 9).double() / 36
-                    layer.link.lens.aim(torch.randn(weight.shape[1], generator=generator), weight, share, 2.0)
-                layer.link.lens.set_scale(scale)
-                layer.link.lens_open = scale > 0
+                    layer.handle.lens.aim(torch.randn(weight.shape[1], generator=generator), weight, share, 2.0)
+                layer.handle.lens.set_scale(scale)
+                layer.handle.lens_open = scale > 0
         batch = tiny.tiny_batch("mixtral", seed=step, padded=True)
         got, want = compiled(**batch), twin(**batch)
         torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
@@ -166,7 +166,7 @@ def test_lenses_that_open_one_by_one_share_a_graph() -> None:
         seen_graphs.append(graphs())
         if scales == (0.5, 0.2, 0.1):
             for layer in systems[1].layers:
-                layer.link.lens_open = False
+                layer.handle.lens_open = False
             with torch.no_grad():
                 assert not torch.allclose(twin(**batch).logits, want.logits, atol=1e-2), "bad test setup: idle lenses"
     assert seen_graphs == [1, *[GRAPHS] * 6], seen_graphs

@@ -183,8 +183,8 @@ def test_state_is_saved_beside_the_adapter(order: str, tmp_path: Path) -> None:
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     other = chronomoe_hf.system_of(chronomoe_hf.wrap(loaded, config))
     assert other.load(tmp_path) is not None
-    assert float(system.bank.beta_LE.abs().max()) > 0, "bad test setup: no state worth restoring"
-    assert torch.equal(other.bank.beta_LE, system.bank.beta_LE)
+    assert float(system.step_state.beta_LE.abs().max()) > 0, "bad test setup: no state worth restoring"
+    assert torch.equal(other.step_state.beta_LE, system.step_state.beta_LE)
     batch = tiny.tiny_batch("mixtral", seed=9)
     assert torch.equal(loaded.train()(**batch).logits, model(**batch).logits)
 
@@ -225,8 +225,8 @@ def test_a_trainer_saves_and_resumes_an_adapter_bit_for_bit(order: str, tmp_path
     resumed = trainer_of(fresh(), tmp_path / "resumed")
     other = chronomoe_hf.attach(resumed, config).system
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert float(system.bank.beta_LE.abs().max()) > 0, "bad test setup"
-    assert torch.equal(other.bank.beta_LE, system.bank.beta_LE)
+    assert float(system.step_state.beta_LE.abs().max()) > 0, "bad test setup"
+    assert torch.equal(other.step_state.beta_LE, system.step_state.beta_LE)
     mine, theirs = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert not [a for a in resumed.model.get_base_model().__dict__ if a.startswith("chrono")]

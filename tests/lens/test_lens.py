@@ -16,9 +16,9 @@ from chronomoe_hf.lens import lens as lens_module
 from chronomoe_hf.lens.basis import (
     basis_problem,
     carried,
-    expert_spread,
     least_squares_basis,
     router_basis,
+    row_norm_ratio,
     steering_target,
 )
 from chronomoe_hf.lens.lens import ChronoLens, IdentityLens, fold_weight
@@ -118,14 +118,14 @@ def test_the_scaled_basis_moves_each_expert_by_its_own_spread():
     mean = [sum(row[d] for row in weight.tolist()) / 8 for d in range(32)]
     norm = [math.sqrt(sum((w - m) ** 2 for w, m in zip(row, mean, strict=True))) for row in weight.tolist()]
     rms = math.sqrt(sum(n * n for n in norm) / 8)
-    assert expert_spread(weight).tolist() == pytest.approx([n / rms for n in norm], rel=1e-6)
+    assert row_norm_ratio(weight).tolist() == pytest.approx([n / rms for n in norm], rel=1e-6)
     target = [t * logit_std * n / rms for t, n in zip(steering_target(share).tolist(), norm, strict=True)]
     lens = ChronoLens(32)
     lens.aim(mu, weight, share, logit_std, "scaled")
     lens.set_scale(1.0)
     expected = [t - sum(target) / 8 for t in target]
     assert lens.logit_shift(mu[None], weight)[0].tolist() == pytest.approx(expected, abs=1e-4)
-    assert expert_spread(torch.ones(4, 8)).tolist() == [1.0] * 4
+    assert row_norm_ratio(torch.ones(4, 8)).tolist() == [1.0] * 4
 
 
 def test_zero_centred_router_rows_still_reach_the_target():

@@ -45,7 +45,7 @@ def zeros(call: Call) -> Tensor:
     return torch.zeros(call.adapter.num_experts(call.router))
 
 
-def steerable(calls: Any) -> list[Call]:
+def can_steer(calls: Any) -> list[Call]:
     return [call for call in calls if call.adapter.refused("beta") is None]
 
 
@@ -61,7 +61,7 @@ def assert_neutral_is_exact(call: Call) -> None:
     output, args, kwargs = call.run()
     routing = patches.probe(call.adapter, call.router, output)
     for scope in SCOPES:
-        steered = call.adapter.steer(call.router, output, routing.logits_TE, zeros(call), scope, args, kwargs)
+        steered = call.adapter.reroute(call.router, output, routing.logits_TE, zeros(call), scope, args, kwargs)
         assert same(steered, output), (call.adapter.router_class, scope)
         if call.adapter.logits_index is not None:
             assert steered[call.adapter.logits_index] is output[call.adapter.logits_index], "clean logits were replaced"
@@ -69,7 +69,7 @@ def assert_neutral_is_exact(call: Call) -> None:
 
 @pytest.mark.parametrize("family", ROUTED)
 def test_neutral_steering_is_exact_fp32(family: str) -> None:
-    for call in steerable(calls_fp32(family)):
+    for call in can_steer(calls_fp32(family)):
         assert_neutral_is_exact(call)
 
 
@@ -77,14 +77,14 @@ def test_neutral_steering_is_exact_fp32(family: str) -> None:
 def test_neutral_steering_is_exact_bf16(family: str, tmp_path: Path) -> None:
     calls = calls_bf16(family, tmp_path)
     assert calls
-    for call in steerable(calls):
+    for call in can_steer(calls):
         assert_neutral_is_exact(call)
 
 
 @pytest.mark.parametrize("family", ROUTED)
 def test_neutral_steering_is_exact_under_autocast(family: str) -> None:
     """Mixed precision as Trainer does it: fp32 parameters, bf16 products, an fp32 or a bf16 input."""
-    for call in steerable(calls_fp32(family)):
+    for call in can_steer(calls_fp32(family)):
         hidden = call.args[0]
         for dtype in (torch.float, torch.bfloat16):
             with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -94,12 +94,12 @@ def test_neutral_steering_is_exact_under_autocast(family: str) -> None:
 @pytest.mark.parametrize("family", ROUTED)
 def test_open_lens_keeps_shapes_and_dtypes_in_bf16(family: str, tmp_path: Path) -> None:
     """With a lens open the logits arrive in fp32; what the block gets must not change its type."""
-    for call in steerable(calls_bf16(family, tmp_path)):
+    for call in can_steer(calls_bf16(family, tmp_path)):
         output, args, kwargs = call.run()
         routing = call.adapter.read(call.router, output)
         beta_E = torch.linspace(-0.3, 0.3, call.adapter.num_experts(call.router))
         for scope in SCOPES:
-            steered = call.adapter.steer(call.router, output, routing.logits_TE.float(), beta_E, scope, args, kwargs)
+            steered = call.adapter.reroute(call.router, output, routing.logits_TE.float(), beta_E, scope, args, kwargs)
             patches.probe(call.adapter, call.router, steered)
             for ours, native in zip(steered, output, strict=True):
                 if isinstance(native, Tensor):
@@ -109,7 +109,7 @@ def test_open_lens_keeps_shapes_and_dtypes_in_bf16(family: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("family", ROUTED)
 def test_gradients_of_neutral_steering_are_exact(family: str) -> None:
-    for call in steerable(calls_fp32(family)):
+    for call in can_steer(calls_fp32(family)):
         if call.adapter.router_class == "JetMoeTopKGating":
             weights_at = 2
         else:
@@ -131,7 +131,7 @@ def gradients(call: Call, weights_at: int, scope: Any) -> list[Tensor | None]:
     output = call.router(*args, **kwargs)
     if scope is not None:
         routing = call.adapter.read(call.router, output)
-        output = call.adapter.steer(call.router, output, routing.logits_TE, zeros(call), scope, args, kwargs)
+        output = call.adapter.reroute(call.router, output, routing.logits_TE, zeros(call), scope, args, kwargs)
     weights = output[weights_at]
     projection = torch.randn(weights.shape, generator=torch.Generator().manual_seed(3))
     return list(torch.autograd.grad((weights * projection).sum(), wanted, allow_unused=True))
@@ -178,7 +178,7 @@ def test_read_counts_what_the_router_dispatched(family: str) -> None:
 
 @pytest.mark.parametrize("family", ROUTED)
 def test_beta_moves_tokens_to_the_promoted_expert(family: str) -> None:
-    for call in steerable(calls_fp32(family)):
+    for call in can_steer(calls_fp32(family)):
         output, args, kwargs = call.run()
         routing = call.adapter.read(call.router, output)
         before, gained = counted(routing), 0
@@ -186,7 +186,7 @@ def test_beta_moves_tokens_to_the_promoted_expert(family: str) -> None:
             for scope in SCOPES:
                 beta_E = zeros(call)
                 beta_E[expert] = 3.0
-                steered = call.adapter.steer(call.router, output, routing.logits_TE, beta_E, scope, args, kwargs)
+                steered = call.adapter.reroute(call.router, output, routing.logits_TE, beta_E, scope, args, kwargs)
                 after = counted(call.adapter.read(call.router, steered))
                 assert after[expert] >= before[expert], (expert, scope)
                 if routing.kept_TK is None:
@@ -201,20 +201,20 @@ def test_scope_selection_keeps_the_weights_of_unmoved_tokens(family: str) -> Non
     if family in ("jetmoe", "llama4", "switch_transformers"):
         pytest.skip("weights are sorted by expert, dense, or of one expert; covered by the rule tests")
     moved = False
-    for call in steerable(calls_fp32(family)):
+    for call in can_steer(calls_fp32(family)):
         output, args, kwargs = call.run()
         logits_TE = call.adapter.read(call.router, output).logits_TE
         beta_E = torch.linspace(-0.05, 0.05, logits_TE.shape[-1])
         parts = (call.adapter.weights_index, call.adapter.indices_index)
-        selected = call.adapter.steer(call.router, output, logits_TE, beta_E, "selection", args, kwargs)
-        routed = call.adapter.steer(call.router, output, logits_TE, beta_E, "routing", args, kwargs)
+        selected = call.adapter.reroute(call.router, output, logits_TE, beta_E, "selection", args, kwargs)
+        routed = call.adapter.reroute(call.router, output, logits_TE, beta_E, "routing", args, kwargs)
         same_T = (selected[parts[1]] == output[parts[1]]).all(dim=-1)
         assert same_T.any(), "beta moved every token"
         assert torch.equal(selected[parts[0]][same_T], output[parts[0]][same_T])
         assert torch.equal(selected[parts[1]], routed[parts[1]])
         moved = moved or not torch.equal(routed[parts[0]][same_T], output[parts[0]][same_T])
-    k_is_one_and_renormalised = all(bool((call.run()[0][1] == 1).all()) for call in steerable(calls_fp32(family)))
-    assert moved or k_is_one_and_renormalised or not steerable(calls_fp32(family))
+    k_is_one_and_renormalised = all(bool((call.run()[0][1] == 1).all()) for call in can_steer(calls_fp32(family)))
+    assert moved or k_is_one_and_renormalised or not can_steer(calls_fp32(family))
 
 
 @pytest.mark.parametrize("family", ROUTED)
@@ -256,7 +256,7 @@ def test_stated_facts_hold(family: str) -> None:
         assert routing.index_TK.shape[-1] == adapter.top_k(router)
         if adapter.experts is not None:
             assert isinstance(getattr(call.parent, adapter.experts), torch.nn.Module)
-        assert (adapter.experts_reader == "interface") == facts["experts_interface"]
+        assert (adapter.experts_call == "interface") == facts["experts_interface"]
         bias = adapter.native_bias(router, call.parent)
         assert (bias is not None) == (facts["native_bias"] and adapter.router_class != "DeepseekV4HashRouter")
         if bias is not None:
@@ -305,7 +305,7 @@ def test_refused_routers_say_why() -> None:
         output, args, kwargs = call.run()
         logits_TE = call.adapter.read(call.router, output).logits_TE
         with pytest.raises(UnsupportedArchitectureError, match=call.adapter.router_class):
-            call.adapter.steer(call.router, output, logits_TE, zeros(call), "routing", args, kwargs)
+            call.adapter.reroute(call.router, output, logits_TE, zeros(call), "routing", args, kwargs)
 
 
 def test_data_names_real_classes() -> None:

@@ -272,7 +272,7 @@ def test_non_finite_tokens_are_left_out_and_alerted() -> None:
     layer = snapshot.layers[0]
     assert layer.nonfinite_tokens == 3
     assert sum(layer.counts) == 2 * (64 - 3)
-    assert torch.isfinite(system.bank.ema_CLE).all() and torch.isfinite(system.bank.beta_LE).all()
+    assert torch.isfinite(system.step_state.ema_CLE).all() and torch.isfinite(system.step_state.beta_LE).all()
     assert {a.kind for a in snapshot.alerts} >= {"NON_FINITE"}
     bad["on"] = False
     model(**batch)
@@ -328,4 +328,4 @@ def test_no_value_reaches_the_host_between_snapshots(preset: str) -> None:
             assert system.step(step) is None
         assert guard.calls > 100, "bad test setup: the guard saw nothing"
     with pytest.raises(AssertionError, match="reads the device"), NoHost():
-        system.bank.beta_LE.sum().item()
+        system.step_state.beta_LE.sum().item()

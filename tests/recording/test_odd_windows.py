@@ -16,11 +16,11 @@ from chronomoe_hf.config import TelemetryConfig
 
 def assert_sane(system: ChronoSystem) -> None:
     """Nothing is NaN, and beta and relevance are within their bounds."""
-    for name in system.bank.NAMES:
-        assert torch.isfinite(getattr(system.bank, name)).all(), name
-    assert float(system.bank.beta_LE.abs().max()) <= system.cap + 1e-6
-    assert system.bank.beta_LE.double().mean(-1).abs().max() < 1e-6
-    assert ((system.bank.relevance_L >= 0) & (system.bank.relevance_L <= 1)).all()
+    for name in system.step_state.NAMES:
+        assert torch.isfinite(getattr(system.step_state, name)).all(), name
+    assert float(system.step_state.beta_LE.abs().max()) <= system.cap + 1e-6
+    assert system.step_state.beta_LE.double().mean(-1).abs().max() < 1e-6
+    assert ((system.step_state.relevance_L >= 0) & (system.step_state.relevance_L <= 1)).all()
     for lens in system.lenses.values():
         assert (
             torch.isfinite(lens.V).all()
@@ -57,7 +57,7 @@ def test_all_tokens_on_one_expert_leave_no_nan(preset: str, num_k: int) -> None:
             assert [e for e, n in enumerate(snapshot.layers[0].counts) if n] == [3, 5][:num_k], "bad test setup"
         assert_sane(system)
     if preset == "balance":
-        assert system.bank.beta_LE[0, 3] < 0 < system.bank.beta_LE[0, 0]
+        assert system.step_state.beta_LE[0, 3] < 0 < system.step_state.beta_LE[0, 0]
 
 
 @pytest.mark.parametrize("preset", ["protect", "balance"])
@@ -80,19 +80,19 @@ def test_empty_and_all_padding_windows_leave_no_nan_and_move_nothing(preset: str
 
     for kind in ("nothing", "padding", "nothing"):
         run(kind)
-    assert system.bank.beta_LE.eq(0).all() and system.bank.std_updates_L.eq(0).all()
+    assert system.step_state.beta_LE.eq(0).all() and system.step_state.std_updates_L.eq(0).all()
     run("full")
     run("full")
-    before = {name: getattr(system.bank, name).clone() for name in ("beta_LE", "ema_CLE", "logit_std_L", "js_L")}
+    before = {name: getattr(system.step_state, name).clone() for name in ("beta_LE", "ema_CLE", "logit_std_L", "js_L")}
     assert before["beta_LE"].abs().max() > 0, "bad test setup: beta never moved"
     clocks, betas = before.pop("ema_CLE"), before.pop("beta_LE")
     for kind in ("padding", "nothing"):
         run(kind)
-        assert torch.equal(system.bank.ema_CLE, clocks)
+        assert torch.equal(system.step_state.ema_CLE, clocks)
         for name, tensor in before.items():
-            assert torch.equal(getattr(system.bank, name), tensor), (kind, name)
+            assert torch.equal(getattr(system.step_state, name), tensor), (kind, name)
         if preset == "balance":
-            assert torch.allclose(system.bank.beta_LE, betas, rtol=0, atol=1e-7), "no count, no step"
+            assert torch.allclose(system.step_state.beta_LE, betas, rtol=0, atol=1e-7), "no count, no step"
 
 
 def test_a_mistake_in_an_evaluation_does_not_end_training(

@@ -134,7 +134,7 @@ def test_update_beta_moves_a_router_state_by_the_definition(num_experts: int, ta
     state.relevance.fill_(0.5)
     update_beta(state, buffer_with(phi, tokens, 1).snapshot(1), eta=0.1, tau=tau)
     want = naive_coherence([0.0] * num_experts, phi, [True] * num_experts, tokens, 0.1, tau)
-    assert state.steering
+    assert state.beta_on
     assert state.beta_coeff.tolist() == pytest.approx(want, abs=2e-7)
     assert state.beta_full.tolist() == pytest.approx([2.5 * b for b in want], abs=1e-6)
     assert state.beta_applied.tolist() == pytest.approx([1.25 * b for b in want], abs=1e-6)

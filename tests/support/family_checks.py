@@ -183,7 +183,7 @@ def check_beta(family: str, model: Any) -> None:
             chronomoe_hf.wrap(model, ChronoConfig())
         return
     system = wrapped(model, ChronoConfig(interval=1))
-    chosen = next(layer for layer in system.layers if layer.steerable).layer_id
+    chosen = next(layer for layer in system.layers if layer.can_steer).layer_id
     assert (chosen != 0) == (family == "deepseek_v4"), "its hash layers are only observed"
     model(**inputs(model))
     before = system.step(1)
@@ -201,6 +201,6 @@ def check_beta(family: str, model: Any) -> None:
     assert after.layers[chosen].counts[target] > counts[target]
     assert after.layers[chosen].disagreement_js > 0
     for layer in system.layers:
-        if not layer.steerable:
-            assert not system.bank.beta_LE[layer.layer_id].any() and "no beta" in layer.notes[0]
-    assert all(math.isfinite(v) for v in system.bank.beta_LE.flatten().tolist())
+        if not layer.can_steer:
+            assert not system.step_state.beta_LE[layer.layer_id].any() and "no beta" in layer.notes[0]
+    assert all(math.isfinite(v) for v in system.step_state.beta_LE.flatten().tolist())

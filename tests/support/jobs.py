@@ -181,7 +181,7 @@ class CorruptBeta(Fault):
 
     def happen(self, model: nn.Module, rank: int) -> None:
         if rank == 1:
-            chronomoe_hf.system_of(model).bank.beta_LE[1, 3] += 1e-6
+            chronomoe_hf.system_of(model).step_state.beta_LE[1, 3] += 1e-6
 
 
 class CorruptScale(Fault):

@@ -481,15 +481,15 @@ def test_a_state_from_before_the_gains_starts_them_afresh(tmp_path: Path) -> Non
         return system
 
     system = governed()
-    assert system.bank.gain_LE.all(), "bad test setup: no gain to lose"
-    beta = system.bank.beta_LE.clone()
+    assert system.step_state.gain_LE.all(), "bad test setup: no gain to lose"
+    beta = system.step_state.beta_LE.clone()
     system.save(tmp_path)
     tensors, meta = read_state(tmp_path)
     del tensors["gain_LE"]
     write_state(tmp_path, tensors, meta, strict=True)
     other = governed()
     other.load(tmp_path)
-    assert not other.bank.gain_LE.any() and torch.equal(other.bank.beta_LE, beta)
+    assert not other.step_state.gain_LE.any() and torch.equal(other.step_state.beta_LE, beta)
     del tensors["ema_CLE"]
     write_state(tmp_path, tensors, meta, strict=True)
     with pytest.raises(StateCorruptError, match="lacks ema_CLE;"):

@@ -44,17 +44,17 @@ def governed(family: str, *, lens: float = 0.0, beta: float = 0.0, scope: Any = 
     chronomoe_hf.wrap(model, ChronoConfig(beta=BetaConfig(scope=scope, k_max=10.0)))
     system = chronomoe_hf.system_of(model)
     for layer in system.layers:
-        state, weight = layer.link.state, layer.adapter.weight(layer.router)
+        state, weight = layer.handle.state, layer.adapter.weight(layer.router)
         if lens:
             share = torch.rand(weight.shape[0]) + 0.05
-            assert layer.link.lens is not None
-            assert layer.link.lens.aim(torch.randn(weight.shape[1]), weight, share / share.sum(), 2.0) is None
-            layer.link.lens.set_scale(lens)
-            layer.link.lens_open = True
+            assert layer.handle.lens is not None
+            assert layer.handle.lens.aim(torch.randn(weight.shape[1]), weight, share / share.sum(), 2.0) is None
+            layer.handle.lens.set_scale(lens)
+            layer.handle.lens_open = True
         if beta:
             state.beta_coeff.copy_(beta * torch.linspace(-1, 1, weight.shape[0]))
             state.refresh_()
-            state.steering = True
+            state.beta_on = True
     model(**batch_of(model, family))
     system.step(1)
     return model, system
@@ -120,14 +120,14 @@ def test_beta_folds_where_the_model_has_a_constant_of_its_kind(family: str, scop
 def test_what_does_not_fold_is_named_with_the_share_of_tokens_it_moves(family: str, scope: str, reason: str) -> None:
     model, system = governed(family, lens=0.5, beta=0.7, scope=scope)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    want = system.bank.topk_disagreement()
+    want = system.step_state.topk_disagreement()
     with pytest.warns(UserWarning, match="does not survive outside chronomoe_hf"):
         reports = system.fold()
     for report, layer, share in zip(reports, system.layers, want, strict=True):
         assert report.folded == ("lens",) and reason in report.lost["beta"]
         assert share is not None and report.topk_differs == share > 0.01
         assert f"{100 * share:.2g} %" in str(report) and layer.name in str(report)
-        assert layer.link.state.beta_applied.abs().max() > 0.1, "what was not folded goes on acting"
+        assert layer.handle.state.beta_applied.abs().max() > 0.1, "what was not folded goes on acting"
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     weights = [layer.adapter.weight(layer.router) for layer in system.layers]
     assert len(changed) == len(weights) and all("bias" not in name for name in changed)
@@ -155,7 +155,7 @@ def test_a_low_precision_weight_is_rounded_once() -> None:
     _, system = governed("mixtral", lens=0.5)
     layer = system.layers[0]
     layer.router.to(torch.bfloat16)
-    weight, lens = layer.router.weight, layer.link.lens
+    weight, lens = layer.router.weight, layer.handle.lens
     exact = weight.detach().double() + 0.5 * (weight.detach().double() @ lens.U.double().T) @ lens.V.double().T
     pointer = weight.data_ptr()
     system.fold()
@@ -180,7 +180,7 @@ def test_a_router_under_a_peft_adapter_is_not_folded() -> None:
     with pytest.warns(UserWarning, match="merge_and_unload"):
         reports = system.fold()
     assert [report.folded for report in reports] == [(), ()]
-    assert all(layer.link.lens_open for layer in system.layers)
+    assert all(layer.handle.lens_open for layer in system.layers)
 
 
 def test_every_stated_linear_bias_is_the_bias_of_the_logits() -> None:

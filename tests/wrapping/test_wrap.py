@@ -89,7 +89,7 @@ def test_steering_with_zero_beta_changes_no_number(family: str, backend: str, dt
     chronomoe_hf.wrap(model)
     system = chronomoe_hf.system_of(model)
     for layer in system.layers:
-        layer.link.state.steering = True
+        layer.handle.state.beta_on = True
     assert_identical(loss_and_grads(model, batch), want)
     system.step(1)
     assert system.snapshot().layers[0].disagreement_js == 0.0, "the biased path was not taken"
@@ -210,20 +210,20 @@ def test_a_deep_copy_is_its_own_wrapped_model() -> None:
     assert sum(system.snapshot().layers[0].counts) == 0
     assert sum(other.snapshot().layers[0].counts) == 4 * 16 * 2
     other.router_state(0).beta_coeff.fill_(0.1)
-    assert other.bank.beta_LE[0].eq(0.1).all() and system.bank.beta_LE[0].eq(0.0).all()
+    assert other.step_state.beta_LE[0].eq(0.1).all() and system.step_state.beta_LE[0].eq(0.0).all()
 
 
 def test_a_wrapped_model_unpickles_in_a_fresh_process(tmp_path: Any) -> None:
     model = tiny.tiny_model("mixtral")
     chronomoe_hf.wrap(model)
-    chronomoe_hf.system_of(model).bank.beta_LE[1].fill_(0.25)
+    chronomoe_hf.system_of(model).step_state.beta_LE[1].fill_(0.25)
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
     code = (
         "import pickle, sys, chronomoe_hf\n"
         "model = pickle.load(open(sys.argv[1], 'rb'))\n"
         "system = chronomoe_hf.system_of(model)\n"
         "assert float(system.router_state(1).beta_coeff[0]) == 0.25\n"
-        "system.bank.beta_LE.zero_()\n"
+        "system.step_state.beta_LE.zero_()\n"
         "assert float(system.router_state(1).beta_coeff[0]) == 0.0, 'views must be bound again'\n"
         "chronomoe_hf.unwrap(model)\n"
         "print(type(model.model.layers[0].mlp.experts).__name__)\n"
