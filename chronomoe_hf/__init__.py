@@ -5,7 +5,8 @@ from chronomoe_hf.coherence import CoherenceBuffer, CoherenceState
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.lens.lens import ChronoLens, IdentityLens
 from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator, PruneDecision
-from chronomoe_hf.router.forward import ChronoRouter, RouterState
+from chronomoe_hf.router.forward import ChronoRouter
+from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import LayerSnapshot, RoutingEvent, SystemSnapshot, TelemetryWriter
 from chronomoe_hf.trainer.callback import ChronoCallback, attach

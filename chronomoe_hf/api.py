@@ -30,7 +30,7 @@ from chronomoe_hf.recording.scope import (
     open_scope,
 )
 from chronomoe_hf.recording.sums import Accumulators, LayerRecorder
-from chronomoe_hf.router.forward import HANDLE, RouterHandle, RouterState
+from chronomoe_hf.router.state import HANDLE, RouterHandle, RouterState
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.wrapping.class_swap import check_not_sharded, check_swappable, remove_hooks, restore, swap
 from chronomoe_hf.wrapping.discovery import FoundLayer, find_layers, root_of

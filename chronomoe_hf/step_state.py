@@ -21,7 +21,7 @@ from chronomoe_hf.router.beta_laws import (
     compute_relevance,
     next_gain,
 )
-from chronomoe_hf.router.forward import RouterState
+from chronomoe_hf.router.state import RouterState
 
 _STD_ALPHA = 0.99
 

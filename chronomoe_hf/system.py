@@ -24,7 +24,7 @@ from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator, PruneDecision
 from chronomoe_hf.recording.scope import Switches
 from chronomoe_hf.recording.sums import Accumulators
-from chronomoe_hf.router.forward import RouterState
+from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import (
     AlertHistory,

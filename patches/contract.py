@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import ContractError
 from chronomoe_hf.patches.registry import Adapter
-from chronomoe_hf.router.forward import Routing
+from chronomoe_hf.router.state import Routing
 
 
 def probe(adapter: Adapter, router: nn.Module, output: Any) -> Routing:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import UnsupportedArchitectureError
 from chronomoe_hf.patches.rules import Rule, Scope, Setting, setting
-from chronomoe_hf.router.forward import ChronoRouter, Routing
+from chronomoe_hf.router.forward import ChronoRouter
+from chronomoe_hf.router.state import Routing
 
 CAPABILITIES = ("observe", "beta", "lens", "coherence", "fold")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from chronomoe_hf.errors import ContractError
 from chronomoe_hf.patches.registry import Adapter, ObserveOnly, module_of
 from chronomoe_hf.patches.rules import Renorm, Scope, ScoreTopK
-from chronomoe_hf.router.forward import Routing
+from chronomoe_hf.router.state import Routing
 
 TOP_K = "_chrono_top_k"
 """Plain attribute of a DBRX router that holds the k of its parent."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from chronomoe_hf.patches.registry import Adapter, module_of
 from chronomoe_hf.patches.rules import Scope, ScoreTopK
 from chronomoe_hf.patches.scores import biased_scores
-from chronomoe_hf.router.forward import Routing
+from chronomoe_hf.router.state import Routing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf.patches.registry import Adapter, module_of
 from chronomoe_hf.patches.rules import Renorm, Scope, TopKSquash
-from chronomoe_hf.router.forward import Routing
+from chronomoe_hf.router.state import Routing
 
 SOFTMAX = TopKSquash("softmax")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from chronomoe_hf.config import BetaConfig, CoherenceConfig, VetoConfig
 from chronomoe_hf.recording.scope import ForwardScope, Switches
 from chronomoe_hf.recording.sums import META, PER_EXPERT, PER_LAYER, Accumulators, LayerRecorder
-from chronomoe_hf.router.forward import RouterState, Routing
+from chronomoe_hf.router.state import RouterState, Routing
 from chronomoe_hf.step_state import Row, StepState
 
 EXPERTS = (4, 6)  # two layers of different width: the narrow one has padding columns
@@ -144,7 +144,7 @@ def coherence_row(phi: list[list[float]], weight: list[list[float]], count: list
 def test_the_bank_and_a_buffer_of_its_own_agree_on_clocks_and_beta() -> None:
     """Two layers of different width in one stacked against one plain buffer and one plain router state per layer."""
     from chronomoe_hf import CoherenceBuffer
-    from chronomoe_hf.router.forward import update_beta
+    from chronomoe_hf.router.beta_laws import update_beta
 
     draw = random.Random(0)
     stacked = StepState(list(EXPERTS))

@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from chronomoe_hf.patches import all_adapters
 from chronomoe_hf.recording.scope import TokenSample, sample_tokens
 from chronomoe_hf.recording.sums import ExpertRows, LayerRecorder
-from chronomoe_hf.router.forward import HANDLE
+from chronomoe_hf.router.state import HANDLE
 
 _TAPPED = ("grouped_mm", "batched_mm")
 # Sending tokens through the experts again costs compute, reading rows does not: keep the former small.

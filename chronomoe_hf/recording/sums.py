@@ -17,7 +17,7 @@ from chronomoe_hf.coherence import phase_coherence
 from chronomoe_hf.config import CoherenceConfig, ReaderName
 from chronomoe_hf.lens.direction import SAMPLE, input_sums, sums_width
 from chronomoe_hf.recording.scope import ForwardScope, sample_tokens
-from chronomoe_hf.router.forward import Routing
+from chronomoe_hf.router.state import Routing
 
 META = ("tokens", "dropped", "nonfinite", "calls")
 PER_EXPERT = ("prob", "phi_weighted", "phi_weight", "phi_rows", "contribution", "contribution_weight")

@@ -5,8 +5,13 @@ Shape suffixes: L layers (any leading shape), E experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from chronomoe_hf.coherence import CoherenceState
+from chronomoe_hf.router.state import RouterState
 
 _SWING = 0.3  # a relative error of this size on the other side is a swing, a smaller one the noise of a batch
 _SHRINK, _GROW, _SMALLEST = 0.5, 1.1, 0.1
@@ -168,3 +173,42 @@ def balance_step(error_LE: Tensor, rule: str = "quadratic", gain_LE: Tensor | No
         raise ValueError(f"rule must be 'quadratic', 'proportional' or 'sign', got {rule!r}")
     gain: Tensor | float = 1.0 if gain_LE is None else gain_LE.double().abs()
     return gain * error_LE * error_LE.abs()
+
+
+def update_beta(
+    router_state: RouterState,
+    coherence_snapshot: Mapping[int, CoherenceState],
+    eta: float = 0.01,
+    tau: float | str = "layer_mean",
+    stale_after: int = 1000,
+) -> None:
+    """Apply the coherence law to one router, in place.
+
+    Args:
+        router_state: its `beta_coeff`, `beta_full`, `beta_applied` change; nothing else.
+        coherence_snapshot: ``CoherenceBuffer.snapshot(step)``.
+        eta: gain per update.
+        tau: a number in [-1, 1] or ``"layer_mean"``.
+        stale_after: experts not seen for that many steps rest.
+
+    Raises:
+        ValueError: the snapshot is of another number of experts.
+    """
+    num = router_state.num_experts
+    if sorted(coherence_snapshot) != list(range(num)):
+        raise ValueError(f"the snapshot covers experts {sorted(coherence_snapshot)}, the router has {num}")
+    states = [coherence_snapshot[e] for e in range(num)]
+    device = router_state.beta_coeff.device
+    seen = [s.phi_slow is not None and s.step - s.last_step <= stale_after for s in states]
+    beta_E = coherence_law(
+        router_state.beta_coeff,
+        torch.tensor([s.phi_slow or 0.0 for s in states], dtype=torch.float64, device=device),
+        torch.tensor(seen, device=device),
+        torch.tensor([s.tokens_seen for s in states], device=device),
+        eta=eta,
+        tau=tau,
+        k_max=router_state.k_max,
+    )
+    router_state.beta_coeff.copy_(beta_E)
+    router_state.beta_on = True
+    router_state.refresh_()

@@ -13,7 +13,7 @@ from chronomoe_hf.errors import WrapError
 from chronomoe_hf.patches import chrono_class
 from chronomoe_hf.recording.experts import chrono_experts_class
 from chronomoe_hf.recording.scope import close_scope, open_scope
-from chronomoe_hf.router.forward import HANDLE
+from chronomoe_hf.router.state import HANDLE
 from chronomoe_hf.wrapping.layer import Layer
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from chronomoe_hf.config import BetaConfig
 from chronomoe_hf.patches import Adapter
 from chronomoe_hf.recording.sums import LayerRecorder
-from chronomoe_hf.router.forward import RouterHandle
+from chronomoe_hf.router.state import RouterHandle
 
 
 @dataclass

@@ -14,8 +14,15 @@ from hypothesis import strategies as st
 
 from chronomoe_hf import CoherenceBuffer, RouterState
 from chronomoe_hf.config import VetoConfig
-from chronomoe_hf.router.beta_laws import balance_error, balance_step, centre_and_clamp, coherence_law, next_gain
-from chronomoe_hf.router.forward import compute_relevance, update_beta
+from chronomoe_hf.router.beta_laws import (
+    balance_error,
+    balance_step,
+    centre_and_clamp,
+    coherence_law,
+    compute_relevance,
+    next_gain,
+    update_beta,
+)
 
 K_MAX = 0.3
 
