@@ -8,10 +8,11 @@ import math
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -319,14 +320,19 @@ def test_a_broken_manifest_is_no_manifest(tmp_path):
     }
 
 
-def test_two_processes_never_mix_inside_a_line(tmp_path):
-    def work(name: str) -> bool:
-        writer = TelemetryWriter(name, tmp_path)
-        return all([writer.write("alerts", {"step": step, "pad": name * 500}) for step in range(300)])
+WRITE_300 = """
+import sys
+from chronomoe_hf.telemetry import TelemetryWriter
+name, directory = sys.argv[1:]
+writer = TelemetryWriter(name, directory)
+print(all([writer.write("alerts", {"step": step, "pad": name * 500}) for step in range(300)]))
+"""
 
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda name: in_child(lambda: work(name))[0], "ab"))
-    assert results == [True, True]
+
+def test_two_processes_never_mix_inside_a_line(tmp_path):
+    command = [sys.executable, "-c", WRITE_300]
+    started = [subprocess.Popen([*command, name, str(tmp_path)], stdout=subprocess.PIPE, text=True) for name in "ab"]
+    assert [process.communicate(timeout=120)[0].strip() for process in started] == ["True", "True"]
     records, broken = read_jsonl(tmp_path / "chronomoe" / "alerts.jsonl")
     assert (len(records), broken) == (600, 0)
     assert all(set(record["pad"]) == {record["run_id"]} for record in records)
