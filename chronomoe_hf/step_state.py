@@ -56,6 +56,7 @@ class StepState:
 
     Args:
         num_experts: E of each layer.
+        takes_beta: whether a law on beta acts on each layer; None = on all.
     """
 
     NAMES = (
@@ -76,7 +77,7 @@ class StepState:
         "window_LR",
     )
 
-    def __init__(self, num_experts: list[int]) -> None:
+    def __init__(self, num_experts: list[int], takes_beta: list[bool] | None = None) -> None:
         self.num_experts = num_experts
         num_layers, width = len(num_experts), max(num_experts)
         self.row = Row(width)
@@ -100,6 +101,7 @@ class StepState:
         self.overlap_L = torch.zeros(num_layers)
         self.window_LR = torch.zeros(num_layers, self.row.size, dtype=torch.float64)
         self.closed_2L = torch.zeros(2, num_layers, dtype=torch.float64)
+        self.untouched_L = torch.tensor([not takes for takes in takes_beta or [True] * num_layers])
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +110,7 @@ class StepState:
 
     def to_(self, device: torch.device) -> None:
         """Move every tensor; views held by RouterStates must be bound again."""
-        for name in (*self.NAMES, "mask_LE", "beta_full_LE", "beta_applied_LE", "closed_2L"):
+        for name in (*self.NAMES, "mask_LE", "beta_full_LE", "beta_applied_LE", "closed_2L", "untouched_L"):
             setattr(self, name, getattr(self, name).to(device))
 
     def bind(self, state: RouterState) -> None:
@@ -210,6 +212,10 @@ class StepState:
     def forget(self, keep_L: Tensor) -> None:
         """Multiply each layer's beta by `keep_L` (1 - forgetting)."""
         self.beta_LE.mul_(keep_L.to(self.beta_LE)[:, None])
+
+    def checksum(self) -> Tensor:
+        """What must be equal on all ranks, float64 ``(4,)``."""
+        return torch.stack([self.beta_LE.double().sum(), self.ema_CLE.sum(), self.window_LR.sum(), self.std_L.sum()])
 
     def close_window(self) -> None:
         """Start a new window; of the old one, keep how many tokens steering sent to other experts."""

@@ -1,4 +1,4 @@
-"""ChronoSystem: take -> reduce -> fold -> control -> actuate. The only owner of a wrapped model's state."""
+"""ChronoSystem: take -> reduce -> update -> decide -> apply. The only owner of a wrapped model's state."""
 
 from __future__ import annotations
 
@@ -8,37 +8,48 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from chronomoe_hf import distributed
-from chronomoe_hf.checkpoint import system_state as persistence
+from chronomoe_hf.checkpoint.state_file import write_state
+from chronomoe_hf.checkpoint.system_state import (
+    Parts,
+    Position,
+    live_fingerprint,
+    missing,
+    pack,
+    read_for_all,
+    report_disagreement,
+    unpack,
+)
 from chronomoe_hf.coherence import CoherenceBuffer
 from chronomoe_hf.config import ChronoConfig
-from chronomoe_hf.controller import ControlDecision, Controller
-from chronomoe_hf.controller import actuate as actuation
-from chronomoe_hf.errors import StateWriteError
+from chronomoe_hf.controller import ControlDecision, Controller, actuate
+from chronomoe_hf.errors import ChronoError, StateWriteError
+from chronomoe_hf.lens.direction import RouterInputs
 from chronomoe_hf.lens.lens import ChronoLens
-from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator, PruneDecision
+from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
 from chronomoe_hf.recording.scope import Switches
 from chronomoe_hf.recording.sums import Accumulators
 from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.step_state import StepState
-from chronomoe_hf.telemetry import (
-    AlertHistory,
-    RoutingEvent,
-    SystemSnapshot,
-    TelemetryWriter,
-    next_attempt,
-    run_manifest,
-)
-from chronomoe_hf.telemetry.from_state import layer_events
-from chronomoe_hf.wrapping.fold import FoldReport, fold_system
+from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot
+from chronomoe_hf.telemetry.from_state import layer_events, window_shares
+from chronomoe_hf.telemetry.records import RunRecords
+from chronomoe_hf.wrapping.fold import FoldReport, fold_layers
 from chronomoe_hf.wrapping.layer import Layer
 
 logger = logging.getLogger("chronomoe_hf")
+
+
+class Evaluated(NamedTuple):
+    """The host's part of a closed window."""
+
+    snapshot: SystemSnapshot
+    decisions: list[ControlDecision]
 
 
 class ChronoSystem:
@@ -48,16 +59,17 @@ class ChronoSystem:
         model: the root that was wrapped.
         layers: its MoE layers.
         config: settings.
-        switches: shared with every recording window.
+        switches: shared with every forward scope.
 
     Attributes:
         last_snapshot: SystemSnapshot of the last closed window, or None.
-        decisions: ControlDecisions of the last evaluation.
+        last_evaluation: SystemSnapshot of the last recorded evaluation, or None.
+        decisions: ControlDecisions of the last closed window.
         prune_decisions: every lifecycle state change so far.
-        global_step: last optimizer step folded.
-        run_id, attempt: of the run; an attempt is one start or resume.
-        untouched_L: bool, layers that no law on beta moves.
-        native_parameters: layers whose native correction bias is a parameter.
+        global_step: last optimizer step added.
+        run_id: of the run.
+        records: where its records go.
+        governed: something has acted on routing.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer], config: ChronoConfig, switches: Switches) -> None:
@@ -66,10 +78,9 @@ class ChronoSystem:
         self.config = config
         self.switches = switches
         self.run_id = uuid.uuid4().hex[:12]
-        self.attempt = 0
         self.global_step = 0
         self.window_steps = 0
-        self.step_state = StepState([layer.num_experts for layer in layers])
+        self.step_state = StepState([layer.num_experts for layer in layers], [layer.takes_beta for layer in layers])
         self.alerts = AlertHistory()
         self.controller = Controller(
             n_layers=len(layers),
@@ -78,24 +89,25 @@ class ChronoSystem:
             top_k_per_layer=[layer.top_k for layer in layers],
         ).initialize(run_id=self.run_id)
         self.lifecycle = LifecycleCoordinator(config.lifecycle, n_layers=len(layers))
+        self.records = RunRecords()
         self.last_snapshot: SystemSnapshot | None = None
         self.last_evaluation: SystemSnapshot | None = None
         self.decisions: list[ControlDecision] = []
         self.prune_decisions: list[PruneDecision] = []
-        self.writer: TelemetryWriter | None = None
         self.governed = False
+        self.beta_moved = False
         self.overhead_s = 0.0
-        self.failed_save: str | None = None
-        self._failed_evaluation = False
-        self.saving = False  # inside Trainer.save_model, which has written the state already
-        self.untouched_L = torch.tensor([not layer.takes_beta for layer in layers])
-        self.native_parameters = {
-            layer.layer_id for layer in layers if layer.native_bias and layer.native_bias_is_parameter()
-        }
+        self._failed_save: str | None = None
+        self._failed_evaluation = self._told_of_failures = False
         self._bind()
-        self._aim_switches(0)
+        self._set_switches()
 
     # ---- views -------------------------------------------------------------------------------------------------
+
+    @property
+    def attempt(self) -> int:
+        """Start or resume of the run, counted from 0."""
+        return self.records.attempt
 
     @property
     def cap(self) -> float:
@@ -124,15 +136,10 @@ class ChronoSystem:
         device = self.layers[0].recorder.train.ints.device
         if device != self.step_state.device:
             self.step_state.to_(device)
-            self.untouched_L = self.untouched_L.to(device)
             self._bind()
             for layer in self.layers:
                 if layer.handle.lens is not None:
                     layer.handle.lens.to(layer.recorder.train.ints.device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy or a pickle of the model is its own wrapped model: it must not write into this run's files.
-        return {**self.__dict__, "writer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -141,7 +148,7 @@ class ChronoSystem:
     # ---- the step ----------------------------------------------------------------------------------------------
 
     def step(self, global_step: int) -> SystemSnapshot | None:
-        """Fold everything recorded since the last call; close the window every `interval` steps. Collective.
+        """Add everything recorded since the last call; close the window every `interval` steps. Collective.
 
         Call once per optimizer step, on every rank, after ``optimizer.step()``.
 
@@ -153,16 +160,16 @@ class ChronoSystem:
         """
         started = time.perf_counter()
         self.global_step = global_step
-        closing = global_step % self.config.interval == 0
         row_LR, inputs = self._take(with_inputs=self.switches.router_input)
         self.step_state.update(row_LR, global_step, self.config.veto)
         self.window_steps += 1
         if self.config.beta.law == "balance":
-            actuation.balance(self, self.step_state.row.count(row_LR))
-        snapshot = self._close_window(global_step, inputs) if closing else None
+            actuate.balance(self.step_state, self.layers, self.config, self.step_state.row.count(row_LR))
+            self.governed = self.beta_moved = True
+        snapshot = self._close_window(global_step, inputs) if global_step % self.config.interval == 0 else None
         if self.config.beta.law != "none":
             self.step_state.refresh(self.cap)
-        self._aim_switches(global_step)
+        self._set_switches()
         self.overhead_s += time.perf_counter() - started
         return snapshot
 
@@ -170,9 +177,9 @@ class ChronoSystem:
         """Close a window that is shorter than `interval` (end of a run): records it, but controls nothing."""
         if self.window_steps == 0:
             return None
-        events = self._events(self.global_step)
-        snapshot = self._summarise(events, self.global_step, self.alerts)
-        self._record(events, snapshot, [], [])
+        events = self._events(self.step_state.host())
+        snapshot = self._summarise(events, self.alerts)
+        self.records.window(events, snapshot)
         self._reset_window(snapshot)
         return snapshot
 
@@ -191,14 +198,23 @@ class ChronoSystem:
         self.window_steps = 0
         self.overhead_s = 0.0
 
-    def _aim_switches(self, step: int) -> None:
-        # The lens is steered by the mean router input of the last step of a window: summing every step would cost
-        # a pass over the hidden states for numbers that are thrown away.
-        upcoming = (step + 1) % self.config.interval == 0
+    def switch_beta_on(self) -> None:
+        """Let a beta that was set by hand act from the next forward on; a law does this with its first update."""
+        self.beta_moved = True
+        self._set_switches()
+
+    def _set_switches(self) -> None:
+        """Derive from config and state, in one place, what the next forwards record and what acts in them."""
+        acts = self.beta_moved and self.config.beta.law != "none"
+        for layer in self.layers:
+            layer.handle.state.beta_on = acts and layer.takes_beta
+        # The lens is aimed by the mean router input of the last step of a window: summing every step would cost a
+        # pass over the hidden states for numbers that are thrown away.
+        upcoming = (self.global_step + 1) % self.config.interval == 0
         self.switches.router_input = self.config.lens.enabled and self.config.control.enabled and upcoming
         self.switches.any_steering = any(layer.handle.state.beta_on or layer.handle.lens_open for layer in self.layers)
 
-    def _take(self, mode: str = "train", with_inputs: bool = False) -> tuple[Tensor, list[Tensor]]:
+    def _take(self, mode: str = "train", with_inputs: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
         """Sums of all layers since the last take, over all ranks, and (where asked) those of the router inputs."""
         self._follow_device()
         device = self.step_state.device
@@ -206,17 +222,19 @@ class ChronoSystem:
         ints = torch.stack([s.ints.to(device) for s in sums]).double()
         floats = torch.stack([s.floats.to(device) for s in sums])
         row_LR = torch.cat([ints, floats], dim=1)
-        failed = torch.full((1,), float(self.failed_save is not None), dtype=torch.float64, device=device)
+        failed = torch.full((1,), float(self._failed_save is not None), dtype=torch.float64, device=device)
         flat = torch.cat([row_LR.reshape(-1), failed])
-        wide = [s.inputs for s in sums if s.inputs is not None] if with_inputs else []
+        wide = {i: s.inputs for i, s in enumerate(sums) if s.inputs is not None} if with_inputs else {}
         if wide:
-            flat = torch.cat([flat, *(w.to(device).double() for w in wide)])
+            flat = torch.cat([flat, *(w.to(device).double() for w in wide.values())])
         flat = distributed.all_reduce_sum_(flat).div_(distributed.batch_copies(self.model))
         for s in sums:
             _zero(s)
         start = row_LR.numel()
         row_LR = flat[:start].view_as(row_LR)
-        inputs = list(flat[start + 1 :].split([w.numel() for w in wide])) if wide else []
+        inputs = (
+            dict(zip(wide, flat[start + 1 :].split([w.numel() for w in wide.values()]), strict=True)) if wide else {}
+        )
         if self.config.checkpoint.strict_save and distributed.active():
             self._require_saved(flat[start])
         return row_LR, inputs
@@ -230,15 +248,15 @@ class ChronoSystem:
             StateWriteError: the main process could not write.
         """
         if self.config.checkpoint.strict_save:
-            failed = torch.full(
-                (), float(self.failed_save is not None), dtype=torch.float64, device=self.step_state.device
+            failed = float(self._failed_save is not None)
+            self._require_saved(
+                distributed.all_reduce_sum_(torch.full((), failed, dtype=torch.float64, device=self.step_state.device))
             )
-            self._require_saved(distributed.all_reduce_sum_(failed))
 
     def _require_saved(self, failures: Tensor) -> None:
         if float(failures) > 0:
             raise StateWriteError(
-                f"chronomoe state could not be saved ({self.failed_save or 'by the main process'}), and strict_save "
+                f"chronomoe state could not be saved ({self._failed_save or 'by the main process'}), and strict_save "
                 "is set; free space or fix permissions and resume from the last checkpoint"
             )
 
@@ -246,25 +264,28 @@ class ChronoSystem:
 
     def snapshot(self) -> SystemSnapshot:
         """The open window as a SystemSnapshot, without closing it and without moving any alert."""
-        return self._summarise(self._events(self.global_step), self.global_step, self.alerts.copy())
+        return self._summarise(self._events(self.step_state.host()), self.alerts.copy())
 
-    def _events(self, step: int) -> list[RoutingEvent]:
+    def _events(
+        self, host: dict[str, Any], mode: str = "TRAIN", spread: dict[int, float] | None = None
+    ) -> list[RoutingEvent]:
         return layer_events(
             self.layers,
             self.step_state.row,
-            self.step_state.host(),
+            host,
             run_id=self.run_id,
             attempt=self.attempt,
-            step=step,
-            mode="TRAIN",
-            window_steps=self.window_steps,
+            step=self.global_step,
+            mode=mode,
+            window_steps=self.window_steps if mode == "TRAIN" else 0,
             config=self.config,
+            lens_spread=spread,
         )
 
-    def _summarise(self, events: list[RoutingEvent], step: int, history: AlertHistory) -> SystemSnapshot:
+    def _summarise(self, events: list[RoutingEvent], history: AlertHistory) -> SystemSnapshot:
         return SystemSnapshot.from_events(
             events=events,
-            step=step,
+            step=self.global_step,
             run_id=self.run_id,
             model_name=type(self.model).__name__,
             n_layers=len(self.layers),
@@ -274,47 +295,62 @@ class ChronoSystem:
             overhead_ms=1000.0 * self.overhead_s / self.window_steps if self.window_steps else None,
         )
 
-    def _close_window(self, step: int, sums: list[Tensor]) -> SystemSnapshot | None:
+    def _close_window(self, step: int, sums: dict[int, Tensor]) -> SystemSnapshot | None:
+        """Evaluate on the host, then act: every rank takes part in every collective, whatever its host part did."""
+        state = self.step_state
         if distributed.active():
             # Drift between ranks would make them route, and soon hang, differently: find it where it starts.
-            distributed.require_agreement(self._checksum(), "chronomoe state")
-        held = {layer_id: lens.scale for layer_id, lens in self.lenses.items()}
-        self.decisions = []
-        inputs = actuation.read_inputs(self, sums)
-        snapshot = self._evaluate(step)
-        keep_L = actuation.share_control(self)
-        actuation.move_beta(self, step, keep_L)
-        actuation.aim_lenses(self, inputs, snapshot, held)
-        self._reset_window(snapshot)
-        return snapshot
+            distributed.require_agreement(state.checksum(), "chronomoe state")
+        inputs = {layer_id: RouterInputs.from_sums(each) for layer_id, each in sums.items()}
+        spread = RouterInputs.spreads(inputs)
+        host = state.host()
+        seen = self._evaluate(host, spread)
+        self.decisions = [] if seen is None else seen.decisions
+        control = actuate.share_control(None if seen is None else seen.decisions, self.layers, state.device)
+        if self.config.beta.law == "coherence":
+            actuate.move_beta(state, self.config, step, control)
+            self.governed = self.beta_moved = True
+        shares = window_shares(self.layers, state.row, host)
+        aimed = actuate.aim_lenses(self.layers, self.config, control, inputs, shares, host["logit_std"].tolist())
+        self.governed |= aimed
+        self._reset_window(None if seen is None else seen.snapshot)
+        self._report_failures(control.failures)
+        return None if seen is None else seen.snapshot
 
-    def _evaluate(self, step: int) -> SystemSnapshot | None:
+    def _evaluate(self, host: dict[str, Any], spread: dict[int, float]) -> Evaluated | None:
         """The host's part of a closing window: snapshot, controller, lifecycle, records. No collective in here.
 
         A mistake of ours in it must not end a training run (``telemetry.on_error``): the window is then lost, the
         lenses stay as they are, and the error is logged once with its traceback.
         """
         try:
-            events = self._events(step)
-            snapshot = self._summarise(events, step, self.alerts)
-            self.decisions = self.controller.update(snapshot, self.lenses)
+            events = self._events(host, spread=spread)
+            snapshot = self._summarise(events, self.alerts)
+            verdict = self.controller.decide(snapshot, self.lenses)
+            self.controller.accept(verdict)
             pruned = self.lifecycle.evaluate(snapshot) if self.config.lifecycle.enabled else []
             self.prune_decisions.extend(pruned)
-            self._record(events, snapshot, self.decisions, pruned)
+            self.records.window(events, snapshot, verdict.decisions, pruned)
         except Exception:
-            if self.config.telemetry.on_error == "raise":
+            if self.config.telemetry.on_error == "raise" and not distributed.active():
                 raise
             if not self._failed_evaluation:
-                logger.exception("step %d: chronomoe_hf failed to evaluate a window; training goes on", step)
+                logger.exception("step %d: chronomoe_hf failed to evaluate a window; training goes on", self.global_step)
             self._failed_evaluation = True
             return None
-        return snapshot
+        return Evaluated(snapshot, verdict.decisions)
 
-    def _checksum(self) -> Tensor:
-        stacked = self.step_state
-        return torch.stack(
-            [stacked.beta_LE.double().sum(), stacked.ema_CLE.sum(), stacked.window_LR.sum(), stacked.std_L.sum()]
-        )
+    def _report_failures(self, failures: int) -> None:
+        """Every rank hears of a failed evaluation on any of them, after the last collective of the window."""
+        if failures == 0 or not distributed.active():
+            return
+        words = f"step {self.global_step}: chronomoe_hf failed to evaluate a window on {failures} of "
+        words += f"{distributed.world_size()} processes; see the traceback in that process's log"
+        if self.config.telemetry.on_error == "raise":
+            raise ChronoError(f"{words}, and telemetry.on_error is 'raise'")
+        if not self._told_of_failures:
+            logger.error("%s; training goes on", words)
+        self._told_of_failures = True
 
     def _reset_window(self, snapshot: SystemSnapshot | None) -> None:
         self.last_snapshot = snapshot or self.last_snapshot
@@ -322,35 +358,12 @@ class ChronoSystem:
         self.window_steps = 0
         self.overhead_s = 0.0
 
-    def _record(
-        self,
-        events: list[RoutingEvent],
-        snapshot: SystemSnapshot,
-        decisions: list[ControlDecision],
-        pruned: list[PruneDecision],
-    ) -> None:
-        if self.writer is None:
-            return
-        self.writer.write_many("routing_events", events)
-        self.writer.write("snapshots", snapshot)
-        self.writer.write_many("control_decisions", decisions)
-        self.writer.write_many("lifecycle_decisions", pruned)
-        self.writer.write_many("alerts", snapshot.alerts)
-
-    def raise_alert(self, kind: str, step: int, detail: str) -> None:
-        """Raise a whole-run alert and record it."""
-        self._alert(kind, step, True, detail)
-
-    def clear_alert(self, kind: str, step: int) -> None:
-        """Clear a whole-run alert and record it."""
-        self._alert(kind, step, False, "")
-
-    def _alert(self, kind: str, step: int, holds: bool, detail: str) -> None:
+    def set_alert(self, kind: str, step: int, holds: bool, detail: str = "") -> None:
+        """Raise or clear a whole-run alert, and record it where that is a change."""
         edge = self.alerts.observe(kind, None, step, holds=holds, detail=detail)
         if edge is not None:
             logger.warning("step %d: %s", step, edge)
-            if self.writer is not None:
-                self.writer.write("alerts", edge)
+            self.records.alert(edge)
 
     # ---- evaluation --------------------------------------------------------------------------------------------
 
@@ -370,47 +383,80 @@ class ChronoSystem:
         host = {"window": row_LR.cpu().numpy()}
         if not host["window"].any():
             return None
-        events = layer_events(
-            self.layers,
-            self.step_state.row,
-            host,
-            run_id=self.run_id,
-            attempt=self.attempt,
-            step=self.global_step,
-            mode="EVAL",
-            window_steps=0,
-            config=self.config,
-        )
-        snapshot = self._summarise(events, self.global_step, AlertHistory())
-        self.last_evaluation = snapshot
-        if self.writer is not None:
-            self.writer.write_many("routing_events", events)
-        return snapshot
+        events = self._events(host, mode="EVAL")
+        self.last_evaluation = self._summarise(events, AlertHistory())
+        self.records.evaluation(events)
+        return self.last_evaluation
 
     # ---- leaving -----------------------------------------------------------------------------------------------
 
     def fold(self) -> list[FoldReport]:
-        """Write lens and beta into the model's own weights where that is exact; see ``fold.fold_system``."""
-        return fold_system(self)
+        """Write lens and beta into the model's own weights where that is exact; see ``wrapping.fold.fold_layers``."""
+        return fold_layers(self.model, self.layers, self.step_state.topk_disagreement())
 
     # ---- files -------------------------------------------------------------------------------------------------
 
+    def _parts(self) -> Parts:
+        return Parts(self.step_state, self.layers, self.controller, self.lifecycle, self.alerts, self.config)
+
     def state_dict(self) -> dict[str, Any]:
-        """Folded state: ``{"tensors": {name: CPU tensor}, "meta": JSON-ready mapping}``."""
-        tensors, meta = persistence.pack(self)
+        """Saved state: ``{"tensors": {name: CPU tensor}, "meta": JSON-ready mapping}``."""
+        position = Position(
+            self.global_step, self.window_steps, self.run_id, self.attempt, self.governed, self.beta_moved
+        )
+        tensors, meta = pack(self._parts(), position)
         return {"tensors": tensors, "meta": meta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`; raises StateMismatchError for another model's state."""
-        persistence.unpack(self, state["tensors"], state["meta"])
+        position = unpack(self._parts(), state["tensors"], state["meta"])
+        self.global_step, self.window_steps, self.run_id = position.step, position.window_steps, position.run_id
+        self.governed, self.beta_moved = position.governed, position.beta_moved
+        self.controller.initialize(run_id=self.run_id)
+        self.step_state.refresh(self.cap)
+        self.discard()
+        self._set_switches()
+
+    def fingerprint(self) -> dict[str, str]:
+        """One line per router parameter and expert tensor as it is now; see ``checkpoint.fingerprint``."""
+        return live_fingerprint(self.layers)
 
     def save(self, directory: str | Path) -> bool:
-        """Write chronomoe.safetensors and chronomoe.json into `directory` (main process only, no collective)."""
-        return persistence.save(self, directory)
+        """Write the state into `directory` (main process only, no collective); see ``checkpoint.state_file``.
+
+        Returns:
+            Whether it was written (always True on the other ranks).
+        """
+        if not distributed.is_main():
+            return True
+        state = self.state_dict()
+        state["meta"]["fingerprint"] = self.fingerprint()
+        state["meta"]["topk_disagreement"] = report_disagreement(self.step_state, self.layers)
+        strict = self.config.checkpoint.strict_save
+        # Raising on one rank only would leave the others waiting in their next collective: with several ranks the
+        # failure travels with the next step's reduction and is raised by all of them there.
+        written = write_state(directory, state["tensors"], state["meta"], strict=strict and not distributed.active())
+        if strict and not written:
+            self._failed_save = str(directory)
+        return written
 
     def load(self, directory: str | Path) -> dict[str, Any] | None:
-        """Restore the state in `directory` on every rank. Collective; see ``persistence.load``."""
-        return persistence.load(self, directory)
+        """Restore the state in `directory` on every rank. Collective.
+
+        Returns:
+            The manifest (step, fingerprint, ...); None where there is no state and `on_missing` allows a fresh start.
+
+        Raises:
+            StateMissingError: nothing there, and `on_missing` does not allow that.
+            StateError: torn, foreign, or of another schema; the message names the file and the way out.
+        """
+        found = read_for_all(directory)
+        if found is None:
+            missing(self.config, directory, self.governed or bool(torch.count_nonzero(self.step_state.beta_LE)))
+            return None
+        tensors, meta = found
+        self.load_state_dict({"tensors": tensors, "meta": meta})
+        return dict(meta)
 
     def register(self, accelerator: Any) -> None:
         """Save and load with ``accelerator.save_state`` and ``load_state`` (plain Accelerate loops).
@@ -419,15 +465,15 @@ class ChronoSystem:
             accelerator: an ``accelerate.Accelerator``. Its state hooks are used, not its checkpoint registry, which
                 pickles and refuses older checkpoints.
         """
-        accelerator.register_save_state_pre_hook(lambda models, weights, directory: self.save(directory) and None)
-        accelerator.register_load_state_pre_hook(lambda models, directory: self.load(directory) and None)
 
-    def resumed(self) -> None:
-        """Bring what is derived from the state in line with it, after a load."""
-        self.controller.initialize(run_id=self.run_id)
-        self.step_state.refresh(self.cap)
-        self.discard()
-        self._aim_switches(self.global_step)
+        def save(models: Any, weights: Any, directory: str) -> None:
+            self.save(directory)
+
+        def load(models: Any, directory: str) -> None:
+            self.load(directory)
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)
 
     def open_telemetry(self, output_dir: str | Path, *, resume_step: int | None = None) -> None:
         """Write records below ``<output_dir>/chronomoe`` from now on (main process only).
@@ -435,27 +481,19 @@ class ChronoSystem:
         Raises:
             TelemetryError: the directory cannot be written.
         """
-        if not self.config.telemetry.jsonl or not distributed.is_main():
-            return
-        self.close_telemetry()
-        self.attempt = next_attempt(output_dir)
-        self.writer = TelemetryWriter(self.run_id, output_dir, attempt=self.attempt)
-        manifest = run_manifest(
+        self.records.open(
+            output_dir,
             run_id=self.run_id,
             config=self.config,
             layers=[layer.table_row() for layer in self.layers],
             model_class=type(self.model).__name__,
-            world_size=distributed.world_size(),
-            attempt=self.attempt,
             notes=[f"layer {layer.layer_id}: {note}" for layer in self.layers for note in layer.notes],
+            resume_step=resume_step,
         )
-        self.writer.write_manifest(manifest, resumed_from=resume_step)
 
     def close_telemetry(self) -> None:
         """Close the record files; reports dropped records."""
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+        self.records.close()
 
 
 def _zero(sums: Accumulators) -> None:

@@ -182,7 +182,7 @@ def forced_veto(block: nn.Module, task: Task, size: float) -> Iterator[Veto]:
     system = chronomoe_hf.system_of(block)
     optimizer = torch.optim.Adam(block.parameters(), lr=1e-3)
     state = system.router_state(0)
-    state.beta_on = True
+    system.switch_beta_on()
     for step in range(1, VETO_STEPS + 1):
         x_BSD, y_BSD = task.batch()
         nn.functional.mse_loss(block(x_BSD), y_BSD).backward()

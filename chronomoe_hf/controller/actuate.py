@@ -1,44 +1,95 @@
-"""From decisions to the next window: beta, native biases, lens bases. Every rank does the same arithmetic.
+"""The one place that writes beta, native correction biases, lens scales and lens bases. Decisions in, state out.
 
-Shape suffixes: L layers, E experts, D router input width.
+Every rank does the same arithmetic on rank 0's decisions. Shape suffixes: L layers, E experts, D router input width.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from chronomoe_hf import distributed
+from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.controller.decisions import ControlDecision
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.lens.basis import carried
 from chronomoe_hf.lens.direction import RouterInputs
-from chronomoe_hf.telemetry import SystemSnapshot
+from chronomoe_hf.lens.lens import ChronoLens
+from chronomoe_hf.step_state import StepState
 from chronomoe_hf.wrapping.layer import Layer
 
-if TYPE_CHECKING:  # system imports this room
-    from chronomoe_hf.system import ChronoSystem
+
+@dataclass(frozen=True)
+class Control:
+    """What all ranks do at the end of a window.
+
+    Args:
+        scale_L: lens scale per layer, NaN = leave it; float64 on the host.
+        keep_L: what each layer's beta is multiplied with, float64 on the host.
+        failures: ranks whose evaluation failed.
+    """
+
+    scale_L: Tensor
+    keep_L: Tensor
+    failures: int
+
+    @property
+    def decided(self) -> bool:
+        """Whether the main process has decided; if not, lenses stay as they are."""
+        return not bool(self.scale_L.isnan().any())
 
 
-def balance(system: ChronoSystem, count_LE: Tensor) -> None:
+def share_control(
+    decisions: Sequence[ControlDecision] | None, layers: Sequence[Layer], device: torch.device
+) -> Control:
+    """The main process's decisions on every rank, in one small all-reduce. Collective.
+
+    The ranks have decided from the same numbers, but on hosts of different kinds the last bit of a logarithm may
+    differ, and a lens that is open on one rank only would hang engines that gather weights in the forward. A rank whose
+    evaluation failed takes part all the same and does what the main process decided.
+
+    Args:
+        decisions: of this rank; None if its evaluation failed.
+        layers: the wrapped layers.
+        device: where collectives run.
+    """
+    control = torch.zeros(2 * len(layers) + 1, dtype=torch.float64)
+    if distributed.is_main():
+        control[: len(layers)] = 0.0 if decisions is not None else torch.nan
+        control[len(layers) : -1] = 1.0
+        for decision in decisions or ():
+            control[decision.layer_id] = decision.scale
+            control[len(layers) + decision.layer_id] = decision.beta_multiplier
+    control[-1] = float(decisions is None)
+    if distributed.active():
+        control = distributed.all_reduce_sum_(control.to(device)).cpu()
+    return Control(control[: len(layers)], control[len(layers) : -1], int(control[-1]))
+
+
+def balance(state: StepState, layers: Sequence[Layer], config: ChronoConfig, count_LE: Tensor) -> None:
     """One step of the balance law: on beta, or on the model's own correction bias where it has one.
+
+    Args:
+        state: the stacked state; its beta moves.
+        layers: the wrapped layers.
+        config: settings.
+        count_LE: the step's assignments, over all ranks.
 
     Raises:
         ConfigError: a correction bias that is a parameter has been sharded over the ranks.
     """
-    beta = system.config.beta
-    step_LE = system.step_state.apply_balance(count_LE, beta, system.untouched_L)
-    for layer in system.layers:
+    step_LE = state.apply_balance(count_LE, config.beta, state.untouched_L)
+    for layer in layers:
         if layer.native_bias:
-            _require_whole_bias(system, layer)
-            layer.update_native_bias(step_LE[layer.layer_id, : layer.num_experts], beta)
-        layer.handle.state.beta_on = layer.takes_beta
-    system.governed = True
+            _require_whole_bias(layer)
+            layer.update_native_bias(step_LE[layer.layer_id, : layer.num_experts], config.beta)
 
 
-def _require_whole_bias(system: ChronoSystem, layer: Layer) -> None:
-    if layer.layer_id in system.native_parameters and distributed.is_sharded(layer.adapter.weight(layer.router)):
+def _require_whole_bias(layer: Layer) -> None:
+    if layer.bias_is_parameter and distributed.is_sharded(layer.adapter.weight(layer.router)):
         raise ConfigError(
             f"layer {layer.layer_id} ({layer.name}): the correction bias of {layer.adapter.family} is a parameter, "
             "and this engine shards parameters over the ranks, so it cannot be updated in place; set "
@@ -46,88 +97,65 @@ def _require_whole_bias(system: ChronoSystem, layer: Layer) -> None:
         )
 
 
-def share_control(system: ChronoSystem) -> Tensor:
-    """Rank 0's lens scales and beta multipliers on every rank, in one small broadcast; returns the multipliers.
-
-    The ranks have decided from the same numbers, but on hosts of different kinds the last bit of a logarithm may
-    differ, and a lens that is open on one rank only would hang engines that gather weights in the forward.
-    """
-    control_L2 = torch.zeros(len(system.layers), 2, dtype=torch.float64)
-    control_L2[:, 1] = 1.0
-    for decision in system.decisions:
-        control_L2[decision.layer_id, 1] = decision.beta_multiplier
-    for layer_id, lens in system.lenses.items():
-        control_L2[layer_id, 0] = lens.scale
-    if distributed.active():
-        control_L2 = distributed.broadcast_(control_L2.to(system.step_state.device)).cpu()
-        for layer_id, lens in system.lenses.items():
-            lens.set_scale(float(control_L2[layer_id, 0]))
-    return control_L2[:, 1]
-
-
-def move_beta(system: ChronoSystem, step: int, keep_L: Tensor) -> None:
+def move_beta(state: StepState, config: ChronoConfig, step: int, control: Control) -> None:
     """The coherence law and forgetting, for the next window; layers that take no beta stay at zero.
 
     Args:
-        system: the wrapped model's.
+        state: the stacked state; its beta moves.
+        config: settings.
         step: optimizer step that closed the window.
-        keep_L: what each layer's beta is multiplied with, float64 on the host.
+        control: says how much of beta each layer keeps.
     """
-    if system.config.beta.law != "coherence":
-        return
-    system.step_state.apply_coherence(step, system.config.beta, system.untouched_L)
-    system.step_state.forget(keep_L)
-    for layer in system.layers:
-        layer.handle.state.beta_on = layer.takes_beta
-    system.governed = True
-
-
-def read_inputs(system: ChronoSystem, sums: list[Tensor]) -> list[RouterInputs]:
-    """Tell every lens how well its reader reads, before the controller decides; one transfer for all layers.
-
-    Args:
-        system: the wrapped model's.
-        sums: of the router inputs per layer with a lens, over all ranks; empty where nothing was recorded.
-
-    Returns:
-        What the lenses are aimed by, in the order of `sums`.
-    """
-    inputs = [RouterInputs.from_sums(each) for each in sums]
-    if inputs:
-        with_lens = [layer.handle.lens for layer in system.layers if layer.handle.lens is not None]
-        spread_L = torch.stack([each.spread for each in inputs]).tolist()
-        for lens, spread in zip(with_lens, spread_L, strict=True):
-            lens.spread = spread
-    return inputs
+    state.apply_coherence(step, config.beta, state.untouched_L)
+    state.forget(control.keep_L)
 
 
 def aim_lenses(
-    system: ChronoSystem, inputs: list[RouterInputs], snapshot: SystemSnapshot | None, held: dict[int, float]
-) -> None:
-    """Open, close and aim the lenses for the next window. Collective where router weights are sharded.
+    layers: Sequence[Layer],
+    config: ChronoConfig,
+    control: Control,
+    inputs: Mapping[int, RouterInputs],
+    shares: Mapping[int, Sequence[float]],
+    logit_std: Sequence[float],
+) -> bool:
+    """Set every lens's scale for the next window, and the basis of those that open. Collective if weights are sharded.
 
     Args:
-        system: the wrapped model's.
-        inputs: from :func:`read_inputs`, per layer with a lens; empty = keep the bases.
-        snapshot: of the window, None if it could not be evaluated.
-        held: lens scales of the window that closes.
+        layers: the wrapped layers.
+        config: settings.
+        control: the scales; nothing happens where the main process has not decided.
+        inputs: what router inputs looked like, by layer; a layer without keeps its basis.
+        shares: of the window, by layer; a layer without assignments keeps its basis.
+        logit_std: per layer.
+
+    Returns:
+        Whether a lens was aimed.
     """
-    with_lens = [layer for layer in system.layers if layer.handle.lens is not None]
-    for layer in with_lens:
-        assert layer.handle.lens is not None
-        layer.handle.lens_open = layer.handle.lens.scale > 0.0
-    if snapshot is None or not inputs:
-        return
-    by_id = {layer.layer_id: layer for layer in snapshot.layers}
-    for layer, seen_inputs in zip(with_lens, inputs, strict=True):
-        lens, seen = layer.handle.lens, by_id[layer.layer_id]
-        assert lens is not None
-        if not layer.handle.lens_open or seen.shares is None:
+    if not control.decided:
+        return False
+    aimed = False
+    for layer, scale in zip(layers, control.scale_L.tolist(), strict=True):
+        lens = layer.handle.lens
+        if lens is None:
             continue
-        weight_ED = distributed.full_weight(layer.adapter.weight(layer.router))
-        std = seen.logit_std or 1.0  # of the snapshot: already on the host
-        carry = carried(held[layer.layer_id], lens.scale, system.config.lens.memory)
-        settings = system.config.lens
-        reader_D = seen_inputs.reader_D if settings.reader == "ridge" else None  # None reads along the mean input
-        lens.aim(seen_inputs.mean_D, weight_ED, seen.shares, std, settings.basis, carry, reader_D)
-        system.governed = True
+        held = lens.scale
+        lens.set_scale(scale)
+        if lens.is_open and layer.layer_id in inputs and layer.layer_id in shares:
+            _aim(layer, lens, config, held, inputs[layer.layer_id], shares[layer.layer_id], logit_std[layer.layer_id])
+            aimed = True
+    return aimed
+
+
+def _aim(
+    layer: Layer,
+    lens: ChronoLens,
+    config: ChronoConfig,
+    held: float,
+    seen: RouterInputs,
+    shares: Sequence[float],
+    logit_std: float,
+) -> None:
+    weight_ED = distributed.full_weight(layer.adapter.weight(layer.router))
+    carry = carried(held, lens.scale, config.lens.memory)
+    reader_D = seen.reader_D if config.lens.reader == "ridge" else None  # None reads along the mean input
+    lens.aim(seen.mean_D, weight_ED, shares, logit_std or 1.0, config.lens.basis, carry, reader_D)

@@ -1,4 +1,4 @@
-"""The controller: snapshot in, decisions out, lens scales set.
+"""The controller: snapshot in, decisions out.
 
 It holds one LayerControlState per MoE layer and calls the pure functions of `policy` in the order of the control law.
 It runs on the host, once per interval, and is deterministic: every rank that sees the same snapshots decides the same.
@@ -6,8 +6,9 @@ It runs on the host, once per interval, and is deterministic: every rank that se
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from chronomoe_hf.config import ControlConfig
 from chronomoe_hf.controller import policy
@@ -16,13 +17,23 @@ from chronomoe_hf.controller.layer_state import LayerControlState
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
 from chronomoe_hf.lens.lens import ChronoLens, IdentityLens
 from chronomoe_hf.metrics import relative_top2
-
-if TYPE_CHECKING:
-    from chronomoe_hf.telemetry.snapshots import LayerSnapshot, SystemSnapshot
-    from chronomoe_hf.telemetry.writer import TelemetryWriter
+from chronomoe_hf.telemetry.snapshots import LayerSnapshot, SystemSnapshot
+from chronomoe_hf.telemetry.writer import TelemetryWriter
 
 Lens = ChronoLens | IdentityLens
 Lenses = Mapping[int, Lens] | Sequence[Lens] | None
+
+
+class Verdict(NamedTuple):
+    """What one evaluation decided, before anything is changed.
+
+    Args:
+        decisions: one per layer of the snapshot.
+        states: the controller's memory after it, per layer.
+    """
+
+    decisions: list[ControlDecision]
+    states: list[LayerControlState]
 
 
 class Controller:
@@ -68,37 +79,59 @@ class Controller:
         """The live control memory of a layer (read it; the controller writes it)."""
         return self._states[layer_id]
 
-    def update(self, snapshot: SystemSnapshot, lenses: Lenses = None) -> list[ControlDecision]:
-        """Evaluate every layer of a snapshot and set the scale of its lens.
+    def decide(self, snapshot: SystemSnapshot, lenses: Lenses = None) -> Verdict:
+        """Evaluate every layer of a snapshot. Changes nothing: neither a lens nor this controller.
 
         Args:
-            snapshot: a closed window.
-            lenses: lenses by layer id, or a list of lenses (each knows its layer). A layer without one is
+            snapshot: a closed window. Its ``lens_spread`` says how evenly each lens would act.
+            lenses: lenses by layer id, or a list of lenses (each knows its layer); only read. A layer without one is
                 evaluated all the same and abstains with ``lens_unsupported``.
 
         Returns:
-            One decision per layer of the snapshot; none when the controller is disabled (the lenses are closed).
+            One decision per layer of the snapshot (none when the controller is disabled), and the memory that
+            :meth:`accept` takes over.
 
         Raises:
             ConfigError: the snapshot has a layer or a number of experts this controller was not built for.
         """
         by_layer = _by_layer(lenses)
+        states = [dataclasses.replace(state) for state in self._states]
         if not self.config.enabled:
-            for unused in by_layer.values():
-                unused.set_scale(0.0)
-            return []
+            return Verdict([], states)
         for layer in snapshot.layers:
             self._check_layer(layer)
-        decisions = []
-        for layer in snapshot.layers:
-            lens = by_layer.get(layer.layer_id)
-            decision = self._decide(snapshot, layer, lens)
-            if lens is not None:
-                lens.set_scale(decision.scale)
-            if self._writer is not None:
-                self._writer.write("control_decisions", decision.to_record())
-            decisions.append(decision)
-        return decisions
+        decisions = [
+            self._decide(states[layer.layer_id], snapshot, layer, by_layer.get(layer.layer_id))
+            for layer in snapshot.layers
+        ]
+        return Verdict(decisions, states)
+
+    def accept(self, verdict: Verdict) -> None:
+        """Remember a verdict of :meth:`decide` and record its decisions where a writer was given."""
+        self._states = verdict.states
+        if self._writer is not None:
+            self._writer.write_many("control_decisions", verdict.decisions)
+
+    def update(self, snapshot: SystemSnapshot, lenses: Lenses = None) -> list[ControlDecision]:
+        """Decide, remember, and set the scale of every lens: the original's one call for a loop of your own.
+
+        Args:
+            snapshot: a closed window.
+            lenses: as for :meth:`decide`; their scales are set, and all closed when the controller is disabled.
+
+        Returns:
+            The decisions.
+
+        Raises:
+            ConfigError: see :meth:`decide`; nothing was changed.
+        """
+        verdict = self.decide(snapshot, lenses)
+        self.accept(verdict)
+        scale = {decision.layer_id: decision.scale for decision in verdict.decisions}
+        for layer_id, lens in _by_layer(lenses).items():
+            if layer_id in scale or not self.config.enabled:
+                lens.set_scale(scale.get(layer_id, 0.0))
+        return verdict.decisions
 
     def _check_layer(self, layer: LayerSnapshot) -> None:
         if not 0 <= layer.layer_id < self.n_layers:
@@ -116,13 +149,15 @@ class Controller:
     def _top_k(self, layer: LayerSnapshot) -> int:
         return layer.top_k if self.top_k_per_layer is None else self.top_k_per_layer[layer.layer_id]
 
-    def _decide(self, snapshot: SystemSnapshot, layer: LayerSnapshot, lens: Lens | None) -> ControlDecision:
-        """One turn of the control law for one layer; updates its state."""
-        config, state = self.config, self._states[layer.layer_id]
+    def _decide(
+        self, state: LayerControlState, snapshot: SystemSnapshot, layer: LayerSnapshot, lens: Lens | None
+    ) -> ControlDecision:
+        """One turn of the control law for one layer; `state` is a copy and moves on."""
+        config, spread = self.config, layer.lens_spread
         evidence = _evidence(layer)
         debt, quota, harmed = None, None, False
         if evidence is not None:
-            fit = lens is None or policy.is_fit(lens.spread, config)
+            fit = lens is None or policy.is_fit(spread, config)
             debt, quota, harmed = self._observe(state, evidence, self._top_k(layer), fit)
         drive = policy.drive_of(state.pressure, state.integral, config)
         heat = policy.heat_of(state.pressure)
@@ -135,7 +170,7 @@ class Controller:
             sufficient=evidence is not None,
             lens_supported=lens is not None and lens.supported,
             config=config,
-            lens_spread=None if lens is None else lens.spread,
+            lens_spread=None if lens is None else spread,
         )
         state.last_scale = requested if reason is None else 0.0
         state.last_step = snapshot.step
@@ -159,9 +194,7 @@ class Controller:
             scale=state.last_scale,
             scale_cap=policy.scale_cap(snapshot.step, config),
             abstain_reason=reason,
-            lens=None
-            if lens is None
-            else {"rank": lens.rank, **lens.norms(), "spread": lens.spread, "note": lens.note},
+            lens=None if lens is None else {"rank": lens.rank, **lens.norms(), "spread": spread, "note": lens.note},
             quota=quota,
             alerts=tuple(alert.kind for alert in snapshot.active_alerts if alert.layer_id == layer.layer_id),
         )
@@ -169,7 +202,7 @@ class Controller:
     def _observe(
         self, state: LayerControlState, seen: _Evidence, top_k: int, fit: bool
     ) -> tuple[policy.Debt, policy.Quota | None, bool]:
-        """Fold a window with evidence into the state; returns debt, quota and the harm guard's verdict."""
+        """Add a window with evidence to the state; returns debt, quota and the harm guard's verdict."""
         config, n_experts = self.config, len(seen.shares)
         debt = policy.topology_debt(
             n_effective=seen.n_effective, top2_share=seen.top2_share, dead=seen.dead, n_experts=n_experts, top_k=top_k
@@ -183,7 +216,7 @@ class Controller:
             state.harm_backoff, state.harm_hold, harmed, config
         )
         state.num_harms += harmed
-        # The window after a back-off shows the back-off: judging it as well would blame the lens for its own absence.
+        # The next window reflects the smaller scale, so it is not judged.
         state.last_top2 = None if harmed and config.harm_restart else top2
         state.pressure = policy.next_pressure(state.pressure, debt.total, config)
         state.integral = policy.next_integral(

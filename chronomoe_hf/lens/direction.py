@@ -13,6 +13,7 @@ Shape suffixes: T tokens, D router input width, F tokens in a fold.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -94,6 +95,12 @@ class RouterInputs(NamedTuple):
     mean_D: Tensor
     reader_D: Tensor
     spread: Tensor
+
+    @staticmethod
+    def spreads(inputs: Mapping[int, RouterInputs]) -> dict[int, float]:
+        """The spread of each layer's lens as Python floats; one transfer for all layers."""
+        spread_L = torch.stack([each.spread for each in inputs.values()]).tolist() if inputs else []
+        return dict(zip(inputs, spread_L, strict=True))
 
     @classmethod
     def from_sums(cls, sums: Tensor) -> RouterInputs:

@@ -49,8 +49,7 @@ class ChronoLens:
         scale: gate s in force, a Python float; 0 closes the lens exactly.
         scale_t: the same as a 0-dim float32 tensor, for graphs that must not be rebuilt when it changes.
         note: why the last basis is empty, or None.
-        spread: how unevenly the reader at hand reads tokens (standard deviation over mean), measured when the window
-            closed; None before that. The controller leaves a lens closed whose spread is too large.
+        is_open: whether the lens acts, ``scale > 0``. A bool of its own, because the compiler guards floats by value.
 
     Raises:
         ConfigError: `d_model` or `rank` is not positive.
@@ -79,7 +78,7 @@ class ChronoLens:
         self.scale = 0.0
         self.scale_t = torch.zeros((), dtype=torch.float32, device=device)
         self.note: str | None = None
-        self.spread: float | None = None
+        self.is_open = False
         self._norms: dict[str, float] = {"v_norm": 0.0, "u_norm": 0.0}
 
     @property
@@ -169,6 +168,7 @@ class ChronoLens:
         if not math.isfinite(scale) or scale < 0.0:
             raise ConfigError(f"layer {self.layer_id}: a lens scale must be finite and >= 0, got {scale}")
         self.scale = float(scale)
+        self.is_open = self.scale > 0.0
         self.scale_t.fill_(self.scale)
 
     def norms(self) -> dict[str, float]:
@@ -223,7 +223,7 @@ class IdentityLens:
     rank = 0
     scale = 0.0
     s = 0.0
-    spread: float | None = None
+    is_open = False
 
     def __init__(self, layer_id: int = 0, *, reason: str | None = None) -> None:
         self.layer_id = layer_id

@@ -20,13 +20,11 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from chronomoe_hf.config import LifecycleConfig
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
-
-if TYPE_CHECKING:
-    from chronomoe_hf.telemetry.snapshots import LayerSnapshot, SystemSnapshot
+from chronomoe_hf.telemetry.snapshots import LayerSnapshot, SystemSnapshot
 
 logger = logging.getLogger("chronomoe_hf")
 

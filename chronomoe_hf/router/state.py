@@ -146,4 +146,8 @@ class RouterHandle:
     state: RouterState
     recorder: Recorder
     lens: ChronoLens | None = None
-    lens_open: bool = False
+
+    @property
+    def lens_open(self) -> bool:
+        """Whether a lens acts in this layer."""
+        return self.lens is not None and self.lens.is_open

@@ -47,6 +47,7 @@ NUMBERS = (
     "overlap_only",
     "relevance",
     "lens_scale",
+    "lens_spread",
 )
 
 
@@ -121,6 +122,7 @@ class RoutingEvent:
         relevance: the bridge veto's factor r, in [0, 1].
         beta: bias coefficients per expert, in logit standard deviations.
         lens_scale: scale of the lens.
+        lens_spread: standard deviation over mean of what the lens reads in the tokens of the window's last step.
         notes: remarks in plain words.
     """
 
@@ -153,6 +155,7 @@ class RoutingEvent:
     relevance: float | None = None
     beta: Vector | None = None
     lens_scale: float | None = None
+    lens_spread: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

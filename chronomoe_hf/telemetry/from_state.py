@@ -28,6 +28,7 @@ def layer_events(
     mode: str,
     window_steps: int,
     config: ChronoConfig,
+    lens_spread: Mapping[int, float] | None = None,
 ) -> list[RoutingEvent]:
     """One RoutingEvent per layer.
 
@@ -41,6 +42,7 @@ def layer_events(
         mode: ``"TRAIN"`` or ``"EVAL"``.
         window_steps: optimizer steps in the window.
         config: settings in force; they say what was measured.
+        lens_spread: of the layers whose router inputs were read in this window's last step.
     """
     return [
         RoutingEvent.from_router_output(
@@ -56,9 +58,26 @@ def layer_events(
             notes=[*layer.notes, *_unread(row, host["window"][layer.layer_id], layer, config)],
             **_window_fields(row, host["window"][layer.layer_id], layer, config),
             **(_state_fields(host, layer, config) if "tokens" in host else {}),
+            lens_spread=(lens_spread or {}).get(layer.layer_id),
         )
         for layer in layers
     ]
+
+
+def window_shares(layers: Sequence[Layer], row: Row, host: Mapping[str, Any]) -> dict[int, list[float]]:
+    """Share of the window's assignments per expert, by layer id; layers without an assignment are left out.
+
+    Args:
+        layers: wrapped layers, in order.
+        row: names the columns of ``host["window"]``.
+        host: arrays of ``StepState.host()``.
+    """
+    shares = {}
+    for layer in layers:
+        count_E = row.count(host["window"][layer.layer_id])[: layer.num_experts]
+        if total := float(count_E.sum()):
+            shares[layer.layer_id] = [float(count) / total for count in count_E]
+    return shares
 
 
 def _unread(row: Row, window: Any, layer: Layer, config: ChronoConfig) -> list[str]:

@@ -40,9 +40,20 @@ LAYER_NUMBERS = (
     "overlap_only",
     "relevance",
     "lens_scale",
+    "lens_spread",
 )
 # When events are merged the newest reading of these counts.
-_READINGS = ("phi_fast", "phi_mid", "phi_slow", "tokens_seen", "logit_std", "relevance", "beta", "lens_scale")
+_READINGS = (
+    "phi_fast",
+    "phi_mid",
+    "phi_slow",
+    "tokens_seen",
+    "logit_std",
+    "relevance",
+    "beta",
+    "lens_scale",
+    "lens_spread",
+)
 
 
 @dataclass(kw_only=True)
@@ -100,6 +111,7 @@ class LayerSnapshot:
     relevance: float | None = None
     beta: Vector | None = None
     lens_scale: float | None = None
+    lens_spread: float | None = None
     observed: bool = True
     sufficient: bool = True
     notes: list[str] = field(default_factory=list)

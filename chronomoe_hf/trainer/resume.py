@@ -18,9 +18,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from chronomoe_hf import distributed
 from chronomoe_hf.checkpoint.fingerprint import UNREADABLE, compare_fingerprints, repair_weights
-from chronomoe_hf.checkpoint.system_state import live_fingerprint
 from chronomoe_hf.errors import StateError, WeightMismatchError
 from chronomoe_hf.system import ChronoSystem
+from chronomoe_hf.wrapping.save_pretrained import state_saved
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -41,11 +41,8 @@ def hook_trainer(trainer: Trainer, system: ChronoSystem) -> ResumePath:
         if system.config.checkpoint.save and self.args.should_save and directory is not None:
             # Before the weights: a checkpoint that Trainer regards as complete then always has our state.
             system.save(directory)
-        system.saving = True
-        try:
+        with state_saved(system):
             save_model(output_dir, _internal_call)
-        finally:
-            system.saving = False
 
     def training(self: Trainer, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         path.set(resume_from_checkpoint, self.args.output_dir)
@@ -103,7 +100,7 @@ def check_weights(
         WeightMismatchError: with ``repair="raise"``, when Trainer left wrong weights in the model, or when they could
             not be repaired.
     """
-    live = live_fingerprint(system)
+    live = system.fingerprint()
     wrong = compare_fingerprints(saved, live) if saved is not None else []
     # FSDP and ZeRO-3 leave no fingerprint to compare with; what they saved may well be resumed by a plain run.
     blind = saved is None or any(saved.get(name) == UNREADABLE != line for name, line in live.items())
@@ -119,7 +116,7 @@ def check_weights(
             "from_pretrained(checkpoint) before resuming from it, or set CheckpointConfig(repair='repair')"
         )
     if wrong:
-        system.raise_alert("RESUME_MISMATCH", step, detail)
+        system.set_alert("RESUME_MISMATCH", step, True, detail)
     if policy == "off":
         logger.error("%s; repair is off, training continues with them (%s)", detail, UPSTREAM)
         return []
@@ -137,12 +134,12 @@ def check_weights(
             directory,
             repaired[0],
         )
-    left = compare_fingerprints(saved, live_fingerprint(system)) if saved is not None else []
+    left = compare_fingerprints(saved, system.fingerprint()) if saved is not None else []
     if left:
         raise WeightMismatchError(
             f"{len(left)} weights still differ from {directory} after the repair (first: {left[0]}); the state and the "
             "weights there belong to different models"
         )
     if wrong:
-        system.clear_alert("RESUME_MISMATCH", step)
+        system.set_alert("RESUME_MISMATCH", step, False)
     return repaired

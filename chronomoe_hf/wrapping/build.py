@@ -21,7 +21,7 @@ from chronomoe_hf.recording.sums import Accumulators, LayerRecorder
 from chronomoe_hf.router.state import HANDLE, RouterHandle, RouterState
 from chronomoe_hf.wrapping.class_swap import check_swappable
 from chronomoe_hf.wrapping.discovery import FoundLayer, find_layers
-from chronomoe_hf.wrapping.layer import Layer
+from chronomoe_hf.wrapping.layer import Layer, is_parameter
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -135,15 +135,21 @@ def _make_layer(layer_id: int, found: FoundLayer, window: ForwardScope, width: i
         handle=handle,
         recorder=recorder,
         native_bias=native,
+        bias_is_parameter=native and is_parameter(_bias(adapter, router, parent), router, parent),
         can_steer=refused_beta is None,
         notes=notes,
     )
 
 
+def _bias(adapter: Adapter, router: nn.Module, parent: nn.Module) -> torch.Tensor:
+    bias_E = adapter.native_bias(router, parent)
+    assert bias_E is not None
+    return bias_E
+
+
 def _keep_native_bias_in_fp32(adapter: Adapter, router: nn.Module, parent: nn.Module) -> None:
     """Some families load their bias in bf16, where steps of a thousandth are rounded away: keep it in fp32."""
-    bias = adapter.native_bias(router, parent)
-    assert bias is not None
+    bias = _bias(adapter, router, parent)
     for module in (*router.modules(), parent):
         for name, value in [*module._buffers.items(), *module._parameters.items()]:
             if value is not None and value.data_ptr() == bias.data_ptr() and value.dtype != torch.float32:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,7 @@ from chronomoe_hf import distributed
 from chronomoe_hf.errors import WrapError
 from chronomoe_hf.lens.lens import fold_weight
 from chronomoe_hf.patches.rules import TopKSquash
-
-if TYPE_CHECKING:  # system imports this room
-    from chronomoe_hf.system import ChronoSystem
-    from chronomoe_hf.wrapping.layer import Layer
+from chronomoe_hf.wrapping.layer import Layer
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -62,11 +59,13 @@ class FoldReport:
 
 
 @torch.no_grad()
-def fold_system(system: ChronoSystem) -> list[FoldReport]:
+def fold_layers(model: nn.Module, layers: Sequence[Layer], topk_differs: Sequence[float | None]) -> list[FoldReport]:
     """Fold every layer in place; what was folded stops acting, so nothing is applied twice.
 
     Args:
-        system: the owner of a wrapped model.
+        model: the wrapped root.
+        layers: its layers.
+        topk_differs: per layer, share of the tokens that the plain router sends to other experts; None = unknown.
 
     Returns:
         One report per layer. A warning names the layers that lose more than 1 % of their choices.
@@ -74,12 +73,9 @@ def fold_system(system: ChronoSystem) -> list[FoldReport]:
     Raises:
         WrapError: a lens or beta belongs to a router whose weights are sharded; nothing was changed.
     """
-    for layer in system.layers:
+    for layer in layers:
         _require_whole(layer)
-    reports = [
-        _fold_layer(system.model, layer, differs)
-        for layer, differs in zip(system.layers, system.step_state.topk_disagreement(), strict=True)
-    ]
+    reports = [_fold_layer(model, layer, differs) for layer, differs in zip(layers, topk_differs, strict=True)]
     lossy = [report for report in reports if report.lost]
     above = [report for report in lossy if report.topk_differs is None or report.topk_differs > WARN_ABOVE]
     for report in lossy:
@@ -105,7 +101,6 @@ def _fold_layer(model: nn.Module, layer: Layer, differs: float | None) -> FoldRe
             weight_ED = layer.adapter.weight(layer.router)
             weight_ED.copy_(fold_weight(weight_ED, handle.lens.V, handle.lens.U, handle.lens.scale))
             handle.lens.set_scale(0.0)
-            handle.lens_open = False
             folded.append("lens")
         else:
             lost["lens"] = reason

@@ -29,6 +29,7 @@ class Layer:
         handle: what the router points to.
         recorder: the layer's accumulators.
         native_bias: the model's own correction bias, when the balance law updates that instead of beta.
+        bias_is_parameter: that bias is a parameter (which FSDP2 and ZeRO-3 shard) and not a buffer.
         can_steer: beta may act here; False for a layer that can only be observed.
         notes: what is not supported on this layer, in plain words.
     """
@@ -44,6 +45,7 @@ class Layer:
     handle: RouterHandle
     recorder: LayerRecorder
     native_bias: bool = False
+    bias_is_parameter: bool = False
     can_steer: bool = True
     notes: list[str] = field(default_factory=list)
 
@@ -63,13 +65,6 @@ class Layer:
             "top_k": self.top_k,
         }
 
-    def native_bias_is_parameter(self) -> bool:
-        """Whether the native correction bias is a parameter (which FSDP2 and ZeRO-3 shard) and not a buffer."""
-        bias_E = self.adapter.native_bias(self.router, self.parent)
-        assert bias_E is not None
-        parameters = (*self.router.parameters(), *self.parent.parameters(recurse=False))
-        return bias_E.numel() == 0 or any(value.data_ptr() == bias_E.data_ptr() for value in parameters)
-
     def update_native_bias(self, step_E: Tensor, beta: BetaConfig) -> None:
         """The balance law on the model's own correction bias, in its score units; only the change is centred.
 
@@ -86,3 +81,9 @@ class Layer:
             step_E = step_E * (beta.rate * slope * self.handle.state.logit_std_ema.double())
         with torch.no_grad():
             bias_E.add_((step_E - step_E.mean()).to(device=bias_E.device, dtype=bias_E.dtype))
+
+
+def is_parameter(bias_E: Tensor, router: nn.Module, parent: nn.Module) -> bool:
+    """Whether a native correction bias is a parameter of the router or its parent, and not a buffer."""
+    parameters = (*router.parameters(), *parent.parameters(recurse=False))
+    return bias_E.numel() == 0 or any(value.data_ptr() == bias_E.data_ptr() for value in parameters)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,17 @@ from torch import nn
 from chronomoe_hf.wrapping.owner import find_system
 
 SAVE_HOOK = "save_pretrained"
+_saved: set[int] = set()  # systems whose state has been written already by whoever calls save_pretrained now
+
+
+@contextlib.contextmanager
+def state_saved(system: object) -> Iterator[None]:
+    """Inside, ``save_pretrained`` writes weights only: the caller has written the system's state."""
+    _saved.add(id(system))
+    try:
+        yield
+    finally:
+        _saved.discard(id(system))
 
 
 def install_save_hook(model: nn.Module) -> None:
@@ -31,6 +44,6 @@ def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs:
     result = getattr(type(self), SAVE_HOOK)(self, save_directory, *args, **kwargs)
     system = find_system(self)
     if system is not None and system.config.checkpoint.save and kwargs.get("is_main_process", True):
-        if not system.saving:
+        if id(system) not in _saved:
             system.save(save_directory)
     return result

@@ -210,15 +210,20 @@ def test_a_thin_window_holds_the_state_and_closes_the_lens():
 def test_a_lens_that_would_scatter_tokens_stays_closed_and_starts_small_when_it_no_longer_would():
     controller, lens = controller_of(8)
     config = controller.config
+    spread = config.lens_spread_max + 0.01
+
+    def seen(step: int, spread: float):
+        snapshot = snapshot_of([COLLAPSED], step)
+        snapshot.layers[0].lens_spread = spread
+        return snapshot
+
     for step in range(1, 6):
-        lens.spread = config.lens_spread_max + 0.01
-        (decision,) = controller.update(snapshot_of([COLLAPSED], step), {0: lens})
+        (decision,) = controller.update(seen(step, spread), {0: lens})
         assert decision.abstain_reason == "lens_unfit"
         assert decision.scale == lens.scale == 0.0
-        assert decision.to_record()["lens"]["spread"] == lens.spread
+        assert decision.to_record()["lens"]["spread"] == spread
     assert controller.layer_state(0).integral == config.integral_step, "it must not wind up meanwhile"
-    lens.spread = config.lens_spread_max
-    (decision,) = controller.update(snapshot_of([COLLAPSED], 6), {0: lens})
+    (decision,) = controller.update(seen(6, config.lens_spread_max), {0: lens})
     assert not decision.abstained
     assert 0.0 < lens.scale <= config.integral_leak * config.integral_step + config.pressure_cap
 

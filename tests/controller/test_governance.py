@@ -48,7 +48,6 @@ def open_lens(system: ChronoSystem, layer_id: int, scale: float = 0.5) -> None:
     note = lens.aim(torch.randn(weight.shape[1]), weight, share / share.sum(), 2.0)
     assert note is None
     lens.set_scale(scale)
-    layer.handle.lens_open = True
 
 
 # ---- causality ---------------------------------------------------------------------------------------------------
@@ -192,7 +191,7 @@ def test_disagreement_is_measured_for_the_full_beta_however_much_of_it_is_vetoed
     state.logit_std_ema.fill_(4.0)
     state.relevance.fill_(relevance)
     state.refresh_()
-    state.beta_on = True
+    system.switch_beta_on()
     batch = tiny.tiny_batch("mixtral", padded=True)
     out = model(**batch, output_router_logits=True)
     real = batch["attention_mask"].flatten().bool()
@@ -219,7 +218,7 @@ def test_a_veto_does_not_flip_flop() -> None:
     system = chronomoe_hf.system_of(model)
     state = system.router_state(0)
     state.beta_coeff.copy_(torch.tensor([21.0] + [-3.0] * 7))
-    state.beta_on = True
+    system.switch_beta_on()
     state.refresh_()
     series, logits = [], []
     batch = tiny.tiny_batch("mixtral")
@@ -329,7 +328,7 @@ def test_every_lens_is_measured_before_it_may_act(reader: Any, limit: float, rea
     for layer, decision in zip(system.layers, system.decisions, strict=True):
         lens = layer.handle.lens
         assert lens is not None and decision.lens is not None
-        assert 0.0 < decision.lens["spread"] == lens.spread < math.inf
+        assert 0.0 < decision.lens["spread"] < math.inf
         assert layer.handle.lens_open is (reason is None) is (lens.scale > 0.0) is bool(lens.V.any())
     first = system.layers[0].handle.lens
     if reason is None and first is not None:
@@ -348,9 +347,11 @@ def test_the_spread_is_that_of_the_router_inputs() -> None:
         x[1 - side :: 2] @ (fold.mean(0) / fold.mean(0).square().sum()) for side in (0, 1) for fold in [x[side::2]]
     ]
     reading = torch.cat(readings).double()
-    lens = system.layers[0].handle.lens
-    assert lens is not None
-    assert lens.spread == pytest.approx(float(reading.std(unbiased=False) / reading.mean()), rel=1e-3)
+    snapshot = system.last_snapshot
+    assert snapshot is not None
+    assert snapshot.layers[0].lens_spread == pytest.approx(
+        float(reading.std(unbiased=False) / reading.mean()), rel=1e-3
+    )
 
 
 def watch(config: ChronoConfig, steps: int) -> tuple[Any, ChronoSystem]:
@@ -368,7 +369,8 @@ def router_inputs(model: Any, system: ChronoSystem, layer_id: int) -> Tensor:
     """The plain model's router inputs for the batch of `watch`, one row per token; beta and lenses closed for it."""
     seen: list[Tensor] = []
     for layer in system.layers:
-        layer.handle.lens_open = layer.handle.state.beta_on = False
+        assert layer.handle.lens is not None
+        layer.handle.lens.is_open = layer.handle.state.beta_on = False
     handle = system.layers[layer_id].router.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
     )

@@ -155,7 +155,7 @@ def test_lenses_that_open_one_by_one_share_a_graph() -> None:
                     share = torch.arange(1, 9).double() / 36
                     layer.handle.lens.aim(torch.randn(weight.shape[1], generator=generator), weight, share, 2.0)
                 layer.handle.lens.set_scale(scale)
-                layer.handle.lens_open = scale > 0
+                layer.handle.lens.is_open = scale > 0
         batch = tiny.tiny_batch("mixtral", seed=step, padded=True)
         got, want = compiled(**batch), twin(**batch)
         torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
@@ -166,7 +166,7 @@ def test_lenses_that_open_one_by_one_share_a_graph() -> None:
         seen_graphs.append(graphs())
         if scales == (0.5, 0.2, 0.1):
             for layer in systems[1].layers:
-                layer.handle.lens_open = False
+                layer.handle.lens.is_open = False
             with torch.no_grad():
                 assert not torch.allclose(twin(**batch).logits, want.logits, atol=1e-2), "bad test setup: idle lenses"
     assert seen_graphs == [1, *[GRAPHS] * 6], seen_graphs

@@ -50,11 +50,10 @@ def governed(family: str, *, lens: float = 0.0, beta: float = 0.0, scope: Any = 
             assert layer.handle.lens is not None
             assert layer.handle.lens.aim(torch.randn(weight.shape[1]), weight, share / share.sum(), 2.0) is None
             layer.handle.lens.set_scale(lens)
-            layer.handle.lens_open = True
         if beta:
             state.beta_coeff.copy_(beta * torch.linspace(-1, 1, weight.shape[0]))
             state.refresh_()
-            state.beta_on = True
+            system.switch_beta_on()
     model(**batch_of(model, family))
     system.step(1)
     return model, system

@@ -88,8 +88,7 @@ def test_steering_with_zero_beta_changes_no_number(family: str, backend: str, dt
     want = loss_and_grads(model, batch)
     chronomoe_hf.wrap(model)
     system = chronomoe_hf.system_of(model)
-    for layer in system.layers:
-        layer.handle.state.beta_on = True
+    system.switch_beta_on()
     assert_identical(loss_and_grads(model, batch), want)
     system.step(1)
     assert system.snapshot().layers[0].disagreement_js == 0.0, "the biased path was not taken"

@@ -1,0 +1,106 @@
+"""The records of a running system: opens the writer on the main process, hands every window to it, closes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chronomoe_hf import distributed
+from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.telemetry.alerts import Alert
+from chronomoe_hf.telemetry.events import RoutingEvent
+from chronomoe_hf.telemetry.manifest import run_manifest
+from chronomoe_hf.telemetry.reader import next_attempt
+from chronomoe_hf.telemetry.snapshots import SystemSnapshot
+from chronomoe_hf.telemetry.writer import TelemetryWriter
+
+
+class RunRecords:
+    """Where a system's records go; silent while it is closed and on every rank but the main one.
+
+    Attributes:
+        attempt: start or resume of the run, counted from 0 in its directory.
+        writer: the open writer, or None.
+    """
+
+    def __init__(self) -> None:
+        self.attempt = 0
+        self.writer: TelemetryWriter | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle of the model is its own wrapped model: it must not write into this run's files.
+        return {**self.__dict__, "writer": None}
+
+    def open(
+        self,
+        output_dir: str | Path,
+        *,
+        run_id: str,
+        config: ChronoConfig,
+        layers: Sequence[Mapping[str, Any]],
+        model_class: str,
+        notes: Sequence[str],
+        resume_step: int | None = None,
+    ) -> None:
+        """Write records below ``<output_dir>/chronomoe`` from now on (main process only).
+
+        Args:
+            output_dir: of the run.
+            run_id: of the run.
+            config: settings in force.
+            layers: the table of wrapped layers.
+            model_class: class name of the model.
+            notes: remarks in plain words.
+            resume_step: optimizer step that is resumed from, None for a fresh start.
+
+        Raises:
+            TelemetryError: the directory cannot be written.
+        """
+        if not config.telemetry.jsonl or not distributed.is_main():
+            return
+        self.close()
+        self.attempt = next_attempt(output_dir)
+        self.writer = TelemetryWriter(run_id, output_dir, attempt=self.attempt)
+        manifest = run_manifest(
+            run_id=run_id,
+            config=config,
+            layers=layers,
+            model_class=model_class,
+            world_size=distributed.world_size(),
+            attempt=self.attempt,
+            notes=notes,
+        )
+        self.writer.write_manifest(manifest, resumed_from=resume_step)
+
+    def window(
+        self,
+        events: Sequence[RoutingEvent],
+        snapshot: SystemSnapshot,
+        decisions: Sequence[Any] = (),
+        lifecycle: Sequence[Any] = (),
+    ) -> None:
+        """Record one closed window and what was decided on it."""
+        if self.writer is None:
+            return
+        self.writer.write_many("routing_events", events)
+        self.writer.write("snapshots", snapshot)
+        self.writer.write_many("control_decisions", decisions)
+        self.writer.write_many("lifecycle_decisions", lifecycle)
+        self.writer.write_many("alerts", snapshot.alerts)
+
+    def evaluation(self, events: Sequence[RoutingEvent]) -> None:
+        """Record what was seen in evaluation."""
+        if self.writer is not None:
+            self.writer.write_many("routing_events", events)
+
+    def alert(self, edge: Alert) -> None:
+        """Record one whole-run alert."""
+        if self.writer is not None:
+            self.writer.write("alerts", edge)
+
+    def close(self) -> None:
+        """Close the record files; reports dropped records."""
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
