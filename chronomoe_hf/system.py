@@ -335,7 +335,8 @@ class ChronoSystem:
             if self.config.telemetry.on_error == "raise" and not distributed.active():
                 raise
             if not self._failed_evaluation:
-                logger.exception("step %d: chronomoe_hf failed to evaluate a window; training goes on", self.global_step)
+                step = self.global_step
+                logger.exception("step %d: chronomoe_hf failed to evaluate a window; training goes on", step)
             self._failed_evaluation = True
             return None
         return Evaluated(snapshot, verdict.decisions)

@@ -126,7 +126,7 @@ def test_a_step_without_a_comparison_keeps_disagreement_and_relevance() -> None:
     assert stacked.relevance_L.tolist() == pytest.approx([0.25, 1.0])
     off = StepState(list(EXPERTS))
     forward.call(0, logits, disagreement=(torch.ones(3), torch.ones(3), torch.ones(3)))
-    off.fold(forward.row(), 1, VetoConfig(enabled=False))
+    off.update(forward.row(), 1, VetoConfig(enabled=False))
     assert off.relevance_L.tolist() == [1.0, 1.0] and float(off.js_L[0]) == 1.0
 
 
