@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import tiny_model
 
 import chronomoe_hf
 from chronomoe_hf.config import (
@@ -22,7 +23,6 @@ from chronomoe_hf.config import (
     VetoConfig,
 )
 from chronomoe_hf.errors import ConfigError
-from tests.support.models import tiny_model
 
 
 def at(config: ChronoConfig, path: str) -> Any:
