@@ -82,15 +82,15 @@ CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reader mean, train_router": ({"lens_spread_max": 1e6}, {"reader": "mean", "train_router": True}),
     "basis least_squares": ({}, {"basis": "least_squares"}),
     "scale_max 0.5": ({"scale_max": 0.5}, {}),
-    "harm_threshold 0.02": ({"harm_threshold": 0.02}, {}),
+    "harm_threshold 0.02": ({"harm__threshold": 0.02}, {}),
     "original law": (
         {
             "gate": "pressure",
             "scale_max": 0.5,
             "warmup_steps": 100,
-            "harm_threshold": 0.02,
-            "harm_restart": False,
-            "harm_hold": 0,
+            "harm__threshold": 0.02,
+            "harm__restart": False,
+            "harm__hold": 0,
             "lens_spread_max": 1e6,
         },
         {"basis": "least_squares", "reader": "mean", "memory": 0.0, "train_router": True},
@@ -112,7 +112,7 @@ PLAN = {
 
 def balance_config(**beta: Any) -> ChronoConfig:
     """The `balance` preset with another `rule` or `rate`."""
-    return ChronoConfig.balance(beta=dataclasses.replace(ChronoConfig.balance().beta, **beta))
+    return ChronoConfig.balance(beta=beta)
 
 
 def arm_config(arm: str, sign_rate: float) -> ChronoConfig:
@@ -122,11 +122,7 @@ def arm_config(arm: str, sign_rate: float) -> ChronoConfig:
     protect = ChronoConfig.protect()
     if arm in CHANGED:
         control, lens = CHANGED[arm]
-        return dataclasses.replace(
-            protect,
-            control=dataclasses.replace(protect.control, **control),
-            lens=dataclasses.replace(protect.lens, **lens),
-        )
+        return protect.replace(control=control, lens=lens)
     return {
         "none": ChronoConfig.observe(),
         "aux": ChronoConfig.observe(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -55,7 +55,7 @@ def wrap(model: Model, config: ChronoConfig | None = None) -> Model:
         if config is not None and config != system.config:
             raise AlreadyWrappedError(
                 "this model is already wrapped with another config; call chronomoe_hf.unwrap(model) first "
-                f"(different: {', '.join(_differences(system.config, config))})"
+                f"(different: {', '.join(system.config.differences(config))})"
             )
         install_save_hook(model)  # a wrapper that was added since (PEFT) has a save_pretrained of its own
         return model
@@ -135,8 +135,3 @@ def _check_version() -> None:
             "router is still held against its adapter when it is wrapped, and refused if its outputs have changed.",
             stacklevel=3,
         )
-
-
-def _differences(old: Any, new: Any) -> list[str]:
-    before, after = old.to_dict(), new.to_dict()
-    return [name for name in before if before[name] != after[name]]

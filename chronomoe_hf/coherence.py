@@ -11,33 +11,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from chronomoe_hf.errors import ConfigError
+
 ALPHAS = (0.9, 0.99, 0.999)
 """EMA decay of the fast, mid and slow clock: half-lives of about 7, 69 and 693 updates."""
 
 
-@dataclass(frozen=True)
+STALE_AFTER = 1000
+"""Optimizer steps without a token after which an expert no longer counts as being observed."""
+
+
+def expert_name(layer_id: int, expert: int) -> str:
+    """The name of an expert in records and logs: ``"L3_E7"`` is expert 7 of MoE layer 3."""
+    return f"L{layer_id}_E{expert}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CoherenceState:
     """One expert's coherence, on the host.
 
     Args:
-        expert_id: index in the layer.
-        phi_raw: estimate of the last step in which the expert was seen, cosine in [-1, 1]; None before that.
-        phi_fast, phi_mid, phi_slow: bias-corrected clocks, cosines; None before the first update.
+        expert_id: ``"L3_E7"``, see :func:`expert_name`.
+        layer_id: MoE layer of the expert.
+        phi_fast, phi_mid, phi_slow: bias-corrected clocks, cosines in [-1, 1]; None before the first update.
+        last_update_step: optimizer step in which the expert was last seen, -1 = never.
+        total_tokens_seen: evidence tokens over the whole run.
+        is_being_observed: seen in the last `stale_after` steps before the snapshot.
+        phi_raw: estimate of the last step in which the expert was seen, a cosine; None before that.
         updates: steps that updated the clocks.
-        tokens_seen: evidence tokens over the whole run.
-        last_step: optimizer step of the last update, -1 = never.
         step: optimizer step of the snapshot.
     """
 
-    expert_id: int
-    phi_raw: float | None
+    expert_id: str
+    layer_id: int
     phi_fast: float | None
     phi_mid: float | None
     phi_slow: float | None
-    updates: int
-    tokens_seen: int
-    last_step: int
-    step: int
+    last_update_step: int
+    total_tokens_seen: int
+    is_being_observed: bool = True
+    phi_raw: float | None = None
+    updates: int = 0
+    step: int | None = None
 
     @property
     def delta(self) -> float | None:
@@ -96,80 +111,124 @@ class CoherenceBuffer:
     Args:
         num_experts: E.
         layer_id: for messages and records.
-        device: where the state lives; it follows the first `phi_raw` it is given.
+        device: where the state lives.
+
+    Attributes:
+        ema_CE: the clocks as they are stored, without bias correction, float64.
+        phi_raw: last estimate of each expert, shape ``(E,)``, float64.
+        updates: steps that updated each expert's clocks, shape ``(E,)``, int64.
+        total_tokens_seen: evidence tokens of each expert, shape ``(E,)``, int64.
+        last_update_step: optimizer step in which each expert was last seen, shape ``(E,)``, int64, -1 = never.
+
+    Raises:
+        ConfigError: `num_experts` is not positive.
     """
 
     def __init__(self, num_experts: int, layer_id: int = 0, device: torch.device | str = "cpu") -> None:
         if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+            raise ConfigError(f"num_experts must be at least 1, got {num_experts}")
         self.num_experts = num_experts
         self.layer_id = layer_id
         self.ema_CE = torch.zeros(len(ALPHAS), num_experts, dtype=torch.float64, device=device)
-        self.phi_raw_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
-        self.updates_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.tokens_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.last_step_E = torch.full((num_experts,), -1, dtype=torch.int64, device=device)
+        self.phi_raw = torch.zeros(num_experts, dtype=torch.float64, device=device)
+        self.updates = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.total_tokens_seen = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.last_update_step = torch.full((num_experts,), -1, dtype=torch.int64, device=device)
 
     @classmethod
     def view(
-        cls, layer_id: int, ema_CE: Tensor, phi_raw_E: Tensor, updates_E: Tensor, tokens_E: Tensor, last_step_E: Tensor
+        cls,
+        layer_id: int,
+        ema_CE: Tensor,
+        phi_raw_E: Tensor,
+        updates_E: Tensor,
+        total_tokens_seen_E: Tensor,
+        last_update_step_E: Tensor,
     ) -> CoherenceBuffer:
         """A buffer over tensors that somebody else owns (the system's stacked state)."""
         buffer = cls.__new__(cls)
         buffer.num_experts, buffer.layer_id = updates_E.shape[-1], layer_id
-        buffer.ema_CE, buffer.phi_raw_E, buffer.updates_E = ema_CE, phi_raw_E, updates_E
-        buffer.tokens_E, buffer.last_step_E = tokens_E, last_step_E
+        buffer.ema_CE, buffer.phi_raw, buffer.updates = ema_CE, phi_raw_E, updates_E
+        buffer.total_tokens_seen, buffer.last_update_step = total_tokens_seen_E, last_update_step_E
         return buffer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lives."""
+        return self.ema_CE.device
+
+    @property
+    def phi_fast(self) -> Tensor:
+        """The fast clock of every expert, bias-corrected, shape ``(E,)``, float64; 0 before the first update."""
+        return read_clocks(self.ema_CE, self.updates)[0]
+
+    @property
+    def phi_mid(self) -> Tensor:
+        """The mid clock, as :attr:`phi_fast`."""
+        return read_clocks(self.ema_CE, self.updates)[1]
+
+    @property
+    def phi_slow(self) -> Tensor:
+        """The slow clock, as :attr:`phi_fast`."""
+        return read_clocks(self.ema_CE, self.updates)[2]
 
     def update(
         self, phi_raw: Tensor, active_expert_ids: Tensor | Iterable[int], step: int, num_tokens: Tensor | Iterable[int]
     ) -> None:
-        """Fold one step's phi into the clocks, without a transfer to the host.
+        """Add one step's phi to the clocks, without a transfer to the host.
 
         Args:
             phi_raw: shape ``(E,)`` (all experts) or ``(A,)`` (one value per active id).
             active_expert_ids: the A experts with evidence in this step, distinct, in [0, E).
             step: optimizer step.
             num_tokens: evidence tokens, shape ``(E,)`` or ``(A,)``.
-        """
-        device = self.ema_CE.device
-        ids_A = torch.as_tensor(active_expert_ids, dtype=torch.int64, device=device)
-        active_E = torch.zeros(self.num_experts, dtype=torch.bool, device=device)
-        active_E.index_fill_(0, ids_A, True)
-        phi_E = self._spread(torch.as_tensor(phi_raw, dtype=torch.float64, device=device), ids_A, "phi_raw")
-        tokens_E = self._spread(torch.as_tensor(num_tokens, dtype=torch.int64, device=device), ids_A, "num_tokens")
-        update_clocks_(self.ema_CE, self.updates_E, phi_E, active_E)
-        self.phi_raw_E.copy_(torch.where(active_E, phi_E, self.phi_raw_E))
-        self.tokens_E.add_(torch.where(active_E, tokens_E, 0))
-        self.last_step_E.masked_fill_(active_E, step)
 
-    def _spread(self, values: Tensor, ids_A: Tensor, name: str) -> Tensor:
+        Raises:
+            ConfigError: another shape.
+        """
+        ids_A = torch.as_tensor(active_expert_ids, dtype=torch.int64, device=self.device)
+        active_E = torch.zeros(self.num_experts, dtype=torch.bool, device=self.device)
+        active_E.index_fill_(0, ids_A, True)
+        phi_E = self._scatter(torch.as_tensor(phi_raw, dtype=torch.float64, device=self.device), ids_A, "phi_raw")
+        count_E = self._scatter(torch.as_tensor(num_tokens, dtype=torch.int64, device=self.device), ids_A, "num_tokens")
+        update_clocks_(self.ema_CE, self.updates, phi_E, active_E)
+        self.phi_raw.copy_(torch.where(active_E, phi_E, self.phi_raw))
+        self.total_tokens_seen.add_(torch.where(active_E, count_E, 0))
+        self.last_update_step.masked_fill_(active_E, step)
+
+    def _scatter(self, values: Tensor, ids_A: Tensor, name: str) -> Tensor:
         if values.shape == (self.num_experts,):
             return values
         if values.shape != ids_A.shape:
-            raise ValueError(
+            raise ConfigError(
                 f"{name} has shape {tuple(values.shape)}; expected ({self.num_experts},) or {tuple(ids_A.shape)}"
             )
         return torch.zeros(self.num_experts, dtype=values.dtype, device=values.device).index_copy_(0, ids_A, values)
 
-    def snapshot(self, step: int) -> dict[int, CoherenceState]:
-        """All experts' state on the host: the only transfer."""
-        clocks = read_clocks(self.ema_CE, self.updates_E)
-        table = torch.cat(
-            [clocks, self.phi_raw_E[None], torch.stack([self.updates_E, self.tokens_E, self.last_step_E]).double()]
-        )
-        fast, mid, slow, raw, updates, tokens, last = table.cpu().tolist()
-        return {
-            e: CoherenceState(
-                expert_id=e,
-                phi_raw=raw[e] if updates[e] else None,
-                phi_fast=fast[e] if updates[e] else None,
-                phi_mid=mid[e] if updates[e] else None,
-                phi_slow=slow[e] if updates[e] else None,
-                updates=int(updates[e]),
-                tokens_seen=int(tokens[e]),
-                last_step=int(last[e]),
+    def snapshot(self, step: int, stale_after: int = STALE_AFTER) -> dict[int, CoherenceState]:
+        """All experts' state on the host, by index in the layer: the only transfer.
+
+        Args:
+            step: optimizer step now.
+            stale_after: steps without a token after which an expert no longer counts as being observed.
+        """
+        clocks_CE = read_clocks(self.ema_CE, self.updates)
+        counts = torch.stack([self.updates, self.total_tokens_seen, self.last_update_step]).double()
+        table = torch.cat([clocks_CE, self.phi_raw[None], counts]).cpu().tolist()
+        out = {}
+        for expert, (fast, mid, slow, raw, updates, tokens, last) in enumerate(zip(*table, strict=True)):
+            known = updates > 0
+            out[expert] = CoherenceState(
+                expert_id=expert_name(self.layer_id, expert),
+                layer_id=self.layer_id,
+                phi_fast=fast if known else None,
+                phi_mid=mid if known else None,
+                phi_slow=slow if known else None,
+                last_update_step=int(last),
+                total_tokens_seen=int(tokens),
+                is_being_observed=known and step - last <= stale_after,
+                phi_raw=raw if known else None,
+                updates=int(updates),
                 step=step,
             )
-            for e in range(self.num_experts)
-        }
+        return out

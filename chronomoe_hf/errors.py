@@ -22,6 +22,12 @@ Every message names the value, what was expected, and the way out.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+_SHOWN = 80  # characters of a value that a message repeats
+
 
 class ChronoError(Exception):
     """Root of every exception that chronomoe_hf raises on purpose."""
@@ -85,3 +91,21 @@ class StateWriteError(StateError, OSError):
 
 class WeightMismatchError(StateError):
     """Live router or expert weights differ from the checkpoint's fingerprint."""
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` for a message, cut where it is long; a value that has no repr is named by its type."""
+    try:
+        text = repr(value)
+    except Exception:  # a broken __repr__, an int of more digits than Python prints
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({type(value).__name__})"
+
+
+def did_you_mean(name: Any, known: Iterable[Any]) -> str:
+    """``"; did you mean 'interval'?"`` for a name that is close to a known one, else an empty string."""
+    if not isinstance(name, str) or len(name) > _SHOWN:
+        return ""
+    by_lower = {str(each).lower(): str(each) for each in known}
+    near = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""

@@ -179,10 +179,36 @@ def top1_flip(p_TE: Tensor, q_TE: Tensor) -> Tensor:
     return torch.logical_not((top_p_TE & top_q_TE).any(-1))
 
 
-def flip_rate(p_TE: Tensor, q_TE: Tensor) -> float | None:
-    """Fraction of tokens whose top-1 expert differs, in ``[0, 1]``; None without tokens. Waits for the device."""
-    flip_T = top1_flip(p_TE, q_TE)
-    return float(flip_T.double().mean()) if flip_T.numel() else None
+def compute_js_divergence(p: Tensor, q: Tensor) -> float | None:
+    """Mean Jensen-Shannon divergence of the rows of two distributions, in nats. Waits for the device.
+
+    Args:
+        p: distributions, shape ``(T, E)``; rows sum to one.
+        q: the same shape.
+
+    Returns:
+        In ``[0, ln 2]``; None without tokens. See :func:`js` for one value per token.
+    """
+    return float(js(p, q).double().mean()) if p.numel() else None
+
+
+def compute_flip_rate(p: Tensor, q: Tensor, top_k: int = 1) -> float | None:
+    """Fraction of tokens whose most probable expert differs, in ``[0, 1]``. Waits for the device.
+
+    Args:
+        p: distributions, shape ``(T, E)``.
+        q: the same shape.
+        top_k: experts per token. As in the original, only the first of them is compared.
+
+    Returns:
+        The fraction; None without tokens. See :func:`top1_flip` for one value per token.
+
+    Raises:
+        ConfigError: `top_k` is not in [1, E].
+    """
+    if not 1 <= top_k <= p.shape[-1]:
+        raise ConfigError(f"experts per token must be in [1, {p.shape[-1]}], got {top_k}")
+    return float(top1_flip(p, q).double().mean()) if p.numel() else None
 
 
 def overlap_only(p_biased_TE: Tensor, p_clean_TE: Tensor) -> Tensor:

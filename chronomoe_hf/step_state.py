@@ -18,12 +18,10 @@ from chronomoe_hf.router.beta_laws import (
     balance_step,
     centre_and_clamp,
     coherence_law,
-    compute_relevance,
     next_gain,
+    relevance_of,
 )
-from chronomoe_hf.router.state import RouterState
-
-_STD_ALPHA = 0.99
+from chronomoe_hf.router.state import LOGIT_STD_ALPHA, RouterState
 
 
 class Row:
@@ -120,6 +118,7 @@ class StepState:
         state.beta_full = self.beta_full_LE[layer, :num]
         state.beta_applied = self.beta_applied_LE[layer, :num]
         state.logit_std_ema = self.logit_std_L[layer]
+        state.logit_std_updates = self.std_updates_L[layer]
         state.relevance = self.relevance_L[layer]
         state.disagreement_js = self.js_L[layer]
         state.disagreement_flip = self.flip_L[layer]
@@ -160,9 +159,11 @@ class StepState:
         tokens_L = row.meta(row_LR, "tokens")
         std_L = (row.layer(row_LR, "logit_var") / tokens_L.clamp_min(1.0)).sqrt()
         seen_L = (tokens_L > 0) & (std_L > 0)
-        self.std_L.copy_(torch.where(seen_L, self.std_L * _STD_ALPHA + std_L * (1.0 - _STD_ALPHA), self.std_L))
+        self.std_L.copy_(
+            torch.where(seen_L, self.std_L * LOGIT_STD_ALPHA + std_L * (1.0 - LOGIT_STD_ALPHA), self.std_L)
+        )
         self.std_updates_L.add_(seen_L)
-        corrected_L = self.std_L / (1.0 - _STD_ALPHA ** self.std_updates_L.double()).clamp_min(1e-12)
+        corrected_L = self.std_L / (1.0 - LOGIT_STD_ALPHA ** self.std_updates_L.double()).clamp_min(1e-12)
         self.logit_std_L.copy_(torch.where(self.std_updates_L > 0, corrected_L, 1.0))
 
         compared_L = row.layer(row_LR, "compared")
@@ -172,7 +173,7 @@ class StepState:
             target_L.copy_(torch.where(compared_L > 0, measured_L, target_L))
         if veto.enabled:
             signal_L = self.js_L if veto.signal == "js" else self.overlap_L
-            self.relevance_L.copy_(compute_relevance(signal_L, veto.threshold))  # type: ignore[arg-type]
+            self.relevance_L.copy_(relevance_of(signal_L, veto.threshold))
 
     def refresh(self, cap: float) -> None:
         """Recompute what the forward adds: relevance * clamp(beta, +-cap) * logit std."""

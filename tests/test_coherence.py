@@ -92,14 +92,18 @@ def test_clocks_follow_the_recurrence_for_the_experts_that_were_seen(num_experts
         got = [getattr(state, clock) for clock in CLOCKS]
         assert got == pytest.approx(want, abs=1e-9) if seen else got == [None] * 3
         assert state.phi_raw == (pytest.approx(seen[-1]) if seen else None)
-        assert (state.updates, state.tokens_seen, state.last_step) == (len(seen), tokens[expert], last[expert])
-        assert (state.expert_id, state.step) == (expert, 39)
+        assert (state.updates, state.total_tokens_seen, state.last_update_step) == (
+            len(seen),
+            tokens[expert],
+            last[expert],
+        )
+        assert (state.expert_id, state.layer_id, state.step) == (f"L3_E{expert}", 3, 39)
 
 
 def test_an_expert_that_was_never_seen_has_no_coherence() -> None:
     state = CoherenceBuffer(2).snapshot(5)[1]
     assert [state.phi_raw, *(getattr(state, clock) for clock in CLOCKS), state.delta] == [None] * 5
-    assert (state.updates, state.tokens_seen, state.last_step) == (0, 0, -1)
+    assert (state.updates, state.total_tokens_seen, state.last_update_step) == (0, 0, -1)
 
 
 def test_bad_shapes_are_refused() -> None:

@@ -221,9 +221,9 @@ def test_flips_by_hand():
     p_TE = torch.tensor([[0.7, 0.3], [0.7, 0.3], [0.5, 0.5], [0.5, 0.5]])
     q_TE = torch.tensor([[0.6, 0.4], [0.4, 0.6], [0.4, 0.6], [0.6, 0.4]])
     assert metrics.top1_flip(p_TE, q_TE).tolist() == [False, True, False, False]  # a tie is no flip, on either side
-    assert metrics.flip_rate(p_TE, q_TE) == 0.25
-    assert metrics.flip_rate(p_TE, p_TE) == 0.0
-    assert metrics.flip_rate(p_TE[:0], q_TE[:0]) is None
+    assert metrics.compute_flip_rate(p_TE, q_TE) == 0.25
+    assert metrics.compute_flip_rate(p_TE, p_TE) == 0.0
+    assert metrics.compute_flip_rate(p_TE[:0], q_TE[:0]) is None
 
 
 def test_overlap_only_is_the_moved_mass():

@@ -148,8 +148,8 @@ def test_the_bank_and_a_buffer_of_its_own_agree_on_clocks_and_beta() -> None:
 
     draw = random.Random(0)
     stacked = StepState(list(EXPERTS))
-    buffers = [CoherenceBuffer(num) for num in EXPERTS]
-    states = [RouterState.fresh(layer, num, 0.3) for layer, num in enumerate(EXPERTS)]
+    buffers = [CoherenceBuffer(num, layer) for layer, num in enumerate(EXPERTS)]
+    states = [RouterState(layer, num) for layer, num in enumerate(EXPERTS)]
     config = BetaConfig(eta=0.2)
     for step in range(1, 8):
         phi = [[draw.uniform(-1, 1) for _ in range(num)] for num in EXPERTS]
@@ -185,7 +185,7 @@ def test_balance_moves_each_layer_by_its_own_counts_and_leaves_frozen_ones_alone
 
 def test_what_the_forward_adds_is_relevance_times_clamped_beta_times_logit_std() -> None:
     stacked = StepState(list(EXPERTS))
-    state = RouterState.fresh(1, 6)
+    state = RouterState(1, 6)
     stacked.bind(state)
     stacked.beta_LE[1] = torch.tensor([0.5, -0.5, 0.1, -0.1, 0.0, 0.0])
     stacked.logit_std_L[1], stacked.relevance_L[1] = 2.0, 0.25

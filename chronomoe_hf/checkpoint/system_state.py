@@ -164,11 +164,10 @@ def _warn_of_other_settings(live: ChronoConfig, saved: Any) -> None:
     if not isinstance(saved, dict):
         return
     try:
-        before = ChronoConfig.from_dict(saved).to_dict()
+        before = ChronoConfig.from_dict(saved)
     except ConfigError:
         return
-    now = live.to_dict()
-    changed = sorted(name for name in now if now[name] != before[name] and name not in ("telemetry", "checkpoint"))
+    changed = [name for name in live.differences(before) if not name.startswith(("telemetry.", "checkpoint."))]
     if changed:
         warnings.warn(f"resuming with other chronomoe settings than were saved: {', '.join(changed)}", stacklevel=5)
 

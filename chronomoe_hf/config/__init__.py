@@ -3,16 +3,19 @@
 Units are given per field. "interval" everywhere means optimizer steps.
 """
 
-from chronomoe_hf.config.config import CONFIG_NAME, CONFIG_SCHEMA, ChronoConfig
+from chronomoe_hf.config.config import ChronoConfig
+from chronomoe_hf.config.files import CONFIG_NAME, CONFIG_SCHEMA
 from chronomoe_hf.config.governance import (
     BalanceRule,
     BasisName,
     BetaConfig,
     ControlConfig,
+    HarmGuardConfig,
     LensConfig,
     ReaderName,
     VetoConfig,
 )
+from chronomoe_hf.config.presets import PRESETS, PresetName
 from chronomoe_hf.config.recording import (
     AlertConfig,
     CheckpointConfig,
@@ -24,6 +27,7 @@ from chronomoe_hf.config.recording import (
 __all__ = [
     "CONFIG_NAME",
     "CONFIG_SCHEMA",
+    "PRESETS",
     "AlertConfig",
     "BalanceRule",
     "BasisName",
@@ -32,8 +36,10 @@ __all__ = [
     "ChronoConfig",
     "CoherenceConfig",
     "ControlConfig",
+    "HarmGuardConfig",
     "LensConfig",
     "LifecycleConfig",
+    "PresetName",
     "ReaderName",
     "TelemetryConfig",
     "VetoConfig",

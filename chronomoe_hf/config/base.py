@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.errors import ConfigError, did_you_mean, shown
+
+_INT_LIMIT = 2**63 - 1  # counts and steps end up in int64 tensors
 
 
 def require(ok: bool, message: str) -> None:
@@ -18,10 +22,21 @@ def require(ok: bool, message: str) -> None:
 
 
 class ConfigBase:
-    """Shared behaviour of every config dataclass: typed fields, strict dictionaries."""
+    """Shared behaviour of every config dataclass: typed fields, strict dictionaries, overrides by name.
+
+    A part remembers which of its fields were written out (as pydantic's ``model_fields_set`` does), so that a preset
+    can take over exactly those from a part that is passed to it. Equality and JSON do not depend on it.
+    """
+
+    def __new__(cls, *args: Any, **fields: Any) -> typing.Self:
+        """Refuses unknown names before the dataclass sees them; the values are checked after ``__init__``."""
+        check_names(cls, fields)
+        new = super().__new__(cls)
+        object.__setattr__(new, "_written", frozenset(fields))
+        return new
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = hints_of(type(self))
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
             fixed = _coerce(f"{type(self).__name__}.{item.name}", value, hints[item.name])
@@ -32,6 +47,23 @@ class ConfigBase:
     def _check(self) -> None:
         """Raise ConfigError for values out of range; overridden by each part."""
 
+    @property
+    def written(self) -> frozenset[str]:
+        """The fields that were written out when this part was made, whether or not they equal the default."""
+        return typing.cast("frozenset[str]", self.__dict__.get("_written", frozenset()))
+
+    def replace(self, **changes: Any) -> typing.Self:
+        """A copy with other values; everything that is not named stays.
+
+        Args:
+            changes: fields by name; a field of a part by ``part__field`` (``beta__rate=0.1``). A whole part, or a
+                dictionary, changes the fields that are written out in it and keeps the others.
+
+        Raises:
+            ConfigError: an unknown name, a value that is not allowed, or one given twice.
+        """
+        return _replaced(self, _tree(type(self), changes))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain, JSON-ready dictionary of every field."""
         out: dict[str, Any] = {}
@@ -41,48 +73,161 @@ class ConfigBase:
         return out
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> typing.Self:
+    def from_dict(cls, data: Mapping[str, Any]) -> typing.Self:
         """Build from a dictionary; unknown keys raise ConfigError naming them."""
-        require(isinstance(data, dict), f"{cls.__name__} is built from a dictionary, got {type(data).__name__}")
-        hints = typing.get_type_hints(cls)
-        known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(data) - known)
-        require(not unknown, f"{cls.__name__} has no {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        values = dict(data)
-        for name, value in data.items():
-            hint = hints[name]
-            if isinstance(hint, type) and issubclass(hint, ConfigBase) and isinstance(value, dict):
-                values[name] = hint.from_dict(value)
-        return cls(**values)
+        return cls(**with_parts(cls, data))
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def hints_of(cls: type[ConfigBase]) -> dict[str, Any]:
+    """The resolved type hint of every field."""
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
+
+
+def part_of(cls: type[ConfigBase], name: str) -> type[ConfigBase] | None:
+    """The config class of a field that is a part, None for a plain field."""
+    hint = hints_of(cls)[name]
+    return hint if isinstance(hint, type) and issubclass(hint, ConfigBase) else None
+
+
+def with_parts(cls: type[ConfigBase], data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with a part in place of each dictionary that stands for one."""
+    require(isinstance(data, Mapping), f"{cls.__name__} is built from a dictionary, got {shown(data)}")
+    check_names(cls, data)
+    values = dict(data)
+    for name, value in data.items():
+        part = part_of(cls, name)
+        if part is not None and isinstance(value, Mapping):
+            values[name] = part.from_dict(value)
+    return values
+
+
+def check_names(cls: type[ConfigBase], data: Mapping[Any, Any]) -> None:
+    """Raise ConfigError for keys that are no field of `cls`, with what may have been meant."""
+    known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name in data:
+        if name in known:
+            continue
+        near = _in_a_part(cls, name) or did_you_mean(name, known)
+        raise ConfigError(f"{cls.__name__} has no {shown(name)}{near}; known: {', '.join(sorted(known))}")
+
+
+def _in_a_part(cls: type[ConfigBase], name: Any) -> str:
+    """What to write instead of ``part__field`` or ``part_field``, if `name` is one of these."""
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        part = part_of(cls, item.name)
+        if part is None or not isinstance(name, str) or not name.startswith(f"{item.name}_"):
+            continue
+        field = name.removeprefix(f"{item.name}_").removeprefix("_")
+        if field in hints_of(part):
+            return (
+                f"; did you mean {item.name}={part.__name__}({field}=...)? A preset and config.replace also take "
+                f"{item.name}__{field}=..."
+            )
+    return ""
+
+
+def _tree(cls: type[ConfigBase], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes as nested dictionaries of plain values: ``{"beta": {"rate": 0.1}, "interval": 50}``."""
+    tree: dict[str, Any] = {}
+    for key, value in changes.items():
+        name, _, rest = str(key).partition("__")
+        check_names(cls, {name: value})
+        part = part_of(cls, name)
+        if part is None:
+            require(not rest, f"{cls.__name__}.{name} is a value, not a part: {shown(key)} names nothing in it")
+            _put(tree, name, value, cls)
+            continue
+        if rest:
+            value = {rest: value}
+        elif isinstance(value, part):
+            value = {field: getattr(value, field) for field in value.written}
+        require(isinstance(value, Mapping), f"{cls.__name__}.{name} must be {part.__name__}, got {shown(value)}")
+        below = tree.setdefault(name, {})
+        for field, inner in _tree(part, value).items():
+            _merge(below, field, inner, part)
+    return tree
+
+
+def _merge(tree: dict[str, Any], name: str, value: Any, cls: type[ConfigBase]) -> None:
+    part = part_of(cls, name)
+    if part is None:
+        _put(tree, name, value, cls)
+        return
+    below = tree.setdefault(name, {})
+    for field, inner in value.items():
+        _merge(below, field, inner, part)
+
+
+def _put(tree: dict[str, Any], name: str, value: Any, cls: type[ConfigBase]) -> None:
+    require(name not in tree, f"{cls.__name__}.{name} is given twice; leave one of them out")
+    tree[name] = value
+
+
+def _replaced(part: Any, tree: Mapping[str, Any]) -> Any:
+    """A copy of `part` with the changes of a :func:`_tree`, which remembers what was written out in either."""
+    values = {item.name: getattr(part, item.name) for item in dataclasses.fields(part)}
+    for name, value in tree.items():
+        values[name] = value if part_of(type(part), name) is None else _replaced(values[name], value)
+    new = type(part)(**values)
+    object.__setattr__(new, "_written", part.written | set(tree))
+    return new
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """Check `value` against a type hint; an int is accepted (and converted) where a float is meant."""
+    """Check `value` against a type hint; an int is taken where a float is meant, a path where a string is."""
     origin = typing.get_origin(hint)
     if origin is Literal:
         choices = typing.get_args(hint)
-        require(value in choices, f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        if not (isinstance(value, str) and value in choices):
+            listed = ", ".join(map(repr, choices))
+            raise ConfigError(f"{name} must be one of {listed}, got {shown(value)}{did_you_mean(value, choices)}")
         return value
     if origin in (typing.Union, types.UnionType):
-        errors = []
-        for option in typing.get_args(hint):
-            try:
-                return _coerce(name, value, option)
-            except ConfigError as error:
-                errors.append(str(error))
-        raise ConfigError(errors[0])
+        return _coerce_union(name, value, typing.get_args(hint))
     if hint is type(None):
-        require(value is None, f"{name} must be None, got {value!r}")
+        require(value is None, f"{name} must be None, got {shown(value)}")
         return value
     if hint is float:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        require(ok, f"{name} must be a finite number, got {value!r}")
-        return float(value)
+        number = _finite(value)
+        require(number is not None, f"{name} must be a finite number, got {shown(value)}")
+        return number
     if hint is int:
-        require(isinstance(value, int) and not isinstance(value, bool), f"{name} must be an integer, got {value!r}")
+        ok = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _INT_LIMIT
+        require(ok, f"{name} must be an integer (of at most 64 bits), got {shown(value)}")
         return value
-    require(isinstance(value, hint), f"{name} must be {hint.__name__}, got {value!r}")
+    if origin is os.PathLike:
+        require(isinstance(value, os.PathLike), f"{name} must be a path, got {shown(value)}")
+        return os.fsdecode(value)
+    require(isinstance(value, hint), f"{name} must be {hint.__name__}, got {shown(value)}")
     return value
+
+
+def _coerce_union(name: str, value: Any, options: tuple[Any, ...]) -> Any:
+    errors = []
+    for option in options:
+        try:
+            return _coerce(name, value, option)
+        except ConfigError as error:
+            errors.append(str(error))
+    # A string was meant for the list of words, where there is one; everything else for the first option.
+    words = [error for option, error in zip(options, errors, strict=True) if typing.get_origin(option) is Literal]
+    raise ConfigError(words[0] if words and isinstance(value, str) else errors[0])
+
+
+def _finite(value: Any) -> float | None:
+    """`value` as a float, None where it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the range of a float
+        return None
+    return number if math.isfinite(number) else None
 
 
 def between(name: str, value: float, low: float, high: float) -> None:

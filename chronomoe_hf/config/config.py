@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from chronomoe_hf.config.base import ConfigBase, positive, require
+from chronomoe_hf.config import files
+from chronomoe_hf.config.base import ConfigBase, positive, require, with_parts
+from chronomoe_hf.config.files import CONFIG_NAME, CONFIG_SCHEMA
 from chronomoe_hf.config.governance import BetaConfig, ControlConfig, LensConfig, VetoConfig
+from chronomoe_hf.config.presets import PRESETS, PresetName, by_keyword
 from chronomoe_hf.config.recording import (
     AlertConfig,
     CheckpointConfig,
@@ -17,10 +24,7 @@ from chronomoe_hf.config.recording import (
     LifecycleConfig,
     TelemetryConfig,
 )
-from chronomoe_hf.errors import ConfigError
-
-CONFIG_SCHEMA = 1
-CONFIG_NAME = "chronomoe_config.json"
+from chronomoe_hf.errors import ConfigError, did_you_mean, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +33,20 @@ class ChronoConfig(ConfigBase):
 
     Args:
         interval: optimizer steps in a telemetry window; control acts when a window closes.
+        contract: the preset that this config was made from, None for one that was built from parts. It is not
+            compared: two configs with equal settings are equal.
         schema_version: of this config's JSON form.
 
-    Presets: :meth:`observe`, :meth:`protect` (the default) and :meth:`balance`.
+    **Presets are contracts.** :meth:`observe`, :meth:`protect` (the default), :meth:`balance` and :meth:`original` take
+    overrides that tune them: ``ChronoConfig.balance(beta__rate=0.1)`` keeps everything else of `balance`. A whole part
+    overrides the fields that are written out in it, and no others: ``ChronoConfig.observe(beta=BetaConfig(
+    stale_after=500))`` still observes. What a preset's name promises cannot be overridden: ``observe`` never steers,
+    ``balance`` stays `balance`. Such an override raises, here, in :meth:`replace`, in ``dataclasses.replace`` and when
+    JSON is read. Build a config from parts (``ChronoConfig(beta=BetaConfig(law="balance"), ...)``) for a mixture that
+    no preset promises; parts left out are the defaults.
 
     Raises:
-        ConfigError: unknown keys, wrong types, values out of range.
+        ConfigError: unknown names, wrong types, values out of range, a contradiction to the preset.
     """
 
     interval: int = 100
@@ -47,67 +59,106 @@ class ChronoConfig(ConfigBase):
     lifecycle: LifecycleConfig = field(default_factory=LifecycleConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    contract: PresetName | None = field(default=None, compare=False)
     schema_version: int = CONFIG_SCHEMA
 
     def _check(self) -> None:
         positive("interval", self.interval)
         require(
             self.schema_version == CONFIG_SCHEMA,
-            f"schema_version {self.schema_version} is not readable by this version (it reads {CONFIG_SCHEMA}); "
-            "install the chronomoe_hf that wrote it",
+            f"schema_version is {CONFIG_SCHEMA} in this version, got {self.schema_version}; leave it out",
         )
+        if self.contract is None:
+            return
+        preset = PRESETS[self.contract]
+        for path, promised in preset.fixed.items():
+            value = reduce(getattr, path.split("."), self)
+            require(
+                value == promised,
+                f"ChronoConfig.{self.contract}() {preset.promise}: {path} is {promised!r} there, got {value!r}. "
+                f"Leave {path} out, start from another preset, or build the config from parts, "
+                "ChronoConfig(beta=BetaConfig(...), ...)",
+            )
 
     @classmethod
-    def observe(cls, **fields: Any) -> typing.Self:
-        """Telemetry and dry-run lifecycle only: outputs are bit-identical to the unwrapped model's."""
-        return cls(
-            **{
-                "beta": BetaConfig(law="none"),
-                "veto": VetoConfig(enabled=False),
-                "control": ControlConfig(enabled=False),
-                "lens": LensConfig(enabled=False),
-                **fields,
-            }
-        )
+    def observe(cls, **overrides: Any) -> typing.Self:
+        """Telemetry and dry-run lifecycle only: outputs are bit-identical to the unwrapped model's.
+
+        Fixed: no beta law, no controller, no lens.
+        """
+        return cls.preset("observe", **overrides)
 
     @classmethod
-    def protect(cls, **fields: Any) -> typing.Self:
-        """Coherence beta, bridge veto, pressure-gated lens, dry-run lifecycle (the default)."""
-        return cls(**fields)
+    def protect(cls, **overrides: Any) -> typing.Self:
+        """Coherence beta, bridge veto, gated lens, dry-run lifecycle (the default).
+
+        Fixed: the coherence law. Veto, controller and lens may be tuned or switched off.
+        """
+        return cls.preset("protect", **overrides)
 
     @classmethod
-    def balance(cls, **fields: Any) -> typing.Self:
-        """Loss-free balancing every step; selection only; no lens."""
-        return cls(
-            **{
-                "beta": BetaConfig(law="balance", scope="selection"),
-                "veto": VetoConfig(enabled=False),
-                "lens": LensConfig(enabled=False),
-                **fields,
-            }
-        )
+    def balance(cls, **overrides: Any) -> typing.Self:
+        """Loss-free balancing every step; selection only; no lens.
+
+        Fixed: the balance law, its scope, no lens. Its rule, rate and cap may be tuned.
+        """
+        return cls.preset("balance", **overrides)
 
     @classmethod
-    def preset(cls, name: str, **fields: Any) -> typing.Self:
-        """The preset of that name: ``observe``, ``protect`` or ``balance``."""
-        known = {"observe": cls.observe, "protect": cls.protect, "balance": cls.balance}
-        require(name in known, f"no preset {name!r}; known: {', '.join(known)}")
-        return known[name](**fields)
+    def original(cls, **overrides: Any) -> typing.Self:
+        """Every law and constant of the original ChronoMoE documents, as far as a setting reaches them.
+
+        Fixed: the laws (coherence beta on routing, JS veto, pressure gate, the lens along the router's own direction,
+        mean reader, gradients through the lens, judging every window). The constants may be tuned. Why the defaults
+        differ: ``benchmarks/results/balance.md``.
+        """
+        return cls.preset("original", **overrides)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> typing.Self:
+        """The preset of that name.
+
+        Args:
+            name: ``observe``, ``protect``, ``balance`` or ``original``.
+            overrides: as for :meth:`replace`.
+
+        Raises:
+            ConfigError: no such preset, or an override that contradicts it.
+        """
+        known = ", ".join(PRESETS)
+        if not (isinstance(name, str) and name in PRESETS):
+            raise ConfigError(f"no preset {shown(name)}{did_you_mean(name, PRESETS)}; known: {known}")
+        require("contract" not in overrides, "contract is set by the preset; leave it out")
+        preset = PRESETS[name]
+        base = cls().replace(**by_keyword(preset.fixed), **by_keyword(preset.other), contract=name)
+        return base.replace(**overrides)
+
+    def differences(self, other: ChronoConfig) -> list[str]:
+        """Paths of the settings that differ, ``["beta.rate", "interval"]``; empty for equal configs."""
+        return sorted(_differences(self, other))
 
     def to_json(self) -> str:
         """Strict JSON (no NaN), keys sorted, newline at the end."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> typing.Self:
-        """Inverse of :meth:`to_json`; raises ConfigError on anything else."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"not a chronomoe config: {error}") from None
-        return cls.from_dict(data)
+    def from_dict(cls, data: Mapping[str, Any]) -> typing.Self:
+        """Inverse of ``to_dict``, for dictionaries of every schema so far; unknown keys raise ConfigError.
 
-    def save_pretrained(self, directory: str | Path) -> Path:
+        What is left out comes from the preset that ``contract`` names, or is the default:
+        ``{"contract": "balance", "beta": {"rate": 0.1}}`` is ``ChronoConfig.balance(beta__rate=0.1)``.
+        """
+        require(isinstance(data, Mapping), f"ChronoConfig is built from a dictionary, got {shown(data)}")
+        values = with_parts(cls, files.upgrade(data))
+        contract = values.pop("contract", None)
+        return cls(**values) if contract is None else cls.preset(contract, **values)
+
+    @classmethod
+    def from_json(cls, text: str) -> typing.Self:
+        """Inverse of :meth:`to_json`; raises ConfigError on anything else (files of up to 1 MiB)."""
+        return cls.from_dict(files.parse(text))
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Write ``chronomoe_config.json`` into `directory` (created if missing) and return its path."""
         path = Path(directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,10 +166,17 @@ class ChronoConfig(ConfigBase):
         return path
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> typing.Self:
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> typing.Self:
         """Read ``chronomoe_config.json`` from `directory` (or the file itself)."""
-        path = Path(directory)
-        path = path / CONFIG_NAME if path.is_dir() else path
-        if not path.is_file():
-            raise ConfigError(f"no {CONFIG_NAME} at {path}; save one with config.save_pretrained(directory)")
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        return cls.from_json(files.read(directory))
+
+
+def _differences(one: ConfigBase, two: ConfigBase) -> list[str]:
+    paths = []
+    for item in dataclasses.fields(one):  # type: ignore[arg-type]
+        left, right = getattr(one, item.name), getattr(two, item.name)
+        if left == right or not item.compare:
+            continue
+        inner = [f"{item.name}.{path}" for path in _differences(left, right)] if isinstance(left, ConfigBase) else []
+        paths += inner or [item.name]
+    return paths

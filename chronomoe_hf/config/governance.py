@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from chronomoe_hf.config.base import ConfigBase, between, positive
@@ -83,6 +83,39 @@ class VetoConfig(ConfigBase):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HarmGuardConfig(ConfigBase):
+    """When the controller takes its own action back (SPEC section 5).
+
+    Args:
+        threshold: rise of the relative top-2 share between two evaluations that counts as harm.
+        min_scale: lens scale (logit standard deviations) above which a rise is attributed to the lens.
+        factor: the back-off is multiplied by this at each harm, down to `floor`.
+        floor: smallest back-off.
+        recovery: fraction of the gap to 1 by which the back-off recovers at an evaluation without harm.
+        abstain: the lens stays closed while the back-off is below this.
+        restart: after a verdict, compare anew and let the back-off rest for one evaluation: that window reflects
+            the smaller scale, so it is not judged.
+        hold: evaluations without recovery once harm has led to abstention; 0 = the original, which opens the
+            lens again at every other evaluation.
+    """
+
+    threshold: float = 0.15
+    min_scale: float = 0.01
+    factor: float = 0.5
+    floor: float = 0.1
+    recovery: float = 0.2
+    abstain: float = 0.15
+    restart: bool = True
+    hold: int = 6
+
+    def _check(self) -> None:
+        for name in ("factor", "floor", "recovery", "abstain"):
+            between(f"control.harm.{name}", getattr(self, name), 0.0, 1.0)
+        for name in ("threshold", "min_scale", "hold"):
+            between(f"control.harm.{name}", getattr(self, name), 0, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ControlConfig(ConfigBase):
     """The controller (SPEC section 5).
 
@@ -105,19 +138,11 @@ class ControlConfig(ConfigBase):
         lens_spread_max: a layer whose lens would move tokens more unevenly than this (standard deviation over mean of
             what its reader reads, on tokens it was not fitted on) abstains with ``lens_unfit``. At 1, with
             normally distributed readings, one token in six would move the wrong way.
-        harm_threshold: rise of top-2 share between two evaluations that counts as harm.
-        harm_min_scale: scale above which a rise is blamed on the lens.
-        harm_factor, harm_floor, harm_recovery: multiplicative back-off, its floor, recovery of the gap to 1.
-        harm_abstain: abstain below this back-off.
-        harm_restart: after a verdict, compare anew and let the back-off rest for one evaluation: that window shows
-            what the back-off did, not what the lens did.
-        harm_hold: evaluations without recovery once harm has led to abstention; 0 = the original, which probes the
-            lens again at every other evaluation.
+        harm: the guard that backs off from a lens that makes things worse.
         quota_top2: relative top-2 share above which a quota is logged.
 
-    The original law: ``ControlConfig(gate="pressure", scale_max=0.5, warmup_steps=100, harm_threshold=0.02,
-    harm_restart=False, harm_hold=0, lens_spread_max=1e6)`` with ``LensConfig(basis="least_squares", reader="mean",
-    memory=0.0, train_router=True)``. Why the defaults differ, in numbers: ``benchmarks/results/balance.md``.
+    The original law is ``ChronoConfig.original()``; why the defaults differ, in numbers:
+    ``benchmarks/results/balance.md``.
     """
 
     enabled: bool = True
@@ -138,14 +163,7 @@ class ControlConfig(ConfigBase):
     warmup_steps: int = 0
     warmup_scale_max: float = 0.02
     lens_spread_max: float = 0.5
-    harm_threshold: float = 0.15
-    harm_min_scale: float = 0.01
-    harm_factor: float = 0.5
-    harm_floor: float = 0.1
-    harm_recovery: float = 0.2
-    harm_abstain: float = 0.15
-    harm_restart: bool = True
-    harm_hold: int = 6
+    harm: HarmGuardConfig = field(default_factory=HarmGuardConfig)
     quota_top2: float = 0.90
 
     def _check(self) -> None:
@@ -157,10 +175,6 @@ class ControlConfig(ConfigBase):
             "integral_min_share",
             "integral_leak",
             "pressure_cap",
-            "harm_factor",
-            "harm_floor",
-            "harm_recovery",
-            "harm_abstain",
             "quota_top2",
         ):
             between(f"control.{name}", getattr(self, name), 0.0, 1.0)
@@ -173,11 +187,9 @@ class ControlConfig(ConfigBase):
             "scale_max",
             "warmup_scale_max",
             "lens_spread_max",
-            "harm_threshold",
         ):
             between(f"control.{name}", getattr(self, name), 0.0, math.inf)
-        for name in ("warmup_steps", "harm_hold"):
-            between(f"control.{name}", getattr(self, name), 0, math.inf)
+        between("control.warmup_steps", self.warmup_steps, 0, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +206,7 @@ class LensConfig(ConfigBase):
             computed from were measured *under* the lens, so a basis without memory (0, the original) undoes itself as
             soon as it works: it settles half-way, or swings between two states where its scale is large.
         train_router: let the router's weight take gradients through the lens, as a router that is fed x' would (the
-            original). It then learns against the lens, in the one direction in which x' differs from x, and the
-            lens needs ever more to hold its layer.
+            original). The router then learns to cancel the lens, which needs an ever larger scale.
     """
 
     enabled: bool = True

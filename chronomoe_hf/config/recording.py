@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,7 +101,8 @@ class TelemetryConfig(ConfigBase):
 
     Args:
         jsonl: write JSONL records below ``<output_dir>/chronomoe``.
-        output_dir: ``None`` = the Trainer's output_dir (nothing is written without a Trainer).
+        output_dir: ``None`` = the Trainer's output_dir (nothing is written without a Trainer). A path becomes a
+            string.
         scalars: add ``moe/...`` scalars to the Trainer's logs.
         per_layer_scalars: also one set of scalars per layer.
         evaluation: record evaluation apart from training (``eval_moe/...``).
@@ -108,7 +110,7 @@ class TelemetryConfig(ConfigBase):
     """
 
     jsonl: bool = True
-    output_dir: str | None = None
+    output_dir: str | os.PathLike[str] | None = None
     scalars: bool = True
     per_layer_scalars: bool = False
     evaluation: bool = True

@@ -217,7 +217,7 @@ class Controller:
         )
         state.num_harms += harmed
         # The next window reflects the smaller scale, so it is not judged.
-        state.last_top2 = None if harmed and config.harm_restart else top2
+        state.last_top2 = None if harmed and config.harm.restart else top2
         state.pressure = policy.next_pressure(state.pressure, debt.total, config)
         state.integral = policy.next_integral(
             state.integral,

@@ -19,7 +19,7 @@ class LayerControlState:
     Attributes:
         pressure: moving average of the topology debt, in [0, 1].
         integral: leaky integral of the shortfall, in [0, scale_max].
-        harm_backoff: factor on the lens scale, in [harm_floor, 1].
+        harm_backoff: factor on the lens scale, in [harm.floor, 1].
         harm_hold: evaluations left in which harm_backoff does not recover.
         last_scale: lens scale set at the last evaluation, logit standard deviations.
         last_top2: relative top-2 share at the last evaluation with evidence, None before the first and after harm.

@@ -152,14 +152,14 @@ def lens_scale(*, drive: float, heat: float, harm_backoff: float, step: int, con
 
 
 def is_harm(last_scale: float, top2_rise: float | None, config: ControlConfig) -> bool:
-    """Whether the last action is blamed: its scale was above `harm_min_scale` and t rose by more than the threshold.
+    """Whether the last action is blamed: its scale was above `harm.min_scale` and t rose by more than the threshold.
 
     Args:
         last_scale: lens scale in force during the window.
         top2_rise: change of t since the previous evaluation, None on the first one.
         config: thresholds.
     """
-    return top2_rise is not None and last_scale > config.harm_min_scale and top2_rise > config.harm_threshold
+    return top2_rise is not None and last_scale > config.harm.min_scale and top2_rise > config.harm.threshold
 
 
 def next_harm_backoff(backoff: float, hold: int, harmed: bool, config: ControlConfig) -> tuple[float, int]:
@@ -168,23 +168,23 @@ def next_harm_backoff(backoff: float, hold: int, harmed: bool, config: ControlCo
     Harm halves the back-off (down to the floor); without harm it moves a fifth of the way back to 1. The floor and
     that fifth alone end an abstention after a single evaluation, in which the closed lens proved nothing: a lens that
     always harms then acts in more than half of all evaluations. So harm that leads to abstention also sets a hold of
-    `harm_hold` evaluations in which nothing recovers.
+    `harm.hold` evaluations in which nothing recovers.
 
     Args:
-        backoff: factor in force, in [harm_floor, 1].
+        backoff: factor in force, in [harm.floor, 1].
         hold: evaluations left without recovery.
         harmed: :func:`is_harm`.
-        config: thresholds; with `harm_restart` every verdict holds the back-off for one evaluation.
+        config: thresholds; with `harm.restart` every verdict holds the back-off for one evaluation.
 
     Returns:
         The new back-off and hold.
     """
     if harmed:
-        backoff = clip(backoff * config.harm_factor, config.harm_floor, 1.0)
-        return backoff, config.harm_hold if backoff < config.harm_abstain else int(config.harm_restart)
+        backoff = clip(backoff * config.harm.factor, config.harm.floor, 1.0)
+        return backoff, config.harm.hold if backoff < config.harm.abstain else int(config.harm.restart)
     if hold > 0:
         return backoff, hold - 1
-    return clip(backoff + config.harm_recovery * (1.0 - backoff), config.harm_floor, 1.0), 0
+    return clip(backoff + config.harm.recovery * (1.0 - backoff), config.harm.floor, 1.0), 0
 
 
 def abstain_reason(
@@ -214,7 +214,7 @@ def abstain_reason(
         return "lens_unsupported"
     if not is_fit(lens_spread, config):
         return "lens_unfit"
-    if harm_backoff < config.harm_abstain:
+    if harm_backoff < config.harm.abstain:
         return "harm_backoff"
     return None
 

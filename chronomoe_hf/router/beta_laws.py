@@ -11,40 +11,52 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.coherence import CoherenceState
+from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.router.state import RouterState
 
 _SWING = 0.3  # a relative error of this size on the other side is a swing, a smaller one the noise of a batch
 _SHRINK, _GROW, _SMALLEST = 0.5, 1.1, 0.1
 
 
-def compute_relevance(disagreement: Tensor | float, theta: float = 0.2) -> Tensor | float:
+def relevance_of(disagreement: Tensor, theta: float) -> Tensor:
     """Relevance r of beta: 1 below theta, falling linearly to 0 at 3 theta.
 
     Args:
-        disagreement: of the full beta over the previous step, any shape or a float, >= 0.
+        disagreement: of the full beta over the previous step, any shape, >= 0.
         theta: in the unit of the disagreement, > 0.
 
     Returns:
-        r in [0, 1], same kind as the input.
+        r in [0, 1], shape of the input.
 
     Raises:
-        ValueError: theta is not positive.
+        ConfigError: theta is not positive.
 
     Source: SPEC section 4, r = 1 - (d - theta) / (2 theta) between theta and 3 theta.
     """
     if theta <= 0:
-        raise ValueError(f"theta must be positive, got {theta}")
-    if isinstance(disagreement, Tensor):
-        return (1.0 - (disagreement - theta) / (2.0 * theta)).clamp(0.0, 1.0)
-    return min(1.0, max(0.0, 1.0 - (disagreement - theta) / (2.0 * theta)))
+        raise ConfigError(f"the veto's threshold must be positive, got {theta}")
+    return (1.0 - (disagreement - theta) / (2.0 * theta)).clamp(0.0, 1.0)
+
+
+def compute_relevance(router_state: RouterState, threshold: float = 0.2) -> float:
+    """Relevance of one router's beta, by the divergence of clean and biased routing. Waits for the device.
+
+    Args:
+        router_state: its `disagreement_js` is read.
+        threshold: nats; relevance is 1 below it and 0 from three times it on.
+
+    Raises:
+        ConfigError: the threshold is not positive.
+    """
+    return float(relevance_of(router_state.disagreement_js.double(), threshold))
 
 
 def centre_and_clamp(beta_LE: Tensor, cap: float, mask_LE: Tensor | None = None) -> Tensor:
     """Shift each layer so that the clamped bias sums to zero: both zero-centred and within +-cap.
 
-    A bias common to all experts does nothing, so only the shift-free part may be spent on the cap. Clamping
-    after centring would bring a common part back. The sum of the clamped values falls with the shift along a line
-    that bends at ``beta +- cap``: its root is read off between two bends, in float64.
+    Only differences matter, so find the shift after which the clamped biases sum to 0. Clamping after centring would
+    bring a common part back. The sum is piecewise linear and decreasing in the shift, with bends at ``beta +- cap``;
+    solve for its root, in float64.
 
     Args:
         beta_LE: shape ``(..., E)``.
@@ -104,7 +116,7 @@ def coherence_law(
         weight_LE = torch.where(seen_LE, tokens_LE.double(), 0.0)
         target = (phi * weight_LE).sum(-1, keepdim=True) / weight_LE.sum(-1, keepdim=True).clamp_min(1e-12)
     elif isinstance(tau, str):
-        raise ValueError(f"tau must be a number or 'layer_mean', got {tau!r}")
+        raise ConfigError(f"tau must be a number or 'layer_mean', got {tau!r}")
     else:
         target = torch.full_like(phi[..., :1], float(tau))
     moved_LE = beta_LE.double() + torch.where(seen_LE, eta * (phi - target), 0.0)
@@ -127,7 +139,7 @@ def balance_error(count_LE: Tensor, num_experts_L: Tensor | int) -> Tensor:
 
 
 def next_gain(gain_LE: Tensor, error_LE: Tensor) -> Tensor:
-    """The memory that keeps the quadratic rule from swinging, after one more error.
+    """Per-expert step size of the quadratic rule: halved when the error changes sign, grown otherwise (Rprop).
 
     Where many tokens look alike (the first layer reads little more than which token it is), a step can carry an expert
     from twice its share to idle, and the next one back. Such an expert's steps are halved each time its error changes
@@ -170,7 +182,7 @@ def balance_step(error_LE: Tensor, rule: str = "quadratic", gain_LE: Tensor | No
     if rule == "proportional":
         return error_LE
     if rule != "quadratic":
-        raise ValueError(f"rule must be 'quadratic', 'proportional' or 'sign', got {rule!r}")
+        raise ConfigError(f"rule must be 'quadratic', 'proportional' or 'sign', got {rule!r}")
     gain: Tensor | float = 1.0 if gain_LE is None else gain_LE.double().abs()
     return gain * error_LE * error_LE.abs()
 
@@ -180,31 +192,28 @@ def update_beta(
     coherence_snapshot: Mapping[int, CoherenceState],
     eta: float = 0.01,
     tau: float | str = "layer_mean",
-    stale_after: int = 1000,
 ) -> None:
     """Apply the coherence law to one router, in place.
 
     Args:
-        router_state: its `beta_coeff`, `beta_full`, `beta_applied` change; nothing else.
-        coherence_snapshot: ``CoherenceBuffer.snapshot(step)``.
+        router_state: its `beta_coeff`, `beta_full`, `beta_applied` change, and `beta_on` becomes True; nothing else.
+        coherence_snapshot: ``CoherenceBuffer.snapshot(step)``; experts that are not being observed rest.
         eta: gain per update.
         tau: a number in [-1, 1] or ``"layer_mean"``.
-        stale_after: experts not seen for that many steps rest.
 
     Raises:
-        ValueError: the snapshot is of another number of experts.
+        ConfigError: the snapshot is of another number of experts, or tau is another word.
     """
     num = router_state.num_experts
     if sorted(coherence_snapshot) != list(range(num)):
-        raise ValueError(f"the snapshot covers experts {sorted(coherence_snapshot)}, the router has {num}")
+        raise ConfigError(f"the snapshot covers experts {sorted(coherence_snapshot)}, the router has {num}")
     states = [coherence_snapshot[e] for e in range(num)]
     device = router_state.beta_coeff.device
-    seen = [s.phi_slow is not None and s.step - s.last_step <= stale_after for s in states]
     beta_E = coherence_law(
         router_state.beta_coeff,
         torch.tensor([s.phi_slow or 0.0 for s in states], dtype=torch.float64, device=device),
-        torch.tensor(seen, device=device),
-        torch.tensor([s.tokens_seen for s in states], device=device),
+        torch.tensor([s.is_being_observed and s.phi_slow is not None for s in states], device=device),
+        torch.tensor([s.total_tokens_seen for s in states], device=device),
         eta=eta,
         tau=tau,
         k_max=router_state.k_max,

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.lens.lens import ChronoLens
 
 HANDLE = "_chrono_handle"
@@ -81,9 +82,18 @@ class Recorder(Protocol):
         """Add the router's input to the running mean, where a lens will need it."""
 
 
+LOGIT_STD_ALPHA = 0.99
+"""EMA decay of the logit standard deviation, per optimizer step."""
+_NEUTRAL: Any = None  # stands for the neutral tensor of a field, which __post_init__ makes
+
+
 @dataclass
 class RouterState:
     """Slow state of one router. Tensors are plain (never registered), fp32, updated in place between forwards.
+
+    ``RouterState(layer_id=3, num_experts=8)`` is neutral: beta 0, relevance 1, logit standard deviation 1, on the CPU.
+    Numbers that are given for 0-dim tensors become tensors. In a wrapped model they are views of the system's stacked
+    state, which the system updates; a state of your own is updated by :meth:`update_logit_std` and ``update_beta``.
 
     Args:
         layer_id: position of the layer among the wrapped ones.
@@ -91,51 +101,102 @@ class RouterState:
         beta_coeff: promotion prior, shape ``(E,)``, in logit standard deviations, zero-centred, within +-k_max.
         k_max: cap on ``|beta_coeff|``.
         logit_std_ema: 0-dim, bias-corrected EMA of the logit standard deviation.
-        relevance: 0-dim in [0, 1], the bridge veto; 1 = beta fully applied.
+        logit_std_alpha: decay of that EMA per update.
         disagreement_js: 0-dim, nats, of the full (unvetoed) beta over the last step.
         disagreement_flip: 0-dim, top-1 flip rate over the last step.
         overlap_only: 0-dim, probability mass that beta moved over the last step.
-        beta_full: shape ``(E,)``, clamp(beta_coeff) * logit_std_ema, in logits.
+        relevance: 0-dim in [0, 1], the bridge veto; 1 = beta fully applied.
+        beta_full: shape ``(E,)``, :meth:`compute_beta_eff` when it was last refreshed, in logits.
         beta_applied: shape ``(E,)``, relevance * beta_full: what the forward adds.
+        logit_std_updates: 0-dim int64, updates of the EMA so far.
         scope: ``"routing"`` or ``"selection"``.
         beta_on: whether the forward applies beta at all (a host-side switch: no step reads the device for it).
+
+    Raises:
+        ConfigError: a tensor of another shape than one value per expert, or a decay or cap out of range.
     """
 
     layer_id: int
     num_experts: int
-    beta_coeff: Tensor
-    k_max: float
-    logit_std_ema: Tensor
-    relevance: Tensor
-    disagreement_js: Tensor
-    disagreement_flip: Tensor
-    overlap_only: Tensor
-    beta_full: Tensor
-    beta_applied: Tensor
+    beta_coeff: Tensor = _NEUTRAL
+    k_max: float = 0.3
+    logit_std_ema: Tensor = _NEUTRAL
+    logit_std_alpha: float = LOGIT_STD_ALPHA
+    disagreement_js: Tensor = _NEUTRAL
+    disagreement_flip: Tensor = _NEUTRAL
+    overlap_only: Tensor = _NEUTRAL
+    relevance: Tensor = _NEUTRAL
+    beta_full: Tensor = _NEUTRAL
+    beta_applied: Tensor = _NEUTRAL
+    logit_std_updates: Tensor = _NEUTRAL
     scope: Literal["routing", "selection"] = "routing"
     beta_on: bool = False
 
-    @classmethod
-    def fresh(cls, layer_id: int, num_experts: int, k_max: float = 0.3) -> RouterState:
-        """Neutral state on the CPU: beta 0, relevance 1."""
-        zero = torch.zeros(())
-        return cls(
-            layer_id=layer_id,
-            num_experts=num_experts,
-            beta_coeff=torch.zeros(num_experts),
-            k_max=k_max,
-            logit_std_ema=torch.ones(()),
-            relevance=torch.ones(()),
-            disagreement_js=zero.clone(),
-            disagreement_flip=zero.clone(),
-            overlap_only=zero.clone(),
-            beta_full=torch.zeros(num_experts),
-            beta_applied=torch.zeros(num_experts),
-        )
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise ConfigError(f"RouterState num_experts must be at least 1, got {self.num_experts}")
+        if not (self.k_max > 0 and 0 <= self.logit_std_alpha < 1):
+            raise ConfigError(
+                f"RouterState needs k_max > 0 and logit_std_alpha in [0, 1), got {self.k_max}, {self.logit_std_alpha}"
+            )
+        self.beta_coeff = self._vector("beta_coeff")
+        self.logit_std_updates = self._number("logit_std_updates", 0, torch.int64)
+        for name, neutral in (("logit_std_ema", 1.0), ("relevance", 1.0)):
+            setattr(self, name, self._number(name, neutral))
+        for name in ("disagreement_js", "disagreement_flip", "overlap_only"):
+            setattr(self, name, self._number(name, 0.0))
+        given = self.beta_full is not None or self.beta_applied is not None
+        self.beta_full, self.beta_applied = self._vector("beta_full"), self._vector("beta_applied")
+        if not given:
+            self.refresh_()
+
+    def _vector(self, name: str) -> Tensor:
+        value = getattr(self, name)
+        if value is None:
+            return torch.zeros(self.num_experts, device=self.beta_coeff.device if name != "beta_coeff" else None)
+        vector = torch.as_tensor(value, dtype=torch.float32)
+        shape = (self.num_experts,)
+        if vector.shape != shape:
+            raise ConfigError(
+                f"RouterState {name} holds one value per expert, shape {shape}, got {tuple(vector.shape)}"
+            )
+        return vector
+
+    def _number(self, name: str, neutral: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        value = getattr(self, name)
+        return torch.as_tensor(neutral if value is None else value, dtype=dtype, device=self.beta_coeff.device)
+
+    def compute_beta_eff(self) -> Tensor:
+        """The full bias in logits, shape ``(E,)``: ``clamp(beta_coeff, +-k_max) * logit_std_ema``, before the veto."""
+        return self.beta_coeff.clamp(-self.k_max, self.k_max) * self.logit_std_ema
+
+    def update_logit_std(self, z_clean: Tensor) -> None:
+        """Add one step's clean logits to `logit_std_ema`, in place and without a transfer to the host.
+
+        The step's value is the root of the mean over tokens of the variance over experts; where it is 0 or not finite
+        nothing changes. The EMA is bias-corrected, so the first update sets it to that value.
+
+        Args:
+            z_clean: clean logits of real tokens, shape ``(..., E)``, any floating dtype.
+
+        Raises:
+            ConfigError: another number of experts.
+        """
+        if z_clean.dim() < 1 or z_clean.shape[-1] != self.num_experts:
+            raise ConfigError(f"z_clean must have shape (..., {self.num_experts}), got {tuple(z_clean.shape)}")
+        if z_clean.numel() == 0:
+            return
+        std = z_clean.detach().double().var(-1, correction=0).mean().sqrt().to(self.logit_std_ema.device)
+        seen = torch.isfinite(std) & (std > 0)
+        alpha, count = self.logit_std_alpha, self.logit_std_updates.double()
+        raw = self.logit_std_ema.double() * (1.0 - alpha**count)
+        corrected = (alpha * raw + (1.0 - alpha) * std) / (1.0 - alpha ** (count + 1.0))
+        self.logit_std_ema.copy_(torch.where(seen, corrected, self.logit_std_ema.double()))
+        self.logit_std_updates.add_(seen)
 
     def refresh_(self) -> None:
         """Recompute `beta_full` and `beta_applied` from the other fields, in place."""
-        self.beta_full.copy_(self.beta_coeff.clamp(-self.k_max, self.k_max) * self.logit_std_ema)
+        self.beta_full.copy_(self.compute_beta_eff())
         self.beta_applied.copy_(self.relevance * self.beta_full)
 
 

@@ -68,7 +68,7 @@ class ChronoCallback(TrainerCallback):
         resumed = state.global_step > 0
         directory = self.resume_path.at(args.output_dir, state.global_step)
         saved = restore(system, directory, state.global_step) if resumed else None
-        output_dir = system.config.telemetry.output_dir or args.output_dir
+        output_dir = Path(system.config.telemetry.output_dir or args.output_dir)
         try:
             system.open_telemetry(output_dir, resume_step=state.global_step if resumed else None)
         except TelemetryError as error:

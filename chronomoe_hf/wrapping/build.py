@@ -102,7 +102,7 @@ def _make_layer(layer_id: int, found: FoundLayer, window: ForwardScope, width: i
         notes.append(f"no beta: {refused_beta}")
     if native:
         _keep_native_bias_in_fp32(adapter, router, parent)
-    state = RouterState.fresh(layer_id, num_experts, config.beta.k_max)
+    state = RouterState(layer_id, num_experts, k_max=config.beta.k_max)
     state.scope = "selection" if config.beta.law == "balance" else config.beta.scope
     if config.beta.law == "balance":
         state.k_max = config.beta.balance_cap

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from chronomoe_hf.config import HarmGuardConfig
 from chronomoe_hf.controller import ControlConfig, ControlDecision, Controller
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
 from chronomoe_hf.lens.lens import ChronoLens, IdentityLens
@@ -70,8 +71,7 @@ HAND = {
     "integral_step": 1.0,
     "scale_max": 0.5,
     "warmup_steps": 100,
-    "harm_threshold": 0.02,
-    "harm_restart": False,
+    "harm": HarmGuardConfig(threshold=0.02, restart=False),
 }
 
 
@@ -148,7 +148,7 @@ def wrong_way(config: ControlConfig, num: int, n_experts: int = 8, start: float 
 @pytest.mark.parametrize("n_experts", [8, 64])
 @pytest.mark.parametrize(("start", "restart"), [(0.80, False), (0.86, False), (0.80, True)])
 def test_a_lens_that_pushes_the_wrong_way_ends_in_abstention(gate, n_experts, start, restart):
-    decisions = wrong_way(ControlConfig(**{**HAND, "harm_restart": restart}, gate=gate), 10, n_experts, start)
+    decisions = wrong_way(ControlConfig(**HAND, gate=gate).replace(harm__restart=restart), 10, n_experts, start)
     reasons = [decision.abstain_reason for decision in decisions]
     assert reasons[:3] == [None] * 3, "bad test setup: the lens hardly acted"
     assert sum(decision.harmed for decision in decisions) >= 3
@@ -159,7 +159,7 @@ def test_a_lens_that_pushes_the_wrong_way_ends_in_abstention(gate, n_experts, st
 @pytest.mark.parametrize("gate", ["integral", "pressure"])
 def test_an_abstaining_lens_is_probed_again_gently_and_rarely(gate):
     held = wrong_way(ControlConfig(**HAND, gate=gate), 60)
-    original = wrong_way(ControlConfig(**HAND, gate=gate, harm_hold=0), 60)
+    original = wrong_way(ControlConfig(**HAND, gate=gate).replace(harm__hold=0), 60)
     acting = [sum(not decision.abstained for decision in each) / 60 for each in (held, original)]
     assert 0.1 < acting[0] < 0.3, "probed, but rarely"
     assert acting[1] > 0.5, "the rule without a hold acts most of the time"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from chronomoe_hf.config import ControlConfig
+from chronomoe_hf.config import ControlConfig, HarmGuardConfig
 from chronomoe_hf.controller import policy
 
 # Round numbers for sums by hand; the defaults are measured ones.
@@ -17,8 +17,7 @@ HAND = {
     "integral_step": 1.0,
     "scale_max": 0.5,
     "warmup_steps": 100,
-    "harm_threshold": 0.02,
-    "harm_restart": False,
+    "harm": HarmGuardConfig(threshold=0.02, restart=False),
 }
 CONFIG = ControlConfig(**HAND)
 ORIGINAL = ControlConfig(**HAND, gate="pressure")
@@ -155,18 +154,20 @@ def run_backoff(verdicts: list[bool], config: ControlConfig) -> list[float]:
 
 
 def test_backoff_halves_to_its_floor_and_recovers_a_fifth_of_the_gap():
-    seen = run_backoff([True, True, True, True, False, False], ControlConfig(harm_hold=0, harm_restart=False))
+    seen = run_backoff(
+        [True, True, True, True, False, False], ControlConfig(harm=HarmGuardConfig(hold=0, restart=False))
+    )
     assert seen == pytest.approx([0.5, 0.25, 0.125, 0.1, 0.28, 0.424], abs=1e-12)
 
 
 def test_backoff_waits_out_the_hold_only_after_it_led_to_abstention():
-    config = ControlConfig(harm_hold=2, harm_restart=False)
+    config = ControlConfig(harm=HarmGuardConfig(hold=2, restart=False))
     seen = run_backoff([True, False, True, True, True, False, False, False], config)
     assert seen == pytest.approx([0.5, 0.6, 0.3, 0.15, 0.1, 0.1, 0.1, 0.28], abs=1e-12)
 
 
 def test_with_a_restart_every_verdict_rests_the_backoff_for_one_evaluation():
-    seen = run_backoff([True, False, False, True, False], ControlConfig(harm_hold=2, harm_restart=True))
+    seen = run_backoff([True, False, False, True, False], ControlConfig(harm=HarmGuardConfig(hold=2, restart=True)))
     assert seen == pytest.approx([0.5, 0.5, 0.6, 0.3, 0.3], abs=1e-12)
 
 

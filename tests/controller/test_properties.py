@@ -62,7 +62,7 @@ def test_every_signal_stays_in_its_range_over_any_history(step, n_experts, confi
         )
         assert 0.0 <= pressure <= 1.0
         assert 0.0 <= integral <= config.scale_max
-        assert config.harm_floor <= backoff <= 1.0
+        assert config.harm.floor <= backoff <= 1.0
         assert 0.0 <= scale <= policy.scale_cap(step, config) <= config.scale_max
         assert 0.0 < policy.beta_multiplier(pressure, config) <= 1.0
 

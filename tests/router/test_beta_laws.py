@@ -21,6 +21,7 @@ from chronomoe_hf.router.beta_laws import (
     coherence_law,
     compute_relevance,
     next_gain,
+    relevance_of,
     update_beta,
 )
 
@@ -136,7 +137,7 @@ def test_update_beta_moves_a_router_state_by_the_definition(num_experts: int, ta
     draw = random.Random(1)
     phi = [draw.uniform(-1, 1) for _ in range(num_experts)]
     tokens = [draw.randrange(1, 500) for _ in range(num_experts)]
-    state = RouterState.fresh(0, num_experts, K_MAX)
+    state = RouterState(0, num_experts, k_max=K_MAX)
     state.logit_std_ema.fill_(2.5)
     state.relevance.fill_(0.5)
     update_beta(state, buffer_with(phi, tokens, 1).snapshot(1), eta=0.1, tau=tau)
@@ -152,7 +153,7 @@ def test_an_expert_rests_while_it_has_not_been_seen_for_a_thousand_steps() -> No
     for gap, moves in ((1000, True), (1001, False)):
         buffer = buffer_with(phi, [1] * 4, step=1)
         buffer.update(torch.tensor(phi[1:]), [1, 2, 3], 1 + gap, torch.ones(3, dtype=torch.long))
-        state = RouterState.fresh(0, 4, K_MAX)
+        state = RouterState(0, 4, k_max=K_MAX)
         update_beta(state, buffer.snapshot(1 + gap), eta=0.1, tau=0.5)
         # Common parts are centred away, so the resting expert is compared with one that sits exactly at tau.
         assert (float(state.beta_coeff[0] - state.beta_coeff[2]) > 0.04) == moves
@@ -162,16 +163,16 @@ def test_an_expert_rests_while_it_has_not_been_seen_for_a_thousand_steps() -> No
 def test_an_expert_that_was_never_seen_does_not_move() -> None:
     buffer = CoherenceBuffer(3)
     buffer.update(torch.tensor([0.9, 0.1]), [0, 1], 1, [5, 5])
-    state = RouterState.fresh(0, 3, K_MAX)
+    state = RouterState(0, 3, k_max=K_MAX)
     update_beta(state, buffer.snapshot(1), eta=0.1)
     assert state.beta_coeff.tolist() == pytest.approx([0.04, -0.04, 0.0], abs=1e-7)
 
 
 def test_update_beta_refuses_another_layers_snapshot() -> None:
     with pytest.raises(ValueError, match="the router has 4"):
-        update_beta(RouterState.fresh(0, 4), buffer_with([0.1, 0.2], [1, 1], 1).snapshot(1))
+        update_beta(RouterState(0, 4), buffer_with([0.1, 0.2], [1, 1], 1).snapshot(1))
     with pytest.raises(ValueError, match="layer_mean"):
-        update_beta(RouterState.fresh(0, 2), buffer_with([0.1, 0.2], [1, 1], 1).snapshot(1), tau="mean")
+        update_beta(RouterState(0, 2), buffer_with([0.1, 0.2], [1, 1], 1).snapshot(1), tau="mean")
 
 
 # ---- balance law -------------------------------------------------------------------------------------------------
@@ -276,10 +277,9 @@ def test_centre_and_clamp_on_numbers_worked_out_by_hand() -> None:
 )
 def test_relevance_on_numbers_worked_out_by_hand(theta: float, values: list[float]) -> None:
     want = [1.0, 1.0, 0.75, 0.5, 0.0, 0.0]
-    assert [compute_relevance(d, theta) for d in values] == pytest.approx(want)
-    tensor = compute_relevance(torch.tensor(values), theta)
-    assert isinstance(tensor, torch.Tensor)
-    assert tensor.tolist() == pytest.approx(want, abs=1e-6)
+    assert relevance_of(torch.tensor(values), theta).tolist() == pytest.approx(want, abs=1e-6)
+    states = [RouterState(0, 4, disagreement_js=torch.tensor(d)) for d in values]
+    assert [compute_relevance(state, theta) for state in states] == pytest.approx(want, abs=1e-6)
 
 
 def test_each_signal_has_its_own_threshold() -> None:
@@ -287,7 +287,7 @@ def test_each_signal_has_its_own_threshold() -> None:
     assert VetoConfig(signal="overlap").threshold == 0.1
     assert VetoConfig(signal="overlap", theta=0.3).threshold == 0.3
     with pytest.raises(ValueError, match="positive"):
-        compute_relevance(0.1, 0.0)
+        compute_relevance(RouterState(0, 4), 0.0)
 
 
 # ---- invariants ----------------------------------------------------------------------------------------------------
@@ -338,8 +338,7 @@ def test_any_bias_can_be_centred_and_keeps_its_order(values: list[float], cap: f
 @given(st.floats(0.0, 2.0), st.floats(0.0, 2.0), st.floats(1e-3, 1.0))
 def test_relevance_is_in_the_unit_interval_and_falls(first: float, second: float, theta: float) -> None:
     low, high = sorted((first, second))
-    calm, wild = compute_relevance(low, theta), compute_relevance(high, theta)
-    assert isinstance(calm, float) and isinstance(wild, float)
+    calm, wild = relevance_of(torch.tensor([low, high], dtype=torch.float64), theta).tolist()
     assert 0.0 <= wild <= calm <= 1.0
 
 

@@ -1,0 +1,156 @@
+"""Configs from text and files: strict, typed errors, and every schema that was ever written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chronomoe_hf.config import CONFIG_SCHEMA, BetaConfig, ChronoConfig, ControlConfig, HarmGuardConfig, TelemetryConfig
+from chronomoe_hf.config.files import MAX_BYTES
+from chronomoe_hf.errors import ConfigError
+
+GOLDEN_1 = Path(__file__).parents[1] / "data" / "config_v1"
+"""A config written by the version before the harm guard had a part of its own."""
+
+
+def test_a_config_of_schema_1_still_loads() -> None:
+    text = (GOLDEN_1 / "chronomoe_config.json").read_text()
+    assert json.loads(text)["schema_version"] == 1
+    assert json.loads(text)["control"]["harm_hold"] == 2
+    config = ChronoConfig.from_pretrained(GOLDEN_1)
+    assert config == ChronoConfig(
+        interval=7,
+        beta=BetaConfig(law="balance", scope="selection", rate=0.1),
+        control=ControlConfig(
+            gate="pressure",
+            harm=HarmGuardConfig(
+                threshold=0.02,
+                min_scale=0.02,
+                factor=0.25,
+                floor=0.05,
+                recovery=0.3,
+                abstain=0.1,
+                restart=False,
+                hold=2,
+            ),
+        ),
+        telemetry=TelemetryConfig(output_dir="runs/a"),
+    )
+    assert config.schema_version == CONFIG_SCHEMA
+    assert ChronoConfig.from_json(config.to_json()) == config
+
+
+def test_old_and_new_names_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match="both given"):
+        ChronoConfig.from_dict({"control": {"harm_hold": 1, "harm": {"hold": 2}}})
+    with pytest.raises(ConfigError, match="harm_hold"):
+        ChronoConfig.from_dict({"schema_version": 2, "control": {"harm_hold": 1}})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not a chronomoe config"),
+        ("{", "not a chronomoe config"),
+        ("[]", "a config is a JSON object"),
+        ("null", "a config is a JSON object, got None"),
+        ('"protect"', "a config is a JSON object, got 'protect'"),
+        ('{"interval": NaN}', "NaN"),
+        ('{"interval": -Infinity}', "Infinity"),
+        ('{"interval": 3, "interval": 4}', "'interval' twice"),
+        ('{"beta": {"rate": 0.1, "rate": 0.2}}', "'rate' twice"),
+        ('{"interval": ' + "9" * 5000 + "}", "not a chronomoe config"),
+        ('{"interval": ' + "9" * 4000 + "}", "interval must be an integer"),
+        ('{"beta": {"eta": ' + "9" * 4000 + "}}", "eta must be a finite number"),
+        ('{"interval": 1e400}', "interval must be an integer"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        (" " * (MAX_BYTES + 1), "at most"),
+        ('{"intervall": 3}', "did you mean 'interval'"),
+        ('{"schema_version": 3, "newkey": 3}', "newer"),
+        ('{"schema_version": 0}', "from 1 to"),
+        ('{"schema_version": "2"}', "from 1 to"),
+        ('{"schema_version": true}', "from 1 to"),
+        ('{"contract": "obsrve"}', "did you mean 'observe'"),
+        ('{"contract": ["observe"]}', "no preset"),
+        ('{"beta": []}', "beta must be BetaConfig"),
+        ('{"control": {"harm": 1}}', "harm must be HarmGuardConfig"),
+        ('{"control": {"harm_hold": 1, "harm": 1}}', "both given"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_other_json_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        ChronoConfig.from_json(text)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("bad", [None, 3, b"{}", ["{}"], {}])
+def test_json_is_a_string(bad: Any) -> None:
+    with pytest.raises(ConfigError, match="JSON string"):
+        ChronoConfig.from_json(bad)
+
+
+@pytest.mark.parametrize("bad", [{1: 2}, {None: 2}, {("a",): 2}, {"beta": {1: 2}}, None, [], "interval"])
+def test_dictionaries_have_our_names(bad: Any) -> None:
+    with pytest.raises(ConfigError):
+        ChronoConfig.from_dict(bad)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "words"),
+    [
+        (ChronoConfig, "intervall", "did you mean 'interval'"),
+        (BetaConfig, "Rate", "did you mean 'rate'"),
+        (ControlConfig, "harm_threshold", r"harm=HarmGuardConfig\(threshold=...\)"),
+        (ChronoConfig, "beta__rate", r"beta=BetaConfig\(rate=...\)"),
+        (ChronoConfig, "zzzzzz", "known: alerts"),
+    ],
+)
+def test_unknown_names_say_what_may_have_been_meant(part: type[Any], field: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        part(**{field: 3})
+
+
+class _Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+ODD = {"no repr": _Unprintable(), "digits": 10**5000, "string": "x" * 10_000, "list": [[0] * 10_000]}
+
+
+@pytest.mark.parametrize("bad", list(ODD.values()), ids=list(ODD))
+def test_no_value_is_too_odd_for_a_message(bad: Any) -> None:
+    for build in (lambda: ChronoConfig(interval=bad), lambda: BetaConfig(law=bad), lambda: ChronoConfig(beta=bad)):
+        with pytest.raises(ConfigError) as caught:
+            build()
+        assert len(str(caught.value)) < 400
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="save_pretrained"):
+        ChronoConfig.from_pretrained(tmp_path)
+    binary = tmp_path / "weights.bin"
+    binary.write_bytes(bytes(range(256)))
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        ChronoConfig.from_pretrained(binary)
+    large = tmp_path / "large.json"
+    large.write_bytes(b" " * (MAX_BYTES + 1))
+    with pytest.raises(ConfigError, match="larger than"):
+        ChronoConfig.from_pretrained(large)
+    with pytest.raises(ConfigError, match="path"):
+        ChronoConfig.from_pretrained(None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError):
+        ChronoConfig.from_pretrained("no\0such")
+
+
+def test_output_dir_may_be_a_path(tmp_path: Path) -> None:
+    config = ChronoConfig(telemetry=TelemetryConfig(output_dir=tmp_path))
+    assert config.telemetry.output_dir == str(tmp_path)
+    assert config == ChronoConfig(telemetry=TelemetryConfig(output_dir=str(tmp_path)))
+    assert ChronoConfig.from_json(config.to_json()) == config
+    assert ChronoConfig.observe(telemetry__output_dir=tmp_path).telemetry.output_dir == str(tmp_path)
