@@ -252,7 +252,7 @@ PRESETS = {
 def test_every_preset_into_every_preset(before: str, now: str, tmp_path: Path) -> None:
     old = governed(PRESETS[before], steps=6)
     assert old.save(tmp_path)
-    tensors, meta = read_state(tmp_path)
+    tensors, _ = read_state(tmp_path)
     system = chronomoe_hf.system_of(chronomoe_hf.wrap(tiny_model("mixtral"), PRESETS[now]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
