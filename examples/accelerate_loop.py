@@ -103,7 +103,7 @@ def load_blocks() -> TextDomain:
 
 
 def last_checkpoint(output_dir: Path) -> Path:
-    """The newest checkpoint that was written to its end: chronomoe.json is the last file of a state."""
+    """The newest checkpoint that was written to its end: its mark is written last."""
     steps = [int(path.parent.name.removeprefix(CHECKPOINT)) for path in output_dir.glob(f"{CHECKPOINT}*/done")]
     if not steps:
         raise SystemExit(f"no complete checkpoint in {output_dir}; start without --resume")

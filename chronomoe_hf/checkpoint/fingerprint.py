@@ -1,30 +1,24 @@
-"""Does a saved state belong to this model? Layer tables, weight fingerprints, and the repair of a lossy resume.
+"""Does a saved state belong to this model? Layer tables and weight fingerprints.
 
 Shape suffixes: E experts, A and B the two dimensions of an expert's weight.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from torch import Tensor
 
-from chronomoe_hf.errors import StateCorruptError, StateError, StateMismatchError, StateMissingError
+from chronomoe_hf.errors import StateMismatchError
 
 SLICE_ELEMENTS = 256  # read at each end of an expert's weight
 WHOLE_BYTES = 32 * 2**20  # a router of 512 experts x 8192 in fp32 is 16 MiB
 MAX_ROWS_SHOWN = 20
 UNREADABLE = "sharded"
+_EXPERTS = "experts"
 
 _LAYER_FIELDS = ("router_class", "num_experts", "top_k")
 
@@ -132,7 +126,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def compare_fingerprints(saved: Mapping[str, str], live: Mapping[str, str]) -> list[str]:
-    """Names whose lines differ, or that only one side has, sorted; weights that are sharded on a side are skipped."""
+    """Names whose lines differ, or that only one side has, sorted; weights that are sharded on a side are skipped.
+
+    States of schema 1 named the experts' tensors below the router (``mlp.gate.experts.down_proj``); such a name stands
+    for the live tensor that it means (``mlp.experts.down_proj``).
+    """
+    saved = {_own_path(name, live): line for name, line in saved.items()}
     return [
         name
         for name in sorted({*saved, *live})
@@ -140,89 +139,11 @@ def compare_fingerprints(saved: Mapping[str, str], live: Mapping[str, str]) -> l
     ]
 
 
-def repair_weights(model: nn.Module, checkpoint_dir: str | Path) -> list[str]:
-    """Give `model` the weights of `checkpoint_dir` that a raw ``load_state_dict`` missed, in place.
-
-    ``save_pretrained`` writes Hub names, and Trainer (transformers 5.0 to 5.23, huggingface/transformers#48805) loads
-    them back without converting the names: the experts, and in some families the routers, silently keep older values.
-    ``from_pretrained`` does convert, so a second copy is loaded on the CPU (one more model in host memory while this
-    runs) and what differs is copied over. Random number generators are left as they were. Optimizer state is not
-    touched: Trainer restores it correctly.
-
-    Args:
-        model: The trained model, wrapped or not, also inside DDP or torch.compile. With a PEFT adapter nothing is
-            done: its checkpoints hold the adapter only, and the base model never went through that path.
-        checkpoint_dir: A directory that ``save_pretrained`` wrote weights to, in safetensors.
-
-    Returns:
-        Names of the tensors that were wrong and are now those of the checkpoint, sorted; empty if all were right.
-
-    Raises:
-        StateMissingError: The directory has no safetensors weights.
-        StateCorruptError: Its weights are damaged.
-        StateMismatchError: Its weights have other shapes than the model's.
-        StateError: The weights are sharded (FSDP, DeepSpeed ZeRO-3), on the meta device, or quantized.
-    """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    peft = sys.modules.get("peft")  # an adapter can only be there if its library was imported
-    if peft is not None and isinstance(model, peft.PeftModel):
-        return []
-    if not isinstance(model, PreTrainedModel):
-        raise StateError(f"{type(model).__name__} is not a transformers PreTrainedModel; load its weights yourself")
-    _refuse_unrepairable(model)
-    directory = Path(checkpoint_dir)
-    if not any((directory / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        raise StateMissingError(f"{directory} holds no {SAFE_WEIGHTS_NAME} to repair from; {_REBUILD}")
-    live = model.state_dict()
-    reference, missing = _load_reference(model, directory, live)
-    repaired = []
-    with torch.no_grad():
-        for name, value in sorted(reference.state_dict().items()):
-            if name not in live or name in missing:  # missing: the reference's value is fresh noise
-                continue
-            value = value.to(live[name].dtype)
-            if not torch.equal(value, live[name].cpu()):
-                live[name].copy_(value)  # state_dict shares memory with the parameters
-                repaired.append(name)
-    return repaired
-
-
-_REBUILD = "build the model with from_pretrained(checkpoint) and resume from the same checkpoint"
-
-
-def _refuse_unrepairable(model: PreTrainedModel) -> None:
-    sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
-    if sharded:
-        raise StateError(
-            f"{len(sharded)} parameters are not whole on this process (first: {sharded[0]}): FSDP and DeepSpeed "
-            f"restore their own checkpoints and need no repair. If weights do differ, {_REBUILD}"
-        )
-    if getattr(model, "hf_quantizer", None) is not None:  # set by from_pretrained for quantized models only
-        raise StateError(f"{type(model).__name__} is quantized, its weights cannot be copied; {_REBUILD}")
-
-
-def _load_reference(
-    model: PreTrainedModel, directory: Path, live: Mapping[str, Tensor]
-) -> tuple[PreTrainedModel, set[str]]:
-    # One dtype for all, wide enough to hold every live tensor's values: casting back is then exact, also for a
-    # model with fp32 routers among bf16 weights.
-    dtypes = {value.dtype for value in live.values() if value.is_floating_point()}
-    with torch.random.fork_rng(devices=[]):
-        try:
-            reference, info = type(model).from_pretrained(
-                directory,
-                config=model.config,
-                dtype=functools.reduce(torch.promote_types, dtypes),
-                local_files_only=True,
-                use_safetensors=True,  # never unpickle
-                output_loading_info=True,
-            )
-        except SafetensorError as error:
-            raise StateCorruptError(
-                f"the weights in {directory} are damaged: {error}; load an older checkpoint"
-            ) from error
-        except (OSError, RuntimeError, ValueError) as error:
-            raise StateMismatchError(
-                f"the weights in {directory} cannot be loaded into {type(model).__name__}: {error}; {_REBUILD}"
-            ) from error
-    return reference, set(info["missing_keys"])
+def _own_path(name: str, live: Mapping[str, str]) -> str:
+    """`name` itself, or without the parts before ``experts`` that belong to the router, if that is a live name."""
+    parts = name.split(".")
+    if name in live or _EXPERTS not in parts:
+        return name
+    at = len(parts) - 1 - parts[::-1].index(_EXPERTS)
+    shorter = (".".join(parts[:end] + parts[at:]) for end in range(at - 1, 0, -1))
+    return next((path for path in shorter if path in live), name)

@@ -17,10 +17,12 @@ from chronomoe_hf.errors import StateCorruptError, StateSchemaError
 
 logger = logging.getLogger(__name__)
 
-TENSOR_FILE = "chronomoe.safetensors"
-MANIFEST_FILE = "chronomoe.json"
-STATE_SCHEMA = 1  # raised when older readers would misread the files
-SCHEMA_MINOR = 1  # raised when older readers may ignore what was added
+TENSOR_FILE = "state.safetensors"
+MANIFEST_FILE = "state.json"
+OLD_TENSOR_FILE = "chronomoe.safetensors"  # of schema 1, beside the weights
+OLD_MANIFEST_FILE = "chronomoe.json"
+STATE_SCHEMA = 2  # raised when older readers would misread the files
+SCHEMA_MINOR = 0  # raised when older readers may ignore what was added
 
 # Far above any real state (tensors are O(layers x experts), a lens O(layers x hidden size)), far below harm.
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -58,12 +60,13 @@ def render_manifest(manifest: Mapping[str, Any]) -> bytes:
     return data
 
 
-def parse_manifest(data: bytes, source: str) -> Meta:
+def parse_manifest(data: bytes, source: str, tensor_file: str = TENSOR_FILE) -> Meta:
     """Inverse of :func:`render_manifest`, for bytes that may be damaged or hostile.
 
     Args:
         data: Content of the manifest file.
         source: Path shown in messages.
+        tensor_file: Name of the one file that it may list.
 
     Raises:
         StateCorruptError: The bytes are not what was written, or not a manifest.
@@ -80,7 +83,7 @@ def parse_manifest(data: bytes, source: str) -> Meta:
     except (ValueError, RecursionError) as error:
         raise StateCorruptError(f"{source} is not JSON: {short(error)}; {WAY_OUT}") from None
     _check_schema(manifest, source)
-    problem = manifest_problem(manifest)
+    problem = manifest_problem(manifest, tensor_file)
     if problem:
         raise StateCorruptError(f"{source} is not a chronomoe manifest: {problem}; {WAY_OUT}")
     assert isinstance(manifest, dict)
@@ -105,16 +108,16 @@ def _check_schema(manifest: Any, source: str) -> None:
                        source, version, minor, STATE_SCHEMA, SCHEMA_MINOR)  # fmt: skip
 
 
-def manifest_problem(manifest: Mapping[str, Any]) -> str | None:
+def manifest_problem(manifest: Mapping[str, Any], tensor_file: str = TENSOR_FILE) -> str | None:
     """What makes `manifest` unusable, or None. File names come from an allow-list, so no path can be smuggled in."""
     files = manifest.get("files")
-    if not isinstance(files, dict) or set(files) != {TENSOR_FILE}:
-        return f"files must list exactly {TENSOR_FILE}, got {short(list(files) if isinstance(files, dict) else files)}"
-    record = files[TENSOR_FILE]
+    if not isinstance(files, dict) or set(files) != {tensor_file}:
+        return f"files must list exactly {tensor_file}, got {short(list(files) if isinstance(files, dict) else files)}"
+    record = files[tensor_file]
     if not isinstance(record, dict) or not isinstance(record.get("sha256"), str) or not is_count(record.get("size")):
-        return f"files[{TENSOR_FILE!r}] must give sha256 and size, got {short(record)}"
+        return f"files[{tensor_file!r}] must give sha256 and size, got {short(record)}"
     if not 8 <= record["size"] <= MAX_TENSOR_BYTES:
-        return f"{TENSOR_FILE} of {record['size']} bytes, at most {MAX_TENSOR_BYTES} are read"
+        return f"{tensor_file} of {record['size']} bytes, at most {MAX_TENSOR_BYTES} are read"
     if not isinstance(manifest.get("tensors"), dict):
         return f"tensors must be a table, got {short(manifest.get('tensors'))}"
     if not is_count(manifest.get("step")):

@@ -1,20 +1,26 @@
-"""State files: ``chronomoe.safetensors`` (tensors) and ``chronomoe.json`` (manifest). No other module opens them.
+"""State files: ``<directory>/chronomoe/state.safetensors`` (tensors) and ``state.json`` (manifest).
+
+No other module opens them. They have a folder of their own because serving engines take every ``*.safetensors``
+beside a single-file model for weights. States of schema 1 lie as ``chronomoe.safetensors`` and ``chronomoe.json``
+beside the weights: they are read where there is no new one, and removed once a new one is committed. In the output
+directory of a run the folder also holds the run's records (``telemetry.writer``): the names do not meet, and neither
+side touches the other's files.
 
 The manifest is the commit mark. It names its tensor file by content (sha256 and size) and ends in a sha256 of its
 own bytes, so every altered byte of either file is noticed; safetensors alone has no checksum.
 
-Overwriting a directory has to survive a crash between the two renames, where the old manifest would meet the new
-tensor file. So the committed tensor file is first renamed to ``chronomoe.safetensors.prev``; a reader takes whichever
-of the two has the manifest's sha256. The state thus changes at one instant, the rename of the manifest:
+Overwriting a state has to survive a crash between the two renames, where the old manifest would meet the new tensor
+file. So the committed tensor file is first renamed to ``state.safetensors.prev``; a reader takes whichever of the two
+has the manifest's sha256. The state thus changes at one instant, the rename of the manifest:
 
-    1. both files are written in full as ``.chronomoe.*.tmp.<pid>`` and synced (a full disk stops here, nothing changed)
-    2. chronomoe.safetensors -> chronomoe.safetensors.prev   (only if it is the one the manifest names)
-    3. tmp -> chronomoe.safetensors
-    4. tmp -> chronomoe.json                                 the commit
-    5. chronomoe.safetensors.prev is removed
+    1. both files are written in full as ``.state.*.tmp.<pid>`` and synced (a full disk stops here, nothing changed)
+    2. state.safetensors -> state.safetensors.prev   (only if it is the one the manifest names)
+    3. tmp -> state.safetensors
+    4. tmp -> state.json                             the commit
+    5. state.safetensors.prev and a state of schema 1 beside the weights are removed
 
-A copy of the manifest inside the tensor file would have saved a rename, but makes two sources of truth and loads a
-state that was never committed. One process writes a directory at a time.
+The manifest is not embedded in the tensor file: a reader could then load an uncommitted state. One process writes a
+directory at a time.
 
 Reading never unpickles and trusts nothing before it is checked: size, sha256, header limits, tensors, shapes.
 """
@@ -23,13 +29,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import logging
 import os
 import platform
 import re
-import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,10 +43,13 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from chronomoe_hf.checkpoint.disk import read_bytes, sha256, sync_directory, write_synced
 from chronomoe_hf.checkpoint.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     MAX_TENSOR_BYTES,
+    OLD_MANIFEST_FILE,
+    OLD_TENSOR_FILE,
     SCHEMA_MINOR,
     STATE_SCHEMA,
     TENSOR_FILE,
@@ -53,27 +61,59 @@ from chronomoe_hf.checkpoint.manifest import (
     render_manifest,
     short,
 )
-from chronomoe_hf.errors import StateCorruptError, StateError, StateMissingError, StateSchemaError, StateWriteError
+from chronomoe_hf.checkpoint.migrations import Tensors, migrate
+from chronomoe_hf.errors import StateCorruptError, StateError, StateWriteError
 
 logger = logging.getLogger(__name__)
 
-PREVIOUS_FILE = "chronomoe.safetensors.prev"
-_STALE_TMP = re.compile(r"\.chronomoe\.(safetensors|json)\.tmp\.\d+")
+STATE_FOLDER = "chronomoe"
+PREVIOUS_SUFFIX = ".prev"
+PREVIOUS_FILE = TENSOR_FILE + PREVIOUS_SUFFIX
+_STALE_TMP = re.compile(r"\.(state|chronomoe)\.(safetensors|json)\.tmp\.\d+")
 
-Tensors = dict[str, Tensor]
-Migration = Callable[[Tensors, Meta], tuple[Tensors, Meta]]
 
-MIGRATIONS: dict[int, Migration] = {}
-"""Schema version -> function that turns the (tensors, meta) of that version into those of the next."""
+@dataclass(frozen=True)
+class _Pair:
+    """The two files of one state."""
+
+    folder: Path
+    tensor_file: str
+    manifest_file: str
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / self.manifest_file
+
+    @property
+    def tensors(self) -> Path:
+        return self.folder / self.tensor_file
+
+    @property
+    def previous(self) -> Path:
+        return self.folder / (self.tensor_file + PREVIOUS_SUFFIX)
+
+
+def _pair(directory: str | Path) -> _Pair:
+    return _Pair(Path(directory) / STATE_FOLDER, TENSOR_FILE, MANIFEST_FILE)
+
+
+def _old_pair(directory: str | Path) -> _Pair:
+    return _Pair(Path(directory), OLD_TENSOR_FILE, OLD_MANIFEST_FILE)
+
+
+def _existing(directory: str | Path) -> _Pair:
+    """The pair to read: the new one, or that of schema 1 where only that is there."""
+    new, old = _pair(directory), _old_pair(directory)
+    return old if os.path.lexists(old.manifest) and not os.path.lexists(new.manifest) else new
 
 
 def write_state(
     directory: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, strict: bool = False
 ) -> bool:
-    """Write the two state files into `directory` (created if missing), replacing a previous pair at one instant.
+    """Write the two state files into ``directory/chronomoe`` (created if missing), replacing others at one instant.
 
     Args:
-        directory: Where the files go.
+        directory: A checkpoint or output directory.
         tensors: Name -> tensor of any shape on any device; float64/32/16, bfloat16, signed integers, uint8 or bool.
         meta: JSON-ready mapping with string keys and without NaN. Required: ``step`` (int) and ``layers`` (list of
             ``{"name", "router_class", "num_experts", "top_k"}``). ``config``, ``controller``, ``fingerprint`` (dicts)
@@ -104,7 +144,7 @@ def write_state(
 
 def has_state(directory: str | Path) -> bool:
     """Whether `directory` holds a manifest, the commit mark. Says nothing about whether it can be read."""
-    return os.path.lexists(Path(directory) / MANIFEST_FILE)
+    return os.path.lexists(_existing(directory).manifest)
 
 
 def read_manifest(directory: str | Path) -> Meta:
@@ -113,8 +153,11 @@ def read_manifest(directory: str | Path) -> Meta:
     Raises:
         StateMissingError, StateCorruptError, StateSchemaError: As :func:`read_state`.
     """
-    path = Path(directory) / MANIFEST_FILE
-    return parse_manifest(_read_bytes(path, MAX_MANIFEST_BYTES), str(path))
+    return _parsed(_existing(directory))
+
+
+def _parsed(pair: _Pair) -> Meta:
+    return parse_manifest(read_bytes(pair.manifest, MAX_MANIFEST_BYTES), str(pair.manifest), pair.tensor_file)
 
 
 def read_state(directory: str | Path) -> tuple[Tensors, Meta]:
@@ -128,13 +171,15 @@ def read_state(directory: str | Path) -> tuple[Tensors, Meta]:
         StateCorruptError: A file is torn, altered, missing from the pair, too large, or a link out of the directory.
         StateSchemaError: Written by a newer schema, or by an older one that has no migration.
     """
-    root = Path(directory)
-    meta = read_manifest(root)
-    path, data = _named_tensor_file(root, meta["files"][TENSOR_FILE])
+    pair = _existing(directory)
+    meta = _parsed(pair)
+    path, data = _named_tensor_file(pair, meta["files"][pair.tensor_file])
     table = header_table(data, str(path))
     if table != meta["tensors"]:
         names = [name for name in sorted({*table, *meta["tensors"]}) if table.get(name) != meta["tensors"].get(name)]
-        raise StateCorruptError(f"{path} holds other tensors than {MANIFEST_FILE} lists: {short(names)}; {WAY_OUT}")
+        raise StateCorruptError(
+            f"{path} holds other tensors than {pair.manifest_file} lists: {short(names)}; {WAY_OUT}"
+        )
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, RuntimeError, ValueError) as error:
@@ -142,19 +187,7 @@ def read_state(directory: str | Path) -> tuple[Tensors, Meta]:
     assert all(list(tensors[name].shape) == shape for name, (_, shape) in table.items())
     for key in ("files", "tensors", "manifest_sha256"):
         del meta[key]
-    return _migrate(tensors, meta, root / MANIFEST_FILE)
-
-
-def _migrate(tensors: Tensors, meta: Meta, path: Path) -> tuple[Tensors, Meta]:
-    while (version := meta["schema_version"]) < STATE_SCHEMA:
-        if version not in MIGRATIONS:
-            raise StateSchemaError(
-                f"{path} has schema version {version}, which cannot be migrated to this "
-                f"version's {STATE_SCHEMA}; install chronomoe_hf {short(meta.get('chronomoe_version'))}"
-            )
-        tensors, meta = MIGRATIONS[version](tensors, meta)
-        meta = {**meta, "schema_version": version + 1}
-    return tensors, meta
+    return migrate(tensors, meta, str(pair.manifest))
 
 
 def _tensor_payload(tensors: Mapping[str, Tensor]) -> bytes:
@@ -174,7 +207,7 @@ def _manifest(payload: bytes, meta: Mapping[str, Any]) -> Meta:
             "python": platform.python_version(),
             **{name: _version(name) for name in ("torch", "transformers", "accelerate", "safetensors")},
         },
-        "files": {TENSOR_FILE: {"sha256": hashlib.sha256(payload).hexdigest(), "size": len(payload)}},
+        "files": {TENSOR_FILE: {"sha256": sha256(payload), "size": len(payload)}},
         "tensors": header_table(payload, TENSOR_FILE),
     }
     problem = manifest_problem(manifest)
@@ -192,128 +225,80 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit(directory: Path, payload: bytes, manifest: bytes) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    _remove_stale(directory)
-    target, previous = directory / TENSOR_FILE, directory / PREVIOUS_FILE
-    tmp_tensors, tmp_manifest = (directory / f".{name}.tmp.{os.getpid()}" for name in (TENSOR_FILE, MANIFEST_FILE))
+    pair = _pair(directory)
+    folder = pair.folder
+    made = not folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder)
+    tmp_tensors, tmp_manifest = (folder / f".{name}.tmp.{os.getpid()}" for name in (TENSOR_FILE, MANIFEST_FILE))
     moved = committed = False
     try:
-        _write_synced(tmp_tensors, payload)
-        _write_synced(tmp_manifest, manifest)
-        if _is_committed(target):
-            os.replace(target, previous)
+        write_synced(tmp_tensors, payload)
+        write_synced(tmp_manifest, manifest)
+        if _is_committed(pair):
+            os.replace(pair.tensors, pair.previous)
             moved = True
-            _sync_directory(directory)  # the renames must reach the disk in this order
-        os.replace(tmp_tensors, target)
-        _sync_directory(directory)
-        os.replace(tmp_manifest, directory / MANIFEST_FILE)
+            sync_directory(folder)  # the renames must reach the disk in this order
+        os.replace(tmp_tensors, pair.tensors)
+        sync_directory(folder)
+        os.replace(tmp_manifest, pair.manifest)
         committed = True
-        _sync_directory(directory)
+        sync_directory(folder)
+        if made:
+            sync_directory(directory)
     except BaseException:
         if moved and not committed:
-            with contextlib.suppress(OSError):  # if this fails too, readers still find the state in PREVIOUS_FILE
-                os.replace(previous, target)
+            with contextlib.suppress(OSError):  # if this fails too, readers still find the state in the previous file
+                os.replace(pair.previous, pair.tensors)
         raise
     finally:
         for leftover in (tmp_tensors, tmp_manifest):
-            with contextlib.suppress(OSError):
-                os.unlink(leftover)
-    with contextlib.suppress(OSError):
-        os.unlink(previous)
+            _remove(leftover)
+    _remove(pair.previous)
+    _remove_old(directory)
+
+
+def _remove_old(directory: Path) -> None:
+    """What a state of schema 1 left beside the weights, where a serving engine would take it for weights."""
+    old = _old_pair(directory)
+    found = [path for path in (old.manifest, old.tensors, old.previous) if os.path.lexists(path)]
+    for path in found:
+        _remove(path)
+    if found:
+        _remove_stale(directory)
 
 
 def _remove_stale(directory: Path) -> None:
     for name in os.listdir(directory):
         if _STALE_TMP.fullmatch(name):
-            with contextlib.suppress(OSError):
-                os.unlink(directory / name)
+            _remove(directory / name)
 
 
-def _is_committed(target: Path) -> bool:
-    """Whether `target` is the tensor file that the manifest beside it names (after a crash it may not be)."""
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _is_committed(pair: _Pair) -> bool:
+    """Whether the tensor file is the one that the manifest beside it names (after a crash it may not be)."""
     try:
-        record = read_manifest(target.parent)["files"][TENSOR_FILE]
-        return _sha256(_read_bytes(target, MAX_TENSOR_BYTES)) == str(record["sha256"])
+        record = _parsed(pair)["files"][pair.tensor_file]
+        return sha256(read_bytes(pair.tensors, MAX_TENSOR_BYTES)) == str(record["sha256"])
     except StateError:
         return False
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    # Mode 0666 less the umask, like the other files of a checkpoint (mkstemp would make it private).
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _flag("O_BINARY"), 0o666)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(handle, view) :]
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name == "nt":  # directories cannot be opened there
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _flag(name: str) -> int:
-    return getattr(os, name, 0)  # O_BINARY exists on Windows only, O_NOFOLLOW and O_NONBLOCK elsewhere
-
-
-def _named_tensor_file(root: Path, record: Mapping[str, Any]) -> tuple[Path, bytes]:
+def _named_tensor_file(pair: _Pair, record: Mapping[str, Any]) -> tuple[Path, bytes]:
     """The tensor file whose content the manifest names: the current one or, after a crash, the previous one."""
     problems = []
-    for path in (root / TENSOR_FILE, root / PREVIOUS_FILE):
+    for path in (pair.tensors, pair.previous):
         try:
-            data = _read_bytes(path, MAX_TENSOR_BYTES, size=record["size"])
+            data = read_bytes(path, MAX_TENSOR_BYTES, size=record["size"])
         except StateError as error:
             problems.append(str(error))
             continue
-        if _sha256(data) == record["sha256"]:
+        found = sha256(data)
+        if found == record["sha256"]:
             return path, data
-        problems.append(f"{path} has sha256 {_sha256(data)}, {MANIFEST_FILE} names {short(record['sha256'])}")
+        problems.append(f"{path} has sha256 {found}, {pair.manifest_file} names {short(record['sha256'])}")
     raise StateCorruptError(f"{problems[0]}: torn or altered after it was saved; {WAY_OUT}")
-
-
-def _roots(directory: Path) -> Iterator[Path]:
-    """Where a file of `directory` may really lie: there, or in the blobs of the Hub cache it is a snapshot of."""
-    yield directory
-    for ancestor in directory.parents:
-        if ancestor.name == "snapshots":
-            yield ancestor.parent / "blobs"
-
-
-def _read_bytes(path: Path, limit: int, size: int | None = None) -> bytes:
-    """The content of a regular file, sized before it is read."""
-    try:
-        real = path.resolve(strict=True)
-        if real.parent not in _roots(path.parent.resolve()):
-            raise StateCorruptError(f"{path} is a link out of its directory, to {real}; copy the file there instead")
-        # O_NONBLOCK: opening a FIFO must not hang.
-        handle = os.open(real, os.O_RDONLY | _flag("O_NOFOLLOW") | _flag("O_NONBLOCK") | _flag("O_BINARY"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise StateMissingError(
-            f"{path} does not exist; pass the directory of a checkpoint that was saved with chronomoe_hf"
-        ) from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise StateError(f"{path} cannot be read: {short(error)}; {WAY_OUT}") from error
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise StateCorruptError(f"{path} is not a regular file; {WAY_OUT}")
-        if size is not None and status.st_size != size:
-            raise StateCorruptError(f"{path} has {status.st_size} bytes, {MANIFEST_FILE} names {size}; {WAY_OUT}")
-        if status.st_size > limit:
-            raise StateCorruptError(f"{path} has {status.st_size} bytes, at most {limit} are read; {WAY_OUT}")
-        try:
-            return file.read(status.st_size)
-        except OSError as error:
-            raise StateError(f"{path} cannot be read: {short(error)}; {WAY_OUT}") from error

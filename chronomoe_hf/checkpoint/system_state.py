@@ -195,7 +195,7 @@ def report_disagreement(step_state: StepState, layers: Sequence[Layer]) -> list[
         worst, name = max(known)
         logger.warning(
             "outside chronomoe_hf this checkpoint routes %.1f %% of the tokens of %s to other experts than now; "
-            "keep chronomoe.json beside it, or unwrap(model, fold=True) before the final save",
+            "keep its folder chronomoe, or unwrap(model, fold=True) before the final save",
             100.0 * worst,
             name,
         )
@@ -234,7 +234,7 @@ def missing(config: ChronoConfig, directory: str | Path, acted: bool) -> None:
     if config.checkpoint.on_missing == "raise" or (config.checkpoint.on_missing == "auto" and acted):
         raise StateMissingError(
             f"no chronomoe state in {directory}{', although this run has been governed' if acted else ''}; routing "
-            "would change silently. Resume from a checkpoint that has chronomoe.json, or set "
+            "would change silently. Resume from a checkpoint that has chronomoe/state.json, or set "
             "CheckpointConfig(on_missing='fresh') to start with beta = 0"
         )
     warnings.warn(f"no chronomoe state in {directory}: starting with fresh statistics and beta = 0", stacklevel=4)

@@ -122,7 +122,7 @@ class CheckpointConfig(ConfigBase):
     """Saving and resuming (SPEC section 7).
 
     Args:
-        save: write chronomoe.safetensors and chronomoe.json beside every checkpoint.
+        save: write the state (a folder ``chronomoe``) into every checkpoint.
         on_missing: ``"auto"`` (warn and start fresh, but raise if the run had acted), ``"fresh"`` or ``"raise"``.
         repair: ``"repair"`` reloads MoE weights that Trainer dropped, ``"raise"`` stops instead, ``"off"`` only warns.
         allow_partial: load matching layers of a state whose layer table differs.

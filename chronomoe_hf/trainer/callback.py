@@ -19,7 +19,8 @@ from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import SystemSnapshot
-from chronomoe_hf.trainer.resume import ResumePath, check_weights, hook_trainer, restore
+from chronomoe_hf.trainer.resume import ResumePath, hook_trainer, restore
+from chronomoe_hf.trainer.weight_repair import check_weights
 
 logger = logging.getLogger("chronomoe_hf")
 

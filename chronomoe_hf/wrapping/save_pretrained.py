@@ -40,7 +40,7 @@ def remove_save_hook(model: nn.Module) -> None:
 
 
 def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """The model's own ``save_pretrained``, with chronomoe.safetensors and chronomoe.json written beside the weights."""
+    """The model's own ``save_pretrained``, with our state in a folder ``chronomoe`` beside the weights."""
     result = getattr(type(self), SAVE_HOOK)(self, save_directory, *args, **kwargs)
     system = find_system(self)
     if system is not None and system.config.checkpoint.save and kwargs.get("is_main_process", True):

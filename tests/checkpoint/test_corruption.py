@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from chronomoe_hf.checkpoint import manifest as state_format
 from chronomoe_hf.checkpoint.manifest import header_table, parse_manifest, render_manifest
-from chronomoe_hf.checkpoint.state_file import MANIFEST_FILE, TENSOR_FILE, read_manifest, read_state, write_state
+from chronomoe_hf.checkpoint.state_file import (
+    MANIFEST_FILE,
+    STATE_FOLDER,
+    TENSOR_FILE,
+    read_manifest,
+    read_state,
+    write_state,
+)
 from chronomoe_hf.errors import StateCorruptError, StateError, StateSchemaError
 
 FILES = (TENSOR_FILE, MANIFEST_FILE)
@@ -36,9 +43,9 @@ def forge(directory: Path, payload: bytes | None = None, **change: Any) -> None:
     manifest = read_manifest(directory)
     del manifest["manifest_sha256"]
     if payload is not None:
-        (directory / TENSOR_FILE).write_bytes(payload)
+        (directory / STATE_FOLDER / TENSOR_FILE).write_bytes(payload)
         manifest["files"] = {TENSOR_FILE: {"sha256": hashlib.sha256(payload).hexdigest(), "size": len(payload)}}
-    (directory / MANIFEST_FILE).write_bytes(render_manifest({**manifest, **change}))
+    (directory / STATE_FOLDER / MANIFEST_FILE).write_bytes(render_manifest({**manifest, **change}))
 
 
 # ------------------------------------------------------------------------------------------------------ damage
@@ -46,35 +53,35 @@ def forge(directory: Path, payload: bytes | None = None, **change: Any) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_truncation_at_every_byte(saved, name, step_in) -> None:
-    whole = (saved / name).read_bytes()
+    whole = (saved / STATE_FOLDER / name).read_bytes()
     assert len(whole) > 500
     for length in range(len(whole)):
-        (saved / name).write_bytes(whole[:length])
+        (saved / STATE_FOLDER / name).write_bytes(whole[:length])
         with pytest.raises(StateCorruptError) as caught:
             read_state(saved)
         assert name in str(caught.value) and f"{length} bytes" in str(caught.value)
-    (saved / name).write_bytes(whole)
+    (saved / STATE_FOLDER / name).write_bytes(whole)
     assert step_in(saved) == 9
 
 
 def test_three_thousand_single_bit_flips(saved, step_in) -> None:
     rng = random.Random(0)
-    originals = {name: (saved / name).read_bytes() for name in FILES}
+    originals = {name: (saved / STATE_FOLDER / name).read_bytes() for name in FILES}
     total = sum(map(len, originals.values()))
     hit = dict.fromkeys(FILES, 0)
     for place in sorted(rng.randrange(total * 8) for _ in range(3000)):
         name = TENSOR_FILE if place < len(originals[TENSOR_FILE]) * 8 else MANIFEST_FILE
         place -= 0 if name == TENSOR_FILE else len(originals[TENSOR_FILE]) * 8
         if name == MANIFEST_FILE and not hit[name]:
-            (saved / TENSOR_FILE).write_bytes(originals[TENSOR_FILE])
+            (saved / STATE_FOLDER / TENSOR_FILE).write_bytes(originals[TENSOR_FILE])
         damaged = bytearray(originals[name])
         damaged[place // 8] ^= 1 << place % 8
-        (saved / name).write_bytes(damaged)
+        (saved / STATE_FOLDER / name).write_bytes(damaged)
         with pytest.raises(StateCorruptError, match=name):
             read_state(saved)
         hit[name] += 1
     assert sum(hit.values()) == 3000 and min(hit.values()) > 300
-    (saved / MANIFEST_FILE).write_bytes(originals[MANIFEST_FILE])
+    (saved / STATE_FOLDER / MANIFEST_FILE).write_bytes(originals[MANIFEST_FILE])
     assert step_in(saved) == 9
 
 
@@ -93,14 +100,14 @@ def test_three_thousand_single_bit_flips(saved, step_in) -> None:
     ],
 )
 def test_other_damage(saved, name, change) -> None:
-    (saved / name).write_bytes(change((saved / name).read_bytes()))
+    (saved / STATE_FOLDER / name).write_bytes(change((saved / STATE_FOLDER / name).read_bytes()))
     with pytest.raises(StateCorruptError, match="older checkpoint"):
         read_state(saved)
 
 
 def test_files_of_two_checkpoints_are_not_mixed(saved, tmp_path, sample_state) -> None:
     assert write_state(tmp_path / "later", *sample_state(10), strict=True)
-    shutil.copy(tmp_path / "later" / TENSOR_FILE, saved / TENSOR_FILE)
+    shutil.copy(tmp_path / "later" / STATE_FOLDER / TENSOR_FILE, saved / STATE_FOLDER / TENSOR_FILE)
     with pytest.raises(StateCorruptError, match="torn or altered"):
         read_state(saved)
 
@@ -176,7 +183,7 @@ def seal(body: bytes) -> bytes:
     ids=range(10),
 )
 def test_sealed_bytes_that_are_not_a_manifest(saved, body) -> None:
-    (saved / MANIFEST_FILE).write_bytes(seal(body))
+    (saved / STATE_FOLDER / MANIFEST_FILE).write_bytes(seal(body))
     with pytest.raises(StateCorruptError, match="is not JSON"):
         read_state(saved)
 
@@ -191,9 +198,9 @@ def test_messages_carry_no_control_characters(saved) -> None:
 def test_a_huge_sparse_file_is_refused_by_its_size(saved) -> None:
     for size in (2**30, 2**43):
         for name in FILES:
-            original = (saved / name).read_bytes()
+            original = (saved / STATE_FOLDER / name).read_bytes()
             try:
-                with open(saved / name, "r+b") as file:
+                with open(saved / STATE_FOLDER / name, "r+b") as file:
                     file.truncate(size)
             except OSError:
                 pytest.skip("the file system has no sparse files of this size")
@@ -203,7 +210,7 @@ def test_a_huge_sparse_file_is_refused_by_its_size(saved) -> None:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             assert peak < 2**20, "it must be refused before anything of its size is allocated"
-            (saved / name).write_bytes(original)
+            (saved / STATE_FOLDER / name).write_bytes(original)
 
 
 def container(header: Any, data: bytes = b"") -> bytes:
@@ -280,10 +287,10 @@ def test_a_renamed_pickle_is_not_executed(saved, tmp_path, forged, writer) -> No
     if forged:
         forge(saved, evil.read_bytes())
     else:
-        shutil.copy(evil, saved / TENSOR_FILE)
+        shutil.copy(evil, saved / STATE_FOLDER / TENSOR_FILE)
     with pytest.raises(StateCorruptError):
         read_state(saved)
-    shutil.copy(evil, saved / MANIFEST_FILE)
+    shutil.copy(evil, saved / STATE_FOLDER / MANIFEST_FILE)
     with pytest.raises(StateCorruptError):
         read_state(saved)
     assert not canary.exists()

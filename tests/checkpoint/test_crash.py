@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 
 from chronomoe_hf.checkpoint import state_file as checkpoint
-from chronomoe_hf.checkpoint.state_file import MANIFEST_FILE, PREVIOUS_FILE, TENSOR_FILE, read_state, write_state
+from chronomoe_hf.checkpoint.state_file import (
+    MANIFEST_FILE,
+    PREVIOUS_FILE,
+    STATE_FOLDER,
+    TENSOR_FILE,
+    read_state,
+    write_state,
+)
 from chronomoe_hf.errors import StateError, StateMissingError, StateWriteError
 
 CALLS = ("open", "write", "fsync", "replace", "unlink", "listdir")
@@ -93,7 +100,7 @@ def test_sigkill_at_random_leaves_a_whole_state(tmp_path, sample_state, step_in,
     held, mid_save, progress = 0, 0, 0
     for _ in range(kills):
         kill_while_saving(tmp_path, sample_state, rng.uniform(0, 4 * one_save), held + 1)
-        mid_save += sorted(os.listdir(tmp_path)) != COMMITTED
+        mid_save += sorted(os.listdir(tmp_path / STATE_FOLDER)) != COMMITTED
         now = step_in(tmp_path)
         assert now >= held, "an older state came back"
         progress += now > held
@@ -102,7 +109,7 @@ def test_sigkill_at_random_leaves_a_whole_state(tmp_path, sample_state, step_in,
     assert mid_save > 1, "hardly any kill hit a save in progress"
     assert progress > 1, "hardly any save was completed"
     assert write_state(tmp_path, *sample_state(held + 1), strict=True)
-    assert sorted(os.listdir(tmp_path)) == COMMITTED, "leftovers of killed saves were not cleaned up"
+    assert sorted(os.listdir(tmp_path / STATE_FOLDER)) == COMMITTED, "leftovers of killed saves were not cleaned up"
 
 
 # --------------------------------------------------------------------------------------- exit at every call
@@ -166,10 +173,10 @@ def test_a_crash_at_any_call_of_two_saves_in_a_row(tmp_path, sample_state, step_
             middle = step_in(directory)
             crash(directory, 3, second)
             outcomes.add((middle, step_in(directory)))
-            through_previous += (directory / PREVIOUS_FILE).exists()
+            through_previous += (directory / STATE_FOLDER / PREVIOUS_FILE).exists()
             assert write_state(directory, *sample_state(4), strict=True)
             assert step_in(directory) == 4
-            assert sorted(os.listdir(directory)) == COMMITTED
+            assert sorted(os.listdir(directory / STATE_FOLDER)) == COMMITTED
     assert outcomes == {(1, 1), (1, 3), (2, 2), (2, 3)}
     assert through_previous > 10, "the window between the two renames was not hit"
 
@@ -221,10 +228,10 @@ def test_any_failing_call_keeps_a_whole_state(tmp_path, sample_state, step_in, s
             assert strict or "could not be written" in caplog.text
             # The new state may be there only if what failed was the sync after the commit.
             assert held == 1 or calls[number - 1] in ("open", "fsync")
-            leftovers = [name for name in os.listdir(directory) if name.startswith(".")]
+            leftovers = [name for name in os.listdir(directory / STATE_FOLDER) if name.startswith(".")]
             assert not leftovers or calls[number - 1] == "unlink"
         assert write_state(directory, *sample_state(3), strict=True)
-        assert step_in(directory) == 3 and sorted(os.listdir(directory)) == COMMITTED
+        assert step_in(directory) == 3 and sorted(os.listdir(directory / STATE_FOLDER)) == COMMITTED
     assert failed >= 8
 
 
@@ -246,14 +253,14 @@ def test_every_call_failing_from_the_nth_on(tmp_path, sample_state, step_in) -> 
             undo()
         assert step_in(directory) in (1, 2)
         assert write_state(directory, *sample_state(3), strict=True)
-        assert step_in(directory) == 3 and sorted(os.listdir(directory)) == COMMITTED
+        assert step_in(directory) == 3 and sorted(os.listdir(directory / STATE_FOLDER)) == COMMITTED
 
 
 @pytest.mark.parametrize("room", [0, 1, 500, 1500])
 def test_a_full_disk_leaves_the_old_state(tmp_path, sample_state, step_in, forked, room) -> None:
     assert write_state(tmp_path, *sample_state(1), strict=True)
-    assert min((tmp_path / name).stat().st_size for name in COMMITTED) > 500
-    assert max((tmp_path / name).stat().st_size for name in COMMITTED) > 1500
+    assert min((tmp_path / STATE_FOLDER / name).stat().st_size for name in COMMITTED) > 500
+    assert max((tmp_path / STATE_FOLDER / name).stat().st_size for name in COMMITTED) > 1500
 
     def save() -> int:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -267,7 +274,7 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, sample_state, step_in, forke
         return 2
 
     assert forked(save) == 0
-    assert sorted(os.listdir(tmp_path)) == COMMITTED
+    assert sorted(os.listdir(tmp_path / STATE_FOLDER)) == COMMITTED
     assert step_in(tmp_path) == 1
 
 
@@ -307,24 +314,25 @@ def test_an_interrupt_cleans_up_and_passes_through(tmp_path, sample_state, step_
     with pytest.raises(KeyboardInterrupt):
         write_state(tmp_path, *sample_state(2))
     monkeypatch.undo()
-    assert sorted(os.listdir(tmp_path)) == COMMITTED
+    assert sorted(os.listdir(tmp_path / STATE_FOLDER)) == COMMITTED
     assert step_in(tmp_path) == 1
 
 
 def test_a_damaged_old_state_does_not_stop_a_new_one(tmp_path, sample_state, step_in) -> None:
     for name in COMMITTED:
         assert write_state(tmp_path, *sample_state(1), strict=True)
-        (tmp_path / name).write_bytes(b"damaged")
+        (tmp_path / STATE_FOLDER / name).write_bytes(b"damaged")
         with pytest.raises(StateError):
             read_state(tmp_path)
         assert write_state(tmp_path, *sample_state(2), strict=True)
-        assert step_in(tmp_path) == 2 and sorted(os.listdir(tmp_path)) == COMMITTED
+        assert step_in(tmp_path) == 2 and sorted(os.listdir(tmp_path / STATE_FOLDER)) == COMMITTED
 
 
 def test_only_our_own_stale_files_are_removed(tmp_path, sample_state) -> None:
-    keep = [".chronomoe.safetensors.tmp.backup", "x.chronomoe.json.tmp.1", "model.safetensors", ".chronomoe.json.tmp."]
-    for name in [*keep, ".chronomoe.json.tmp.1", ".chronomoe.safetensors.tmp.99999"]:
-        (tmp_path / name).write_text("x")
+    keep = [".state.safetensors.tmp.backup", "x.state.json.tmp.1", "model.safetensors", ".state.json.tmp.", "a.jsonl"]
+    (tmp_path / STATE_FOLDER).mkdir()
+    for name in [*keep, ".state.json.tmp.1", ".state.safetensors.tmp.99999"]:
+        (tmp_path / STATE_FOLDER / name).write_text("x")
     assert write_state(tmp_path, *sample_state(1), strict=True)
-    assert sorted(os.listdir(tmp_path)) == sorted([*keep, *COMMITTED])
+    assert sorted(os.listdir(tmp_path / STATE_FOLDER)) == sorted([*keep, *COMMITTED])
     assert checkpoint.has_state(tmp_path)

@@ -172,8 +172,9 @@ def test_state_is_saved_beside_the_adapter(order: str, tmp_path: Path) -> None:
         model(**tiny.tiny_batch("mixtral", seed=step)).loss.backward()
         system.step(step)
     model.save_pretrained(tmp_path)
-    files = {path.name for path in tmp_path.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "chronomoe.safetensors", "chronomoe.json"} <= files
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= files
+    assert {"chronomoe/state.safetensors", "chronomoe/state.json"} <= files
     assert all("lora_" in key for key in adapter_keys(tmp_path))
     fresh = tiny.tiny_model("mixtral")
     with warnings.catch_warnings():
@@ -220,7 +221,7 @@ def test_a_trainer_saves_and_resumes_an_adapter_bit_for_bit(order: str, tmp_path
     system = chronomoe_hf.attach(whole, config).system
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    assert {"adapter_model.safetensors", "chronomoe.json"} <= {path.name for path in checkpoint.iterdir()}
+    assert (checkpoint / "adapter_model.safetensors").is_file() and (checkpoint / "chronomoe" / "state.json").is_file()
     assert all("lora_" in key for key in adapter_keys(checkpoint))
     resumed = trainer_of(fresh(), tmp_path / "resumed")
     other = chronomoe_hf.attach(resumed, config).system

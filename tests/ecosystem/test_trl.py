@@ -139,5 +139,5 @@ def test_the_default_preset_governs_under_sft(tokenizer: Any, texts: Any, tmp_pa
     callback = chronomoe_hf.attach(trainer, ChronoConfig(interval=1))
     trainer.train()
     assert float(callback.system.step_state.beta_LE.abs().max()) > 0
-    assert (tmp_path / "checkpoint-4" / "chronomoe.json").is_file()
+    assert (tmp_path / "checkpoint-4" / "chronomoe" / "state.json").is_file()
     assert (tmp_path / "chronomoe" / "snapshots.jsonl").is_file()

@@ -132,8 +132,9 @@ def check_run(path: Path, presets: list[str], layers: int) -> None:
         directory = path / arm["preset"]
         records = (directory / "chronomoe" / "snapshots.jsonl").read_text().splitlines()
         assert len(records) > 1
-        assert {"chronomoe.json", "chronomoe.safetensors", "model.safetensors"} <= {
-            file.name for file in (directory / "final").iterdir()
+        final = directory / "final"
+        assert {"chronomoe/state.json", "chronomoe/state.safetensors", "model.safetensors"} <= {
+            str(file.relative_to(final)) for file in final.rglob("*")
         }
 
 

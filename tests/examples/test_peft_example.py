@@ -36,8 +36,9 @@ def check(directory: Path, preset: str, layers: int) -> None:
     assert len(arm["layers"]) == layers
     assert all(1 / row["n_experts"] <= row["neff_fraction"] <= 1 for row in arm["layers"])
     assert all(row["phi_min"] is not None for row in arm["layers"])
-    files = {path.name for path in (directory / preset / "final").iterdir()}
-    assert {"adapter_model.safetensors", "chronomoe.json", "chronomoe.safetensors"} <= files
+    final = directory / preset / "final"
+    files = {str(path.relative_to(final)) for path in final.rglob("*")}
+    assert {"adapter_model.safetensors", "chronomoe/state.json", "chronomoe/state.safetensors"} <= files
     assert "model.safetensors" not in files
     assert len((directory / preset / "chronomoe" / "snapshots.jsonl").read_text().splitlines()) > 1
 

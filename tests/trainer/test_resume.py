@@ -32,7 +32,7 @@ from chronomoe_hf.errors import (
 )
 from chronomoe_hf.telemetry import read_jsonl
 
-STATE_FILES = {"chronomoe.json", "chronomoe.safetensors"}
+STATE_FILES = {"chronomoe/state.json", "chronomoe/state.safetensors"}
 # Every gate wide open, and windows of 3 steps, so that the checkpoint at step 4 lies inside one.
 GOVERN: dict[str, Any] = {
     "interval": 3,
@@ -237,13 +237,13 @@ def test_saving_one_rank_alone_is_legal(tmp_path: Path) -> None:
     trainer = make_trainer(govern(tmp_path, arguments={"max_steps": 1}))
     trainer.train()
     trainer.save_model(str(tmp_path / "elsewhere"))
-    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} >= STATE_FILES
+    assert all((tmp_path / "elsewhere" / name).is_file() for name in STATE_FILES)
     trainer.model.save_pretrained(tmp_path / "third")
-    assert {path.name for path in (tmp_path / "third").iterdir()} >= STATE_FILES
+    assert all((tmp_path / "third" / name).is_file() for name in STATE_FILES)
 
 
 def test_strict_save_raises_at_once_in_one_process(tmp_path: Path) -> None:
-    blocked = tmp_path / "checkpoint-4" / "chronomoe.safetensors"
+    blocked = tmp_path / "checkpoint-4" / "chronomoe" / "state.safetensors"
     blocked.mkdir(parents=True)
     (blocked / "in the way").touch()
     job = govern(tmp_path, config={**GOVERN, "checkpoint": {"strict_save": True}})

@@ -1,0 +1,203 @@
+"""Every field and tensor of a saved state, checked before any of it is used. Raises on the first fault.
+
+A sound pair of files may still hold anything: the checks here end in StateCorruptError that names the field, what was
+found and what belongs there. Shape suffixes: L layers, E experts (of the widest layer), C clocks, R numbers of a row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chronomoe_hf.checkpoint.manifest import SCHEMA_MINOR, WAY_OUT, is_count, short
+from chronomoe_hf.errors import StateCorruptError
+
+_RUN_ID = re.compile(r"[0-9A-Za-z._-]{1,64}")
+# What a tensor may hold, beyond being finite.
+_RANGES: dict[str, tuple[float, float]] = {
+    "updates_LE": (0, 2**62),
+    "tokens_LE": (0, 2**62),
+    "last_step_LE": (-1, 2**62),
+    "std_L": (0.0, 1e30),
+    "std_updates_L": (0, 2**62),
+    "logit_std_L": (0.0, 1e30),
+    "relevance_L": (0.0, 1.0),
+}
+LENS = re.compile(r"lens\.(\d{1,9})\.(V|U|scale)")
+
+
+def _fault(what: str, found: object, expected: str) -> StateCorruptError:
+    return StateCorruptError(f"the saved state's {what} must be {expected}, got {short(found)}; {WAY_OUT}")
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_run_id(value: Any) -> bool:
+    return isinstance(value, str) and _RUN_ID.fullmatch(value) is not None
+
+
+def _is_share(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= 1.0)
+
+
+def _are(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(check(item) for item in value)
+
+
+_REQUIRED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step": (is_count, "a non-negative integer"),
+    "window_steps": (is_count, "a non-negative integer"),
+    "run_id": (_is_run_id, "1 to 64 letters, digits, '.', '_' or '-'"),
+    "governed": (_is_flag, "true or false"),
+    "steering": (_are(_is_flag), "a list of true or false, one per layer"),
+    "layers": (_are(lambda row: isinstance(row, dict)), "a list of layers"),
+    "controller": (lambda value: isinstance(value, dict), "a table"),
+    "lifecycle": (lambda value: isinstance(value, dict), "a table"),
+    "alerts": (lambda value: isinstance(value, dict), "a table"),
+}
+_OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "attempt": (is_count, "a non-negative integer"),
+    "world_size": (is_count, "a non-negative integer"),
+    "config": (lambda value: isinstance(value, dict), "a table"),
+    "topk_disagreement": (_are(_is_share), "a list of null or numbers in [0, 1]"),
+}
+
+
+def check_meta(meta: Mapping[str, Any]) -> None:
+    """Check presence, type and range of every field that loading reads.
+
+    Raises:
+        StateCorruptError: The first field that is missing or not what it must be.
+    """
+    if not isinstance(meta, Mapping):
+        raise _fault("manifest", meta, "a table")
+    for name, (check, expected) in _REQUIRED.items():
+        if name not in meta:
+            raise StateCorruptError(f"the saved state lacks {name} ({expected}); {WAY_OUT}")
+        if not check(meta[name]):
+            raise _fault(name, meta[name], expected)
+    for name, (check, expected) in _OPTIONAL.items():
+        if name in meta and not check(meta[name]):
+            raise _fault(name, meta[name], expected)
+    if len(meta["steering"]) != len(meta["layers"]):
+        raise _fault("steering", meta["steering"], f"a list of {len(meta['layers'])} entries, one per layer")
+    _check_rows(meta["layers"])
+    _check_alerts(meta["alerts"])
+
+
+def _check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    for index, row in enumerate(rows):
+        for name in ("name", "router_class"):
+            if not isinstance(row.get(name), str):
+                raise _fault(f"layers[{index}].{name}", row.get(name), "a string")
+        for name in ("num_experts", "top_k"):
+            if not is_count(row.get(name)) or row[name] < 1:
+                raise _fault(f"layers[{index}].{name}", row.get(name), "a positive integer")
+
+
+def _check_alerts(alerts: Mapping[str, Any]) -> None:
+    streak, active, baseline = alerts.get("streak"), alerts.get("active"), alerts.get("baseline")
+    if not isinstance(streak, dict) or not all(is_count(value) for value in streak.values()):
+        raise _fault("alerts.streak", streak, "a table of non-negative integers")
+    if not isinstance(active, list) or not all(_is_alert(item) for item in active):
+        raise _fault("alerts.active", active, "a list of {kind, layer_id, step, detail}")
+    if not isinstance(baseline, dict) or not all(_are(_is_number)(values) for values in baseline.values()):
+        raise _fault("alerts.baseline", baseline, "a table of lists of finite numbers")
+    if not isinstance(alerts.get("governed"), bool):
+        raise _fault("alerts.governed", alerts.get("governed"), "true or false")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_alert(item: Any) -> bool:
+    return (
+        isinstance(item, dict)
+        and isinstance(item.get("kind"), str)
+        and (item.get("layer_id") is None or is_count(item["layer_id"]))
+        and is_count(item.get("step"))
+        and isinstance(item.get("detail"), str)
+    )
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], live: Mapping[str, Tensor], num_experts: Sequence[int], minor: Any = 0
+) -> None:
+    """Check names, dtypes, shapes, finiteness and ranges of the stacked tensors and of the lenses.
+
+    Args:
+        tensors: Of the saved state.
+        live: The live stacked tensors by name: which there must be, and their dtypes. The letters after the last
+            underscore of a name are its dimensions.
+        num_experts: E of each *saved* layer; only the model's own table says whether that fits the live model.
+        minor: The state's ``schema_minor``: only a newer one may hold tensors that are not known here.
+
+    Raises:
+        StateCorruptError: The first tensor that is missing, unknown, or not what it must be.
+    """
+    missing = [name for name in live if name not in tensors]
+    if missing:
+        raise StateCorruptError(f"the saved state lacks {', '.join(missing)}; {WAY_OUT}")
+    unknown = [name for name in tensors if name not in live and not LENS.fullmatch(str(name))]
+    if unknown and not (is_count(minor) and minor > SCHEMA_MINOR):
+        raise StateCorruptError(f"the saved state holds tensors that no state has: {short(sorted(unknown))}; {WAY_OUT}")
+    for name, value in live.items():
+        expected = tuple(_size(letter, value, place, num_experts) for place, letter in _dimensions(name))
+        _check_tensor(name, tensors[name], value.dtype, expected)
+    for name in tensors:
+        match = LENS.fullmatch(str(name))
+        if match is not None and int(match[1]) >= len(num_experts):
+            raise StateCorruptError(f"the saved state has {name} for {len(num_experts)} layers; {WAY_OUT}")
+    for layer in range(len(num_experts)):
+        _check_lens(layer, {part: tensors.get(f"lens.{layer}.{part}") for part in ("V", "U", "scale")})
+
+
+def _dimensions(name: str) -> list[tuple[int, str]]:
+    return list(enumerate(name.rpartition("_")[2]))
+
+
+def _size(letter: str, live: Tensor, place: int, num_experts: Sequence[int]) -> int | None:
+    """Size of one dimension; None = any (a row's columns are the recorder's own and may change between versions)."""
+    if letter == "R":
+        return None
+    return {"L": len(num_experts), "E": max(num_experts)}.get(letter, live.shape[place])
+
+
+def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    if value.dtype != dtype:
+        raise _fault(name, value.dtype, str(dtype))
+    fits = value.dim() == len(shape) and all(
+        want in (None, size) for size, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise _fault(name, tuple(value.shape), f"of shape ({sizes})")
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        count = int((~value.isfinite()).sum())
+        raise _fault(name, f"{count} NaN or infinite numbers", "finite")
+    low, high = _RANGES.get(name, (None, None))
+    if low is not None and high is not None and value.numel():
+        least, most = value.min().item(), value.max().item()
+        if least < low or most > high:
+            raise _fault(name, f"{least:g} to {most:g}", f"within [{low:g}, {high:g}]")
+
+
+def _check_lens(layer: int, parts: Mapping[str, Tensor | None]) -> None:
+    V_DR, U_RD, scale = parts["V"], parts["U"], parts["scale"]
+    if V_DR is None and U_RD is None and scale is None:
+        return
+    if V_DR is None or U_RD is None or scale is None:
+        lacking = [name for name, value in parts.items() if value is None]
+        raise StateCorruptError(f"the saved lens of layer {layer} lacks {', '.join(lacking)}; {WAY_OUT}")
+    _check_tensor(f"lens.{layer}.V", V_DR, torch.float32, (None, None))
+    _check_tensor(f"lens.{layer}.U", U_RD, torch.float32, (V_DR.shape[1], V_DR.shape[0]))
+    _check_tensor(f"lens.{layer}.scale", scale, torch.float64, ())
+    if float(scale) < 0.0:
+        raise _fault(f"lens.{layer}.scale", float(scale), "at least 0")

@@ -1,0 +1,47 @@
+"""States of older schemas, brought to today's. Pure: tensors and manifest entries in, the same out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from chronomoe_hf.checkpoint.manifest import STATE_SCHEMA, Meta, short
+from chronomoe_hf.errors import StateSchemaError
+
+Tensors = dict[str, Tensor]
+Migration = Callable[[Tensors, Meta], tuple[Tensors, Meta]]
+
+
+def _from_1(tensors: Tensors, meta: Meta) -> tuple[Tensors, Meta]:
+    """1.0 had no gains: they start afresh. What else changed is where the files lie."""
+    if "beta_LE" in tensors and "gain_LE" not in tensors:
+        tensors = {**tensors, "gain_LE": torch.zeros_like(tensors["beta_LE"])}
+    return tensors, meta
+
+
+MIGRATIONS: dict[int, Migration] = {1: _from_1}
+"""Schema version -> function that turns the (tensors, meta) of that version into those of the next."""
+
+
+def migrate(tensors: Tensors, meta: Meta, source: str) -> tuple[Tensors, Meta]:
+    """Apply every migration between the schema of `meta` and today's.
+
+    Args:
+        tensors: By name.
+        meta: The manifest, with its ``schema_version``.
+        source: Path shown in messages.
+
+    Raises:
+        StateSchemaError: There is no way from that schema to this one.
+    """
+    while (version := meta["schema_version"]) < STATE_SCHEMA:
+        if version not in MIGRATIONS:
+            raise StateSchemaError(
+                f"{source} has schema version {version}, which cannot be migrated to this "
+                f"version's {STATE_SCHEMA}; install chronomoe_hf {short(meta.get('chronomoe_version'))}"
+            )
+        tensors, meta = MIGRATIONS[version](tensors, meta)
+        meta = {**meta, "schema_version": version + 1}
+    return tensors, meta
