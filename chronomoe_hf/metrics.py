@@ -26,9 +26,8 @@ Values: TypeAlias = "Sequence[float] | Sequence[int] | Tensor | np.ndarray[Any, 
 
 def _sorted_weights(values: Values) -> np.ndarray[Any, Any]:
     """Ascending float64 copy of non-negative finite values, shape ``(E,)``; raises ConfigError otherwise."""
-    if hasattr(values, "detach"):  # a tensor: float64 before numpy, which knows no bfloat16
-        values = values.detach().cpu().double().numpy()
-    weight_E = np.asarray(values, dtype=np.float64)
+    to_host: Any = getattr(values, "detach", None)  # of a tensor: float64 before numpy, which knows no bfloat16
+    weight_E = np.asarray(values if to_host is None else to_host().cpu().double().numpy(), dtype=np.float64)
     if weight_E.ndim != 1 or weight_E.size == 0:
         raise ConfigError(f"expected one value per expert, shape (E,) with E >= 1, got shape {weight_E.shape}")
     weight_E = np.sort(weight_E)

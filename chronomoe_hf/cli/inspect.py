@@ -1,107 +1,76 @@
-"""The ``chronomoe`` command."""
+"""``chronomoe inspect``: what chronomoe_hf can do with a model, layer by layer, from its config alone."""
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import transformers
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from chronomoe_hf.errors import ChronoError
-from chronomoe_hf.patches.registry import CAPABILITIES
-from chronomoe_hf.telemetry import read_jsonl
-from chronomoe_hf.wrapping.support import LayerSupport, ModelSupport, inspect_model, support_table
+from chronomoe_hf.cli.output import JsonOption, console, print_json, ranges
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from chronomoe_hf.wrapping.support import LayerSupport, ModelSupport
 
 READING = {
     "rows": "from the rows that the backend passes on",
     "replay": "from up to 64 tokens sent through the experts once more, without gradient",
     "division": "one expert a token: its output divided by its weight",
 }
-BARS = "▁▂▃▄▅▆▇█"
-
-app = typer.Typer(help="Look at mixture-of-experts models and runs.", no_args_is_help=True, add_completion=False)
 
 
-@app.command()
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(inspect)
+
+
 def inspect(
     model: Annotated[str, typer.Argument(help="Directory that save_pretrained wrote, or a Hub name.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What chronomoe_hf can do with MODEL, layer by layer; reads its config only, no weights."""
-    _quiet()
+    quiet()
+    from chronomoe_hf.wrapping.support import inspect_model
+
     support = inspect_model(model)
     if as_json:
-        print(json.dumps(support.to_record(), indent=2, allow_nan=False))
+        print_json(support.to_record())
     else:
-        _print_model(support, Console())
+        print_model(support, console())
 
 
-@app.command()
-def support() -> None:
-    """The Markdown table of all supported families."""
-    _quiet()
-    print(support_table(), end="")
+def quiet() -> None:
+    """No progress bars or advice of Transformers between our lines."""
+    import transformers
 
-
-@app.command()
-def tail(
-    run_dir: Annotated[Path, typer.Argument(help="A run's output_dir, or the chronomoe directory inside it.")],
-    windows: Annotated[int, typer.Option("--windows", "-n", min=1, help="How many windows back.")] = 20,
-) -> None:
-    """The last windows of a run, layer by layer."""
-    path = next(
-        (p for p in (run_dir / "chronomoe" / "snapshots.jsonl", run_dir / "snapshots.jsonl") if p.is_file()), None
-    )
-    if path is None:
-        raise ChronoError(
-            f"no snapshots.jsonl in {run_dir} or {run_dir / 'chronomoe'}; a run writes one there when its first window "
-            "closes (TelemetryConfig.jsonl)"
-        )
-    records, broken = read_jsonl(path)
-    if not records:
-        raise ChronoError(f"{path} holds no window yet")
-    _print_run(records[-windows:], broken, Console())
-
-
-def main() -> None:
-    """Entry point: errors of ours are one message, not a traceback."""
-    try:
-        app()
-    except ChronoError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
-
-
-def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="transformers")
 
 
-# ---- inspect -------------------------------------------------------------------------------------------------------
+def print_model(support: ModelSupport, console: Console) -> None:
+    """The tables of `support`."""
+    from rich.box import ASCII, SIMPLE_HEAD
+    from rich.table import Table
 
+    from chronomoe_hf.patches.registry import CAPABILITIES
+    from chronomoe_hf.telemetry.windows import plain_text
 
-def _print_model(support: ModelSupport, console: Console) -> None:
     count = len(support.layers)
-    console.print(f"[bold]{escape(support.model_class)}[/] ({escape(support.model_type)}): {count} MoE layers")
+    console.print(f"{plain_text(support.model_class)} ({plain_text(support.model_type)}): {count} MoE layers")
     groups: dict[tuple[object, ...], list[LayerSupport]] = {}
     for layer in support.layers:
         groups.setdefault(_facts(layer), []).append(layer)
-    table = Table(box=SIMPLE_HEAD, show_header=False)
+    table = Table(box=SIMPLE_HEAD if console.encoding.startswith("utf") else ASCII, show_header=False)
     table.add_column(style="bold")
-    columns = [_column(layers) for layers in groups.values()]
+    columns = [_column(layers, CAPABILITIES) for layers in groups.values()]
     for name in columns[0]:
-        table.add_row(name, *(escape(column[name]) for column in columns))
+        table.add_row(name, *(plain_text(column[name]) for column in columns))
     console.print(table)
     for refused in support.refused:
-        console.print(f"  left alone: {refused}", markup=False, highlight=False)
+        console.print(f"  left alone: {plain_text(refused)}")
 
 
 def _facts(layer: LayerSupport) -> tuple[object, ...]:
@@ -111,7 +80,7 @@ def _facts(layer: LayerSupport) -> tuple[object, ...]:
     return re.sub(r"\d+", "#", layer.name), layer.router_class, layer.rule, numbers, capabilities
 
 
-def _column(layers: list[LayerSupport]) -> dict[str, str]:
+def _column(layers: list[LayerSupport], capabilities: tuple[str, ...]) -> dict[str, str]:
     first = layers[0]
     return {
         "routers": f"{span([layer.name for layer in layers])} ({len(layers)})",
@@ -119,7 +88,7 @@ def _column(layers: list[LayerSupport]) -> dict[str, str]:
         "rule": first.rule,
         "experts": f"{first.num_experts}, {first.top_k} per token",
         "native bias": "yes" if first.native_bias else "none",
-        **{name: _capability(first, name) for name in CAPABILITIES},
+        **{name: _capability(first, name) for name in capabilities},
     }
 
 
@@ -140,59 +109,3 @@ def span(names: list[str]) -> str:
         return f"{names[0]} .. {names[-1]}"
     (at,) = differing
     return "".join([*parts[0][:at], ranges([int(part[at]) for part in parts]), *parts[0][at + 1 :]])
-
-
-def ranges(numbers: list[int]) -> str:
-    """``0-3,5`` for 0, 1, 2, 3, 5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-# ---- tail ----------------------------------------------------------------------------------------------------------
-
-
-def _print_run(records: list[dict[str, Any]], broken: int, console: Console) -> None:
-    last = records[-1]
-    steps = [record["step"] for record in records]
-    console.print(f"[bold]{escape(str(last['run_id']))}[/], steps {steps[0]} to {steps[-1]}, {len(steps)} windows")
-    table = Table(box=SIMPLE_HEAD)
-    for name in ("layer", "Neff/E", "", "max violation", "", "dead", "phi mean", ""):
-        table.add_column(name, justify="right" if name else "left")
-    history = [record["layers"] for record in records]
-    for index, layer in enumerate(history[-1]):
-        past = [layers[index] for layers in history]
-        neff = [None if p["n_effective"] is None else p["n_effective"] / p["n_experts"] for p in past]
-        violation = [p["max_violation"] for p in past]
-        phi = [p["coherence_mean"] for p in past]
-        ceiling = layer["max_violation_ceiling"] or 1.0
-        table.add_row(
-            str(layer["layer_id"]),
-            *(_number(neff[-1]), sparkline(neff, 0.0, 1.0)),
-            *(_number(violation[-1]), sparkline(violation, 0.0, ceiling)),
-            "-" if layer["dead"] is None else f"{layer['dead']}/{layer['n_experts']}",
-            *(_number(phi[-1]), sparkline(phi, -1.0, 1.0)),
-        )
-    console.print(table)
-    for alert in last["active_alerts"]:
-        where = "run" if alert["layer_id"] is None else f"layer {alert['layer_id']}"
-        console.print(f"  {alert['kind']}, {where}, since step {alert['step']}: {alert['detail']}", markup=False)
-    if broken:
-        console.print(f"  {broken} broken lines were skipped")
-
-
-def sparkline(values: list[float | None], low: float, high: float) -> str:
-    """One block character a value, on the fixed scale `low` to `high`; a blank where there is no evidence."""
-    top = len(BARS) - 1
-    spread = high - low
-    return "".join(
-        " " if value is None else BARS[min(top, max(0, round((value - low) / spread * top)))] for value in values
-    )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

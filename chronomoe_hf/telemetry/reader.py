@@ -45,10 +45,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if raw.strip():
-                yield number, _parse(raw)
+                yield number, parse_line(raw)
 
 
-def _parse(raw: bytes) -> dict[str, Any] | None:
+def parse_line(raw: bytes) -> dict[str, Any] | None:
+    """The JSON object in `raw`, None where it holds anything else (strict: no NaN, no infinity)."""
     try:
         record = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -129,7 +130,7 @@ def read_last(path: str | Path, count: int, *, name: str | None = None) -> Last:
     seen: set[int] = set()
     broken = 0
     for raw in lines_from_end(path) if path.is_file() else ():
-        record = _parse(raw)
+        record = parse_line(raw)
         if record is None:
             broken += 1
             continue
@@ -201,7 +202,7 @@ def read_manifest(output_dir: str | Path) -> dict[str, Any] | None:
     """The manifest of the run in `output_dir`, None where there is none that can be read."""
     path = Path(output_dir) / DIRECTORY / MANIFEST
     try:
-        return _parse(path.read_bytes())
+        return parse_line(path.read_bytes())
     except OSError:
         return None
 
@@ -220,6 +221,6 @@ def next_attempt(output_dir: str | Path) -> int:
     for kind in KINDS:
         path = directory / f"{kind}.jsonl"
         if kind != ATTEMPTS and path.is_file():
-            parsed = (_parse(raw) for raw in lines_from_end(path))
+            parsed = (parse_line(raw) for raw in lines_from_end(path))
             found += [record.get("attempt", 0) for record in itertools.islice(filter(None, parsed), 1)]
     return 1 + max(attempt for attempt in found if isinstance(attempt, int))

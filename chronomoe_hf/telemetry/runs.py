@@ -80,4 +80,4 @@ class History:
         """The newest run whose name or id begins with `name`; an exact name wins."""
         exact = [run for run in self.runs if run.name == name]
         close = [run for run in self.runs if run.name.startswith(name)]
-        return (exact or close or [None])[-1]
+        return (exact or close)[-1] if exact or close else None

@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, patches
-from chronomoe_hf.cli.main import _print_model, app, ranges, span, sparkline
-from chronomoe_hf.errors import ChronoError, NoMoELayersError, UnsupportedArchitectureError, WrapError
+from chronomoe_hf.cli.inspect import print_model, span
+from chronomoe_hf.cli.main import app
+from chronomoe_hf.cli.output import ranges
+from chronomoe_hf.errors import NoMoELayersError, UnsupportedArchitectureError, WrapError
 from chronomoe_hf.patches.registry import CAPABILITIES
-from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot, TelemetryWriter
 from chronomoe_hf.wrapping.support import build_on_meta, inspect_model, support_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -94,7 +95,7 @@ def test_what_is_not_supported_is_printed_with_its_reason(tmp_path: Path) -> Non
     moe_zoo.build("dbrx").config.save_pretrained(tmp_path)
     console = Console(width=200, record=True, file=io.StringIO())
     support = inspect_model(str(tmp_path))
-    _print_model(support, console)
+    print_model(support, console)
     reason = support.layers[0].refused["beta"]
     assert f"no: {reason}" in console.export_text()
 
@@ -153,45 +154,7 @@ def test_the_readme_holds_this_table() -> None:
     assert inside.strip() == support_table().strip(), "paste the output of `chronomoe support` between the markers"
 
 
-# ---- tail ----------------------------------------------------------------------------------------------------------
-
-
-def write_run(directory: Path, windows: int) -> None:
-    history = AlertHistory()
-    with TelemetryWriter("run", directory) as writer:
-        for step in range(1, windows + 1):
-            counts = [[10 * step, 10, 10, 10], [0, 0, 0, 40]]
-            events = [
-                RoutingEvent.from_router_output(
-                    run_id="run", step=step, mode="TRAIN", layer_id=i, used_capacity=c, n_experts=4, top_k=1
-                )
-                for i, c in enumerate(counts)
-            ]
-            snapshot = SystemSnapshot.from_events(
-                events=events, step=step, run_id="run", model_name="Model", n_layers=2, alert_history=history
-            )
-            writer.write("snapshots", snapshot)
-
-
-def test_tail_shows_the_last_windows(tmp_path: Path) -> None:
-    write_run(tmp_path, 9)
-    for directory in (tmp_path, tmp_path / "chronomoe"):
-        done = run("tail", str(directory), "-n", "4")
-        assert done.exit_code == 0, done.exception
-        assert "steps 6 to 9, 4 windows" in done.output
-        assert "0.25" in done.output and "3.00" in done.output and "3/4" in done.output
-    with (tmp_path / "chronomoe" / "snapshots.jsonl").open("a") as file:
-        file.write('{"torn": ')
-    assert "1 broken line" in run("tail", str(tmp_path)).output
-
-
-def test_tail_of_nothing_says_so(tmp_path: Path) -> None:
-    done = run("tail", str(tmp_path))
-    assert isinstance(done.exception, ChronoError) and "snapshots.jsonl" in str(done.exception)
-
-
-def test_small_formats() -> None:
-    assert sparkline([0.0, None, 0.5, 1.0, 7.0], 0.0, 1.0) == "▁ ▅██"
+def test_names_in_one_line() -> None:
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
     assert span(["a.1.b", "a.2.b", "a.4.b"]) == "a.1-2,4.b"
     assert span(["a.1.b"]) == "a.1.b"
