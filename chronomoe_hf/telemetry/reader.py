@@ -183,8 +183,9 @@ def lines_from_end(path: str | Path, block: int = 1 << 18) -> Iterator[bytes]:
             rest = first
             if len(rest) > MAX_LINE_BYTES:
                 rest, too_long = b"", True
-        if too_long or rest.strip():
-            yield b"\0" if too_long else rest.removeprefix(b"\xef\xbb\xbf")
+        rest = b"\0" if too_long else rest.removeprefix(b"\xef\xbb\xbf")
+        if rest.strip():
+            yield rest
 
 
 def _read_all(path: Path) -> tuple[list[dict[str, Any]], list[int]]:

@@ -159,3 +159,83 @@ def test_names_in_one_line() -> None:
     assert span(["a.1.b", "a.2.b", "a.4.b"]) == "a.1-2,4.b"
     assert span(["a.1.b"]) == "a.1.b"
     assert span(["a.1.b.2", "a.2.b.3"]) == "a.1.b.2 .. a.2.b.3"
+
+
+# ---- a config of a stranger ----------------------------------------------------------------------------------------
+
+
+def deep(levels: int) -> str:
+    return '{"a":' * levels + "1" + "}" * levels
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": [5]},
+        {"architectures": ["AutoTokenizer"]},
+        {"architectures": ["pipeline", "Trainer", "logging", "__file__"]},
+        {"architectures": "MixtralForCausalLM"},
+    ],
+)
+def test_only_model_classes_of_transformers_are_called(change: dict[str, Any], tmp_path: Path) -> None:
+    tiny.tiny_config("mixtral").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    done = run("inspect", str(tmp_path), "--json")
+    if done.exit_code == 0:  # what is no model class is passed over, the Auto classes find the model
+        assert json.loads(done.output)["model_class"] == "MixtralForCausalLM"
+    else:
+        assert isinstance(done.exception, WrapError), done.exception
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "x"},
+        {"hidden_size": -1},
+        {"num_local_experts": 0},
+        {"num_experts_per_tok": 99},
+        {"num_experts_per_tok": 0},
+        {"num_local_experts": "many"},
+        {"num_hidden_layers": None},
+    ],
+)
+def test_impossible_numbers_are_one_message(change: dict[str, Any], tmp_path: Path) -> None:
+    tiny.tiny_config("mixtral").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert isinstance(run("inspect", str(tmp_path)).exception, WrapError | NoMoELayersError)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "5", "{", '{"model_type": 5}', '{"model_type": "mixtral", "a": NaN}', deep(5000)]
+)
+def test_a_config_that_is_none_is_one_message(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    done = run("inspect", str(tmp_path))
+    assert done.exit_code == 0 or isinstance(done.exception, WrapError | NoMoELayersError), done.exception
+
+
+@pytest.mark.parametrize("name", ["", " ", "a" * 5000, "a\x1b[2Jb", "a\0b", "../" * 400])
+def test_an_impossible_name_is_one_message(name: str) -> None:
+    assert isinstance(run("inspect", "--", name).exception, WrapError)
+
+
+def test_code_beside_a_config_is_never_run(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    (tmp_path / "evil.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    record = {"model_type": "evil", "architectures": ["Evil"], "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    code = "from chronomoe_hf.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(tmp_path)], input="y\n", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert not canary.exists() and "[y/N]" not in done.stdout + done.stderr
+
+
+def test_support_as_json_is_the_table() -> None:
+    rows = json.loads(run("support", "--json").output)
+    assert len(rows) == len(patches.all_adapters()) + len(patches.refused_classes())
+    table = support_table()
+    assert all(f"`{row['router']}`" in table for row in rows)
