@@ -33,16 +33,16 @@ def candidates(
         print_json({"run": name, "dry_run": True, "candidates": kept})
         return
     screen = console()
-    screen.print(f"{name}: {len(kept)} experts with a case against them (dry run: no weight was touched)")
+    screen.print(f"{name}: {len(kept)} experts with a case against them (a dry run)")
     if kept:
-        titles = f"{'layer':>5} {'expert':>6}  {'case':<18} {'state':<10} {'since':>7}"
-        screen.print(f"{titles}  {'tokens':>9} {'share':>8} {'phi':>6} {'rank':>9}", soft_wrap=True)
+        titles = f"{'layer':>5} {'expert':>6}  {'case':<17} {'state':<9} {'since':>6}"
+        screen.print(f"{titles} {'tokens':>8} {'share':>6} {'phi':>6} {'rank':>7}", soft_wrap=True)
     for case in kept:
         rank = f"{_short(case['contribution_rank'], '.0f')}/{_short(case['num_experts'], '.0f')}"
         screen.print(
-            f"{case['layer_id'][:5]:>5} {case['expert_id'][:6]:>6}  {case['reason'][:18]:<18} {case['state'][:10]:<10} "
-            f"{_short(case['step'], '.0f'):>7}  {_short(case['tokens_seen'], '.0f'):>9} "
-            f"{_short(case['share'], '.4f'):>8} {_short(case['phi_slow'], '.2f'):>6} {rank:>9}",
+            f"{case['layer_id'][:5]:>5} {case['expert_id'][:6]:>6}  {case['reason'][:17]:<17} {case['state'][:9]:<9} "
+            f"{_short(case['step'], '.0f'):>6} {_tokens(case['tokens_seen']):>8} "
+            f"{_short(case['share'], '.4f'):>6} {_short(case['phi_slow'], '.2f'):>6} {rank:>7}",
             soft_wrap=True,
         )
 
@@ -87,3 +87,7 @@ def cases(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _short(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
+
+
+def _tokens(value: float | None) -> str:
+    return _short(value, ".0f" if value is not None and value < 1e8 else ".2e")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from chronomoe_hf.telemetry.windows import LayerView, Window
 
 SNAPSHOTS = "snapshots.jsonl"
-FULL = 20  # windows where none are asked for
+FEW, MOST = 20, 100  # windows where no number is asked for: as JSON, and as a table that shows what fits
 NARROWEST = 3  # windows that a table shows in any case
 _FIXED = 5 + 3 * (2 + 6 + 1) + 2 + 9  # layer, three numbers each before its bars, dead
 
@@ -49,7 +49,9 @@ def register(app: typer.Typer) -> None:
 
 def tail(
     run_dir: RunDirectory,
-    windows: Annotated[int, typer.Option("--windows", "-n", min=1, help="At most so many windows back.")] = FULL,
+    windows: Annotated[
+        int | None, typer.Option("--windows", "-n", min=1, help="At most so many; else what fits.")
+    ] = None,
     layer: Annotated[list[int] | None, typer.Option("--layer", min=0, help="Only this layer; may be repeated.")] = None,
     run: Annotated[str | None, typer.Option("--run", help="Name of a run, or its beginning; else the newest.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on while the run writes; Ctrl-C ends it.")] = False,
@@ -60,7 +62,7 @@ def tail(
     """The last windows of a run: effective experts, imbalance, dead experts and coherence of every layer."""
 
     def look() -> View:
-        return read(run_dir, windows, run, layer)
+        return read(run_dir, windows or (FEW if as_json else MOST), run, layer)
 
     if follow:
         _follow(look, every, console(), as_json)
