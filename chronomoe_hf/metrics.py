@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from chronomoe_hf.errors import ConfigError
 
-Values = Sequence[float] | Sequence[int] | Tensor | np.ndarray[Any, Any]
+if TYPE_CHECKING:  # host numbers are read without torch; the tensor functions import it when they run
+    from torch import Tensor
+
+Values: TypeAlias = "Sequence[float] | Sequence[int] | Tensor | np.ndarray[Any, Any]"
 
 
 def _sorted_weights(values: Values) -> np.ndarray[Any, Any]:
     """Ascending float64 copy of non-negative finite values, shape ``(E,)``; raises ConfigError otherwise."""
-    if isinstance(values, Tensor):
-        values = values.detach().to("cpu", torch.float64).numpy()
-    weight_E = np.asarray(values, dtype=np.float64)
+    to_host: Any = getattr(values, "detach", None)  # of a tensor: float64 before numpy, which knows no bfloat16
+    weight_E = np.asarray(values if to_host is None else to_host().cpu().double().numpy(), dtype=np.float64)
     if weight_E.ndim != 1 or weight_E.size == 0:
         raise ConfigError(f"expected one value per expert, shape (E,) with E >= 1, got shape {weight_E.shape}")
     weight_E = np.sort(weight_E)
@@ -139,6 +139,8 @@ def load_cv(counts: Values) -> float | None:
 
 
 def _float(p_TE: Tensor) -> Tensor:
+    import torch
+
     return p_TE if p_TE.dtype == torch.float64 else p_TE.float()
 
 
@@ -155,6 +157,8 @@ def js(p_TE: Tensor, q_TE: Tensor) -> Tensor:
     Returns:
         Shape ``(T,)``, float32 (float64 for float64 inputs), nats, in ``[0, ln 2]``.
     """
+    import torch
+
     p_TE, q_TE = _float(p_TE), _float(q_TE)
     m_TE = 0.5 * (p_TE + q_TE)
     empty_TE = m_TE == 0.0
@@ -174,6 +178,8 @@ def top1_flip(p_TE: Tensor, q_TE: Tensor) -> Tensor:
     Returns:
         Shape ``(T,)``, bool.
     """
+    import torch
+
     top_p_TE = p_TE == p_TE.amax(-1, keepdim=True)
     top_q_TE = q_TE == q_TE.amax(-1, keepdim=True)
     return torch.logical_not((top_p_TE & top_q_TE).any(-1))

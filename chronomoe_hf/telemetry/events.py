@@ -13,11 +13,10 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from torch import Tensor
 
 from chronomoe_hf import metrics
 from chronomoe_hf.errors import ConfigError
-from chronomoe_hf.telemetry.values import finite, finite_list, known, plain_counts, plain_list
+from chronomoe_hf.telemetry.values import finite, finite_list, known, plain_counts, plain_list, plain_number
 
 RECORD_SCHEMA = 1
 Mode = Literal["TRAIN", "INFER", "EVAL"]
@@ -210,7 +209,7 @@ class RoutingEvent:
         for name in NUMBERS:
             value = values.get(name)
             if value is not None:
-                values[name] = known(value.item() if isinstance(value, Tensor | np.generic) else value)
+                values[name] = known(plain_number(value))
         if values.get("nonfinite_tokens", 0) is None:
             values["nonfinite_tokens"] = 0
         return cls(

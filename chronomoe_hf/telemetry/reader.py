@@ -1,12 +1,17 @@
-"""Reading telemetry back: broken lines are skipped and counted, overwritten history is left out."""
+"""Reading telemetry back: broken lines are skipped and counted, overwritten history is left out, runs stay apart."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+from chronomoe_hf.telemetry.runs import History, Run
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -40,10 +45,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if raw.strip():
-                yield number, _parse(raw)
+                yield number, parse_line(raw)
 
 
-def _parse(raw: bytes) -> dict[str, Any] | None:
+def parse_line(raw: bytes) -> dict[str, Any] | None:
+    """The JSON object in `raw`, None where it holds anything else (strict: no NaN, no infinity)."""
     try:
         record = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -51,28 +57,135 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def read_jsonl(path: str | Path) -> tuple[list[dict[str, Any]], int]:
-    """Records of one file, without what a later attempt has overwritten.
+def read_jsonl(path: str | Path, *, run: Run | None = None) -> tuple[list[dict[str, Any]], int]:
+    """Records of one file, without what a later attempt of the same run has overwritten.
 
     A resumed run repeats steps: of each step the last attempt is kept. The steps of an earlier attempt past the one
-    from which a later attempt resumed (``attempts.jsonl`` beside the file) are left out too.
+    from which a later attempt resumed (``attempts.jsonl`` beside the file) are left out too. Runs that share the
+    directory do not overwrite each other.
 
     Args:
         path: a JSONL file of a TelemetryWriter; a missing file has no records.
+        run: only the records of this run, one of ``read_history(directory).runs``.
 
     Returns:
         The records in file order, and the number of broken lines (their numbers are logged).
     """
     path = Path(path)
     records, broken = _read_all(path)
-    resumes = [] if path.stem == ATTEMPTS else _read_all(path.with_name(f"{ATTEMPTS}.jsonl"))[0]
     if broken:
         shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
         logger.warning("%s: skipped %d broken lines (%s)", path, len(broken), shown)
     if path.stem == ATTEMPTS:
         return records, len(broken)
-    last = _last_attempts(records)
-    return [record for record in records if _stands(record, last, resumes)], len(broken)
+    return standing(records, read_history(path.parent), run), len(broken)
+
+
+def standing(records: list[dict[str, Any]], history: History, run: Run | None = None) -> list[dict[str, Any]]:
+    """The records that no later attempt has overwritten, in their order; with `run`, only those of that run."""
+    last: dict[tuple[str, int], int] = {}
+    for record in records:
+        if (place := _place(record, history)) is not None:
+            key, attempt = place
+            last[key] = max(attempt, last.get(key, attempt))
+    kept = []
+    for record in records:
+        place = _place(record, history)
+        if run is not None and history.run_of(record).name != run.name:
+            continue
+        if place is None or (last[place[0]] == place[1] and not history.overwritten(record)):
+            kept.append(record)
+    return kept
+
+
+def _place(record: dict[str, Any], history: History) -> tuple[tuple[str, int], int] | None:
+    """((run, step), attempt) of a record; None for one that does not say (such a record always stands)."""
+    step, attempt = record.get("step"), record.get("attempt", 0)
+    if not isinstance(step, int) or not isinstance(attempt, int):
+        return None
+    return (history.run_of(record).name, step), attempt
+
+
+def read_history(directory: str | Path) -> History:
+    """The runs of a ``chronomoe`` directory, oldest first, from its ``attempts.jsonl``."""
+    return History(_read_all(Path(directory) / f"{ATTEMPTS}.jsonl")[0])
+
+
+def read_last(path: str | Path, count: int, *, name: str | None = None) -> Last:
+    """The newest records of one run, reading no more of the file's end than that takes.
+
+    Args:
+        path: a JSONL file of a TelemetryWriter.
+        count: records wanted.
+        name: the run, by its name or the beginning of it; by default the run of the last record in the file.
+
+    Returns:
+        The records, oldest first, what was skipped on the way, and the directory's runs. ``run`` is None where the
+        file holds no record of the run.
+    """
+    path = Path(path)
+    history = read_history(path.parent)
+    run = None if name is None else history.find(name)
+    records: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    broken = 0
+    for raw in lines_from_end(path) if path.is_file() else ():
+        record = parse_line(raw)
+        if record is None:
+            broken += 1
+            continue
+        own = history.run_of(record)
+        if run is None and (name is None or own.name.startswith(name)):
+            run = own
+        step = record.get("step")
+        if own is not run or step in seen or history.overwritten(record):
+            continue
+        if isinstance(step, int):
+            seen.add(step)
+        records.append(record)
+        if len(records) == count:
+            break
+    return Last(records[::-1], broken, run if records else None, history)
+
+
+@dataclass(frozen=True)
+class Last:
+    """What :func:`read_last` found.
+
+    Attributes:
+        records: oldest first.
+        broken: lines among those read that are no record.
+        run: the run of the records; None without records.
+        history: every run of the directory that is known.
+    """
+
+    records: list[dict[str, Any]]
+    broken: int
+    run: Run | None
+    history: History
+
+
+def lines_from_end(path: str | Path, block: int = 1 << 18) -> Iterator[bytes]:
+    """Non-empty lines of a file, the last one first; a line over 16 MiB is given as one NUL byte, which is no JSON."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        rest, too_long = b"", False
+        while end > 0:
+            size = min(block, end)
+            end -= size
+            file.seek(end)
+            first, *lines = (file.read(size) + rest).split(b"\n")
+            for line in reversed(lines):
+                if too_long:
+                    line, too_long = b"\0", False
+                if line.strip():
+                    yield line
+            rest = first
+            if len(rest) > MAX_LINE_BYTES:
+                rest, too_long = b"", True
+        rest = b"\0" if too_long else rest.removeprefix(b"\xef\xbb\xbf")
+        if rest.strip():
+            yield rest
 
 
 def _read_all(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
@@ -86,51 +199,29 @@ def _read_all(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return records, broken
 
 
-def _place(record: dict[str, Any]) -> tuple[Any, int, int] | None:
-    """Run, step and attempt of a record; None for one that does not say (such a record always stands)."""
-    step, attempt = record.get("step"), record.get("attempt", 0)
-    return (str(record.get("run_id")), step, attempt) if isinstance(step, int) and isinstance(attempt, int) else None
-
-
-def _last_attempts(records: list[dict[str, Any]]) -> dict[tuple[str, int], int]:
-    last: dict[tuple[str, int], int] = {}
-    for record in records:
-        if (place := _place(record)) is not None:
-            run, step, attempt = place
-            last[run, step] = max(attempt, last.get((run, step), attempt))
-    return last
-
-
-def _stands(record: dict[str, Any], last: dict[tuple[str, int], int], resumes: list[dict[str, Any]]) -> bool:
-    place = _place(record)
-    if place is None:
-        return True
-    run, step, attempt = place
-    for resume in resumes:
-        later, start = resume.get("attempt"), resume.get("from")
-        if isinstance(later, int) and isinstance(start, int) and str(resume.get("run_id")) == run:
-            if attempt < later and step > start:
-                return False
-    return attempt == last[run, step]
-
-
 def read_manifest(output_dir: str | Path) -> dict[str, Any] | None:
     """The manifest of the run in `output_dir`, None where there is none that can be read."""
     path = Path(output_dir) / DIRECTORY / MANIFEST
     try:
-        return _parse(path.read_bytes())
+        return parse_line(path.read_bytes())
     except OSError:
         return None
 
 
 def next_attempt(output_dir: str | Path) -> int:
-    """1 + the highest attempt found below ``<output_dir>/chronomoe``; 0 where there is no telemetry yet."""
+    """1 + the highest attempt found below ``<output_dir>/chronomoe``; 0 where there is no telemetry yet.
+
+    Every attempt has a line in ``attempts.jsonl``; of the other files only the last record is read, in case that
+    line was lost.
+    """
     directory = Path(output_dir) / DIRECTORY
     found = [-1]
     if (manifest := read_manifest(output_dir)) is not None:
         found.append(manifest.get("attempt", 0))
+    found += [record.get("attempt", 0) for record in _read_all(directory / f"{ATTEMPTS}.jsonl")[0]]
     for kind in KINDS:
         path = directory / f"{kind}.jsonl"
-        if path.is_file():
-            found += [record.get("attempt", 0) for _, record in read_lines(path) if record is not None]
+        if kind != ATTEMPTS and path.is_file():
+            parsed = (parse_line(raw) for raw in lines_from_end(path))
+            found += [record.get("attempt", 0) for record in itertools.islice(filter(None, parsed), 1)]
     return 1 + max(attempt for attempt in found if isinstance(attempt, int))

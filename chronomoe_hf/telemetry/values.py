@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from chronomoe_hf.errors import ConfigError
 
@@ -44,13 +43,18 @@ def finite_list(values: Sequence[float | None] | None) -> list[float | int | Non
     return [value if good else None for value, good in zip(rounded_E.tolist(), ok_E.tolist(), strict=True)]
 
 
+def plain_number(value: Any) -> Any:
+    """A Python number from a tensor or a numpy scalar; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
 def plain_list(name: str, values: Any, n_experts: int) -> list[Any]:
     """A list of `n_experts` Python numbers from a tensor, array or sequence; raises ConfigError for another length."""
-    if isinstance(values, Tensor | np.ndarray):
+    if hasattr(values, "tolist"):  # a tensor or an array; torch itself is not imported for reading records
         shape = tuple(values.shape)
         out = values.tolist()
     else:
-        out = [value.item() if isinstance(value, Tensor | np.generic) else value for value in values]
+        out = [plain_number(value) for value in values]
         shape = (len(out),)
     if shape != (n_experts,):
         raise ConfigError(f"{name} must hold one value per expert, shape ({n_experts},), got {shape}")

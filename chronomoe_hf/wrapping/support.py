@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from chronomoe_hf.errors import NoMoELayersError, UnsupportedArchitectureError, WrapError
 from chronomoe_hf.patches import Adapter, all_adapters, refused_classes
@@ -31,6 +31,7 @@ AUTO_CLASSES = (
     "AutoModel",
 )
 YES = "yes"
+MAX_NAME = 1024  # characters of a directory or Hub name
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def inspect_model(model_or_path: str) -> ModelSupport:
 
 
 def _load_config(model_or_path: str) -> PreTrainedConfig:
+    if not model_or_path.strip() or len(model_or_path) > MAX_NAME or not model_or_path.isprintable():
+        raise WrapError(f"a model is named by a directory or a Hub name of 1 to {MAX_NAME} printable characters")
     path = Path(model_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise WrapError(
@@ -104,9 +107,10 @@ def _load_config(model_or_path: str) -> PreTrainedConfig:
             "or final model), or a Hub name"
         )
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model_or_path)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        # Code that a config points to is never run: the models that can be wrapped are those of Transformers itself.
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model_or_path, trust_remote_code=False)
+    except Exception as error:  # config.json is a stranger's file: every class of error is met in its parsing
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WrapError(
             f"no config can be read from {model_or_path!r}: {first} (transformers {transformers.__version__}; a model "
             "type it does not know needs a newer one, a Hub name needs the network)"
@@ -121,19 +125,39 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
         WrapError: none fits.
     """
     failures = []
-    for name in [*(config.architectures or []), *AUTO_CLASSES]:
+    for name in [*_model_classes(config), *AUTO_CLASSES]:
         builder = getattr(transformers, name, None)
-        if builder is None or (name.startswith("Auto") and type(config) not in builder._model_mapping):
+        if builder is None or (name in AUTO_CLASSES and type(config) not in builder._model_mapping):
             continue
         try:
             with torch.device("meta"):
-                make = builder.from_config if name.startswith("Auto") else builder
+                make = builder.from_config if name in AUTO_CLASSES else builder
                 model: nn.Module = make(config)
             return model
-        except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError, RuntimeError) as error:
-            failures.append(f"{name}: {error}")
+        except Exception as error:  # numbers of a stranger's config.json end in any error when a model is built of them
+            failures.append(f"{name}: {str(error)[:500] or type(error).__name__}")
     tried = "; ".join(failures) or "no Auto class lists it"
     raise WrapError(f"no model can be built from a {type(config).__name__} ({config.model_type}): {tried}")
+
+
+def _model_classes(config: PreTrainedConfig) -> list[str]:
+    """The model classes of Transformers that the config names; anything else in that list is not called."""
+    named = config.architectures if isinstance(config.architectures, list | tuple) else []
+    found = []
+    for name in named:
+        if isinstance(name, str) and name.isidentifier() and not name.startswith("Auto"):
+            candidate = getattr(transformers, name, None)
+            if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
+                found.append(name)
+    return found
+
+
+def _require_possible(layer: FoundLayer, num_experts: int, top_k: int) -> None:
+    if not 1 <= top_k <= num_experts:
+        raise WrapError(
+            f"{layer.name}: the config asks for {top_k} of {num_experts} experts per token; it must be between 1 and "
+            "the number of experts"
+        )
 
 
 def _layer_support(layer: FoundLayer) -> LayerSupport:
@@ -144,6 +168,7 @@ def _layer_support(layer: FoundLayer) -> LayerSupport:
         refused["coherence"] = layer.unreadable
     capabilities = {name: YES for name in CAPABILITIES if name not in refused}
     top_k = adapter.top_k(layer.router)
+    _require_possible(layer, adapter.num_experts(layer.router), top_k)
     if "coherence" in capabilities:
         assert layer.experts is not None
         capabilities["coherence"] = reading_mode(layer.experts, adapter.experts_call, top_k)
@@ -183,19 +208,36 @@ def has_native_bias(adapter: Adapter) -> bool:
     return adapter.bias_at is not None or adapter.bias_arg is not None
 
 
+def support_rows() -> list[dict[str, Any]]:
+    """Every adapter and every refused class as plain data, in the order of the table; a refusal is its reason."""
+    rows: list[dict[str, Any]] = [
+        {
+            "family": adapter.family,
+            "router": adapter.router_class,
+            "rule": describe_rule(adapter),
+            "native_bias": has_native_bias(adapter),
+            "refused": {name: reason for name in CAPABILITIES if (reason := adapter.refused(name)) is not None},
+        }
+        for adapter in sorted(all_adapters(), key=lambda a: (a.family, a.router_class))
+    ]
+    for module, class_name, reason in refused_classes():
+        refused = dict.fromkeys(CAPABILITIES, reason)
+        row = {"family": module.split(".")[2], "router": class_name, "rule": None, "native_bias": None}
+        rows.append({**row, "refused": refused})
+    return rows
+
+
 def support_table() -> str:
     """The Markdown table of every adapter, reasons below it; the README holds it between markers."""
     columns = ("family", "router", "rule", "native bias", *CAPABILITIES)
     notes: list[str] = []
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for adapter in sorted(all_adapters(), key=lambda a: (a.family, a.router_class)):
-        cells = [adapter.family, f"`{adapter.router_class}`", describe_rule(adapter)]
-        cells.append(YES if has_native_bias(adapter) else "-")
-        cells += [_cell(adapter.refused(name), notes) for name in CAPABILITIES]
+    for row in support_rows():
+        known = row["rule"] is not None
+        cells = [row["family"], f"`{row['router']}`", row["rule"] if known else "-"]
+        cells.append(YES if row["native_bias"] else "-")
+        cells += [_cell(row["refused"].get(name), notes) for name in CAPABILITIES]
         lines.append("| " + " | ".join(cells) + " |")
-    for module, class_name, reason in refused_classes():
-        family = module.split(".")[2]
-        lines.append(f"| {family} | `{class_name}` | - | - |" + f" {_cell(reason, notes)} |" * len(CAPABILITIES))
     legend = [f"<sup>{number}</sup> {note}" for number, note in enumerate(notes, start=1)]
     return "\n".join([*lines, "", "<br>\n".join(legend)]) + "\n"
 

@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, patches
-from chronomoe_hf.cli.main import _print_model, app, ranges, span, sparkline
-from chronomoe_hf.errors import ChronoError, NoMoELayersError, UnsupportedArchitectureError, WrapError
+from chronomoe_hf.cli.inspect import print_model, span
+from chronomoe_hf.cli.main import app
+from chronomoe_hf.cli.output import ranges
+from chronomoe_hf.errors import NoMoELayersError, UnsupportedArchitectureError, WrapError
 from chronomoe_hf.patches.registry import CAPABILITIES
-from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot, TelemetryWriter
 from chronomoe_hf.wrapping.support import build_on_meta, inspect_model, support_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -94,7 +95,7 @@ def test_what_is_not_supported_is_printed_with_its_reason(tmp_path: Path) -> Non
     moe_zoo.build("dbrx").config.save_pretrained(tmp_path)
     console = Console(width=200, record=True, file=io.StringIO())
     support = inspect_model(str(tmp_path))
-    _print_model(support, console)
+    print_model(support, console)
     reason = support.layers[0].refused["beta"]
     assert f"no: {reason}" in console.export_text()
 
@@ -153,46 +154,88 @@ def test_the_readme_holds_this_table() -> None:
     assert inside.strip() == support_table().strip(), "paste the output of `chronomoe support` between the markers"
 
 
-# ---- tail ----------------------------------------------------------------------------------------------------------
-
-
-def write_run(directory: Path, windows: int) -> None:
-    history = AlertHistory()
-    with TelemetryWriter("run", directory) as writer:
-        for step in range(1, windows + 1):
-            counts = [[10 * step, 10, 10, 10], [0, 0, 0, 40]]
-            events = [
-                RoutingEvent.from_router_output(
-                    run_id="run", step=step, mode="TRAIN", layer_id=i, used_capacity=c, n_experts=4, top_k=1
-                )
-                for i, c in enumerate(counts)
-            ]
-            snapshot = SystemSnapshot.from_events(
-                events=events, step=step, run_id="run", model_name="Model", n_layers=2, alert_history=history
-            )
-            writer.write("snapshots", snapshot)
-
-
-def test_tail_shows_the_last_windows(tmp_path: Path) -> None:
-    write_run(tmp_path, 9)
-    for directory in (tmp_path, tmp_path / "chronomoe"):
-        done = run("tail", str(directory), "-n", "4")
-        assert done.exit_code == 0, done.exception
-        assert "steps 6 to 9, 4 windows" in done.output
-        assert "0.25" in done.output and "3.00" in done.output and "3/4" in done.output
-    with (tmp_path / "chronomoe" / "snapshots.jsonl").open("a") as file:
-        file.write('{"torn": ')
-    assert "1 broken line" in run("tail", str(tmp_path)).output
-
-
-def test_tail_of_nothing_says_so(tmp_path: Path) -> None:
-    done = run("tail", str(tmp_path))
-    assert isinstance(done.exception, ChronoError) and "snapshots.jsonl" in str(done.exception)
-
-
-def test_small_formats() -> None:
-    assert sparkline([0.0, None, 0.5, 1.0, 7.0], 0.0, 1.0) == "▁ ▅██"
+def test_names_in_one_line() -> None:
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
     assert span(["a.1.b", "a.2.b", "a.4.b"]) == "a.1-2,4.b"
     assert span(["a.1.b"]) == "a.1.b"
     assert span(["a.1.b.2", "a.2.b.3"]) == "a.1.b.2 .. a.2.b.3"
+
+
+# ---- a config of a stranger ----------------------------------------------------------------------------------------
+
+
+def deep(levels: int) -> str:
+    return '{"a":' * levels + "1" + "}" * levels
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": [5]},
+        {"architectures": ["AutoTokenizer"]},
+        {"architectures": ["pipeline", "Trainer", "logging", "__file__"]},
+        {"architectures": "MixtralForCausalLM"},
+    ],
+)
+def test_only_model_classes_of_transformers_are_called(change: dict[str, Any], tmp_path: Path) -> None:
+    tiny.tiny_config("mixtral").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    done = run("inspect", str(tmp_path), "--json")
+    if done.exit_code == 0:  # what is no model class is passed over, the Auto classes find the model
+        assert json.loads(done.output)["model_class"] == "MixtralForCausalLM"
+    else:
+        assert isinstance(done.exception, WrapError), done.exception
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "x"},
+        {"hidden_size": -1},
+        {"num_local_experts": 0},
+        {"num_experts_per_tok": 99},
+        {"num_experts_per_tok": 0},
+        {"num_local_experts": "many"},
+        {"num_hidden_layers": None},
+    ],
+)
+def test_impossible_numbers_are_one_message(change: dict[str, Any], tmp_path: Path) -> None:
+    tiny.tiny_config("mixtral").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert isinstance(run("inspect", str(tmp_path)).exception, WrapError | NoMoELayersError)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "5", "{", '{"model_type": 5}', '{"model_type": "mixtral", "a": NaN}', deep(5000)]
+)
+def test_a_config_that_is_none_is_one_message(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    done = run("inspect", str(tmp_path))
+    assert done.exit_code == 0 or isinstance(done.exception, WrapError | NoMoELayersError), done.exception
+
+
+@pytest.mark.parametrize("name", ["", " ", "a" * 5000, "a\x1b[2Jb", "a\0b", "../" * 400])
+def test_an_impossible_name_is_one_message(name: str) -> None:
+    assert isinstance(run("inspect", "--", name).exception, WrapError)
+
+
+def test_code_beside_a_config_is_never_run(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    (tmp_path / "evil.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    record = {"model_type": "evil", "architectures": ["Evil"], "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    code = "from chronomoe_hf.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(tmp_path)], input="y\n", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert not canary.exists() and "[y/N]" not in done.stdout + done.stderr
+
+
+def test_support_as_json_is_the_table() -> None:
+    rows = json.loads(run("support", "--json").output)
+    assert len(rows) == len(patches.all_adapters()) + len(patches.refused_classes())
+    table = support_table()
+    assert all(f"`{row['router']}`" in table for row in rows)

@@ -1,0 +1,93 @@
+"""``chronomoe candidates``: the experts that the dry-run lifecycle holds a case against, with its evidence."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from chronomoe_hf.cli.output import JsonOption, console, print_json
+from chronomoe_hf.cli.records import RunDirectory, records_directory
+from chronomoe_hf.errors import TelemetryError
+
+DECISIONS = "lifecycle_decisions.jsonl"
+EVIDENCE = ("tokens_seen", "share", "phi_slow", "contribution", "contribution_rank", "saliency")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(candidates)
+
+
+def candidates(
+    run_dir: RunDirectory,
+    run: Annotated[str | None, typer.Option("--run", help="Name of a run, or its beginning; else the newest.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Withdrawn cases too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Experts that could be pruned, by the run's own evidence; a dry run, no weight was touched."""
+    directory = records_directory(run_dir)
+    name, found = read(directory, run)
+    kept = [case for case in found if everything or case["state"] != "withdrawn"]
+    if as_json:
+        print_json({"run": name, "dry_run": True, "candidates": kept})
+        return
+    screen = console()
+    screen.print(f"{name}: {len(kept)} experts with a case against them (a dry run)")
+    if kept:
+        titles = f"{'layer':>5} {'expert':>6}  {'case':<17} {'state':<9} {'since':>6}"
+        screen.print(f"{titles} {'tokens':>8} {'share':>6} {'phi':>6} {'rank':>7}", soft_wrap=True)
+    for case in kept:
+        rank = f"{_short(case['contribution_rank'], '.0f')}/{_short(case['num_experts'], '.0f')}"
+        screen.print(
+            f"{case['layer_id'][:5]:>5} {case['expert_id'][:6]:>6}  {case['reason'][:17]:<17} {case['state'][:9]:<9} "
+            f"{_short(case['step'], '.0f'):>6} {_tokens(case['tokens_seen']):>8} "
+            f"{_short(case['share'], '.4f'):>6} {_short(case['phi_slow'], '.2f'):>6} {rank:>7}",
+            soft_wrap=True,
+        )
+
+
+def read(directory: Any, name: str | None) -> tuple[str, list[dict[str, Any]]]:
+    """The last word on every case of a run, in order of layer and expert.
+
+    Raises:
+        TelemetryError: no such run.
+    """
+    from chronomoe_hf.telemetry.reader import read_jsonl, read_last
+    from chronomoe_hf.telemetry.windows import plain_text
+
+    last = read_last(directory / "snapshots.jsonl", 1, name=name)
+    if last.run is None:
+        known = ", ".join(plain_text(run.name, 80) for run in last.history.runs) or "none yet"
+        raise TelemetryError(f"no such run in {directory}; it holds {known}")
+    records, _ = read_jsonl(directory / DECISIONS, run=last.run)
+    return plain_text(last.run.name, 80), cases(records)
+
+
+def cases(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per (layer, expert, reason) the last state, with its numbers; names are text, numbers finite or None."""
+    from chronomoe_hf.telemetry.windows import number, plain_text
+
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for record in records:
+        evidence = record.get("evidence")
+        evidence = evidence if isinstance(evidence, dict) else {}
+        key = tuple(plain_text(record.get(part), 40) for part in ("layer_id", "expert_id", "reason"))
+        found[key[0], key[1], key[2]] = {
+            **dict(zip(("layer_id", "expert_id", "reason"), key, strict=True)),
+            "state": plain_text(record.get("state"), 40),
+            "step": number(record.get("step")),
+            "streak": number(record.get("streak")),
+            "threshold": number(record.get("threshold")),
+            **{part: number(evidence.get(part)) for part in EVIDENCE},
+            "num_experts": number(evidence.get("n_experts", evidence.get("num_experts"))),
+        }
+    return [found[key] for key in sorted(found, key=lambda key: [(len(part), part) for part in key])]
+
+
+def _short(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _tokens(value: float | None) -> str:
+    return _short(value, ".0f" if value is not None and value < 1e8 else ".2e")

@@ -1,0 +1,69 @@
+"""What every command shares: exit codes, plain text on any terminal, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FINE, FAILED, USAGE, FOUND = 0, 1, 2, 3  # FOUND: alerts or faults were found
+
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")]
+
+BARS = "▁▂▃▄▅▆▇█"
+ASCII_BARS = "_.-=+*%#"
+
+
+def console(**options: Any) -> Console:
+    """A rich console that takes no markup from what it prints: names in records stay text."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, emoji=False, **options)
+
+
+def print_json(record: Any, *, indent: int | None = 2) -> None:
+    """Strict JSON in ASCII on stdout, flushed, so that a reader at the other end of a pipe sees it at once."""
+    print(json.dumps(record, indent=indent, allow_nan=False), flush=True)
+
+
+def safe_streams() -> None:
+    """Let a terminal that lacks a character show an escape for it, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def bars(encoding: str | None) -> str:
+    """Eight characters from low to high that `encoding` can show."""
+    try:
+        BARS.encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return ASCII_BARS
+    return BARS
+
+
+def sparkline(values: list[float | None], low: float, high: float, blocks: str = BARS) -> str:
+    """One character a value, on the fixed scale `low` to `high`; a blank where there is no evidence."""
+    top = len(blocks) - 1
+    spread = (high - low) or 1.0
+    return "".join(
+        " " if value is None else blocks[min(top, max(0, round(min(1.0, max(0.0, (value - low) / spread)) * top)))]
+        for value in values
+    )
+
+
+def ranges(numbers: list[int]) -> str:
+    """``0-3,5`` for 0, 1, 2, 3, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
