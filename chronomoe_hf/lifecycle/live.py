@@ -27,7 +27,7 @@ def layer_specs(model: nn.Module) -> tuple[LayerSpec, ...]:
     Raises:
         NoMoELayersError: it has no MoE layer that can be read.
     """
-    return tuple(_spec(layer_id, layer) for layer_id, layer in enumerate(_layers(model)))
+    return tuple(_spec(layer_id, layer) for layer_id, layer in enumerate(live_layers(model)))
 
 
 def match_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> list[FoundLayer]:
@@ -37,7 +37,7 @@ def match_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> list[FoundLaye
         PlanMismatchError: the model has other layers, with the first difference.
         NoMoELayersError: it has none.
     """
-    found = _layers(model)
+    found = live_layers(model)
     live = [_spec(layer_id, layer) for layer_id, layer in enumerate(found)]
     if len(live) != len(specs):
         raise PlanMismatchError(
@@ -53,7 +53,8 @@ def match_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> list[FoundLaye
     return found
 
 
-def _layers(model: nn.Module) -> list[FoundLayer]:
+def live_layers(model: nn.Module) -> list[FoundLayer]:
+    """The MoE layers of a model, wrapped or plain. Raises NoMoELayersError where none can be read."""
     found, refused = find_layers(root_of(model))
     if not found:
         reasons = "".join(f"\n  {line}" for line in refused)

@@ -90,7 +90,7 @@ class _Tap:
     def _experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, index, gate = [*args, *kwargs.values()][:3]
         hidden_TD = hidden.detach().reshape(-1, hidden.shape[-1])
-        index_TK, gate_TK = _assignments(self.layer, index, gate)
+        index_TK, gate_TK = assignments(self.layer, index, gate)
         if self.repeating:
             self.repeats.append((index_TK, gate_TK))
             raise _StopError
@@ -120,7 +120,7 @@ class _Tap:
         return tuple(value[keep_T] for value in rows)
 
 
-def _assignments(layer: FoundLayer, index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def assignments(layer: FoundLayer, index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Ids int64 and weights fp32 ``(T, K)`` of a call of the experts."""
     if layer.adapter.experts_call == "switch":
         mask_TE = index.reshape(-1, index.shape[-1])
