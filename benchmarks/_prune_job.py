@@ -55,7 +55,7 @@ SHAPES = {
     "e8": Shape(arch="mixtral", size=SIZES["e8k2"]),
     "e32": Shape(arch="mixtral", size=SIZES["e32k4"]),
     "qwen3": Shape(arch="qwen3_moe", size=ModelSize(intermediate=64, experts=24, top_k=4), pretrain_steps=300),
-    "deepseek": Shape(arch="deepseek_v3", size=ModelSize(intermediate=64, experts=16, top_k=4), pretrain_steps=300),
+    "deepseek": Shape(arch="deepseek_v3", size=ModelSize(intermediate=64, experts=32, top_k=4), pretrain_steps=300),
     "quick": Shape(
         arch="mixtral",
         size=ModelSize(layers=2, hidden=32, intermediate=32, heads=4, experts=8, top_k=2, vocab=512, length=64),

@@ -112,9 +112,9 @@ def refit(
     """Rewrite the survivors' output projections so that the cut layers give the full layers' outputs.
 
     For every layer, with the router masked: minimise ``sum_t |y_t - sum_e g_te W_e h_te|^2 + lambda |W - W_now|^2``
-    over the survivors' W, where y is the full layer's routed output and h what the projection reads; lambda is `ridge` times
-    the mean diagonal of the normal matrix. Solved expert by expert against the running residual. All layers are fitted
-    on the inputs of the *full* model, which is read once (or in a few passes, see `memory_gb`).
+    over the survivors' W, where y is the full layer's routed output and h what the projection reads; lambda is `ridge`
+    times the mean diagonal of the normal matrix. Solved expert by expert against the running residual. All layers are
+    fitted on the inputs of the *full* model, which is read once (or in a few passes, see `memory_gb`).
 
     A layer whose error on held-out tokens does not fall keeps its weights. If the model's KL to the full one on
     held-out tokens does not fall, nothing is changed.
