@@ -9,6 +9,10 @@ ChronoError
 |   `-- NotWrappedError              the model has no ChronoSystem
 |-- ContractError                    a router returned something its adapter does not describe
 |-- TelemetryError                   an output directory or record file cannot be used
+|-- LifecycleError                   evidence, a plan, a measurement or a refit cannot be had as asked
+|   |-- EvidenceError                there is no evidence, or too little, for what is asked
+|   |-- PlanError                    a plan that no model could hold, or a plan file that is none
+|   `-- PlanMismatchError            a sound plan of another model
 `-- StateError                       saved state cannot be used
     |-- StateMissingError            there is no state where one is required
     |-- StateCorruptError            a file is torn, truncated, altered or not what its name says
@@ -63,6 +67,22 @@ class ContractError(ChronoError):
 
 class TelemetryError(ChronoError, OSError):
     """An output directory or a record file cannot be used."""
+
+
+class LifecycleError(ChronoError):
+    """Evidence, a plan, a measurement or a refit cannot be had as asked."""
+
+
+class EvidenceError(LifecycleError, ValueError):
+    """There is no evidence, or too little, for what is asked."""
+
+
+class PlanError(LifecycleError, ValueError):
+    """A plan that no model could hold, or a plan file that is none."""
+
+
+class PlanMismatchError(LifecycleError):
+    """The plan is sound but belongs to another model."""
 
 
 class StateError(ChronoError):

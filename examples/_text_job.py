@@ -26,12 +26,13 @@ import tokenizers
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.switch_transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-ARCHITECTURES = ("mixtral", "qwen3_moe", "switch_transformers")
+ARCHITECTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "switch_transformers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,9 +229,33 @@ def build_model(arch: str, size: ModelSize, *, aux_loss: float = 0.02, seed: int
                 **common, moe_intermediate_size=size.intermediate, num_experts=size.experts, norm_topk_prob=True
             )
         )
+    if arch == "deepseek_v3":
+        return DeepseekV3ForCausalLM(_deepseek_config(size, common))
     if arch == "switch_transformers":
         return SwitchTransformersForConditionalGeneration(_switch_config(size, aux_loss))
     raise ValueError(f"no architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
+
+
+def _deepseek_config(size: ModelSize, common: dict[str, Any]) -> DeepseekV3Config:
+    """Sigmoid routing in four groups of which two may be chosen from, one shared expert, every block sparse."""
+    head = size.hidden // size.heads
+    fields = {name: value for name, value in common.items() if not name.startswith(("output_router", "router_aux"))}
+    return DeepseekV3Config(
+        **{**fields, "head_dim": head // 2},
+        moe_intermediate_size=size.intermediate,
+        n_routed_experts=size.experts,
+        n_shared_experts=1,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+        first_k_dense_replace=0,
+        q_lora_rank=None,
+        kv_lora_rank=size.hidden // 4,
+        qk_nope_head_dim=head // 2,
+        qk_rope_head_dim=head // 2,
+        v_head_dim=head,
+    )
 
 
 def _switch_config(size: ModelSize, aux_loss: float) -> SwitchTransformersConfig:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from chronomoe_hf.errors import UnsupportedArchitectureError
-from chronomoe_hf.patches.rules import Rule, Scope, Setting, setting
+from chronomoe_hf.patches.rules import Rule, Scope, ScoreTopK, Setting, setting
 from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.router.state import Routing
 
@@ -81,6 +81,16 @@ class Adapter:
     def top_k(self, router: nn.Module) -> int:
         """Return K, the number of experts chosen per token."""
         return int(setting(router, self.top_k_at))
+
+    def groups(self, router: nn.Module) -> tuple[int, int]:
+        """Return ``(expert groups, groups that a token may choose from)``; ``(1, 1)`` where no group is limited."""
+        limit = self.rule.group if isinstance(self.rule, ScoreTopK) else None
+        groups = None if limit is None else setting(router, limit.groups)
+        if limit is None or groups is None:
+            return 1, 1
+        if limit.when is not None and setting(router, limit.when[0]) != limit.when[1]:
+            return 1, 1
+        return int(groups), int(setting(router, limit.keep))
 
     def weight(self, router: nn.Module) -> Tensor:
         """Return the router's own weight ``[E, D]`` (the model's tensor, not a copy)."""

@@ -54,7 +54,10 @@ class InklingAdapter(Adapter):
             clean_TE = routed_TE + (z_TE.float() - output[0])
             biased_TE = clean_TE + beta_E
             index_TK = torch.topk(
-                biased_TE.sigmoid() + router.e_score_correction_bias.float(), router.top_k, dim=-1, sorted=False
+                biased_TE.sigmoid() + self._bias_of_call(router, args, kwargs).float(),
+                router.top_k,
+                dim=-1,
+                sorted=False,
             )[1]
             chosen_TK = (biased_TE if scope == "routing" else clean_TE).gather(-1, index_TK)
             log_p = F.logsigmoid(torch.cat([chosen_TK, shared_TN], dim=-1))

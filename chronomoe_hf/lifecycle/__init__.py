@@ -1,5 +1,35 @@
-"""Which experts could go: the dry run."""
+"""Which experts could go: the dry run, the evidence, the plan, what it costs, and the refit of what stays."""
 
 from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator, PruneDecision
+from chronomoe_hf.lifecycle.effect import Effect, MaskEffect
+from chronomoe_hf.lifecycle.evidence import Evidence, LayerEvidence
+from chronomoe_hf.lifecycle.live import layer_specs
+from chronomoe_hf.lifecycle.masking import masked
+from chronomoe_hf.lifecycle.measure import measure
+from chronomoe_hf.lifecycle.plan import PlannedLayer, PrunePlan
+from chronomoe_hf.lifecycle.planner import RANKS, plan_prune, random_plan, worst_plan
+from chronomoe_hf.lifecycle.records import EvidenceSource, LayerSpec
+from chronomoe_hf.lifecycle.refit import LayerRefit, RefitReport, refit
 
-__all__ = ["LifecycleCoordinator", "PruneDecision"]
+__all__ = [
+    "RANKS",
+    "Effect",
+    "Evidence",
+    "EvidenceSource",
+    "LayerEvidence",
+    "LayerRefit",
+    "LayerSpec",
+    "LifecycleCoordinator",
+    "MaskEffect",
+    "PlannedLayer",
+    "PruneDecision",
+    "PrunePlan",
+    "RefitReport",
+    "layer_specs",
+    "masked",
+    "measure",
+    "plan_prune",
+    "random_plan",
+    "refit",
+    "worst_plan",
+]

@@ -55,7 +55,8 @@ class Layer:
         return self.can_steer and not self.native_bias
 
     def table_row(self) -> dict[str, Any]:
-        """Name, router class, E and k, for manifests."""
+        """Name, router class, E, k and expert groups, for manifests."""
+        num_groups, groups_kept = self.adapter.groups(self.router)
         return {
             "layer_id": self.layer_id,
             "name": self.name,
@@ -63,6 +64,8 @@ class Layer:
             "router_class": self.adapter.router_class,
             "num_experts": self.num_experts,
             "top_k": self.top_k,
+            "num_groups": num_groups,
+            "groups_kept": groups_kept,
         }
 
     def update_native_bias(self, step_E: Tensor, beta: BetaConfig) -> None:

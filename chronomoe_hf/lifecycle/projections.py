@@ -1,0 +1,177 @@
+"""The output projection of every expert of a layer: reading it, its inputs, and writing it back.
+
+An expert is ``f_e(x) = W_e h_e(x) + b_e``. Its h_e is read without knowing its activation: the experts module runs
+with selection matrices in place of W_e, so that its output *is* h_e. Whether that holds is checked on real tokens.
+
+Shape suffixes: E experts, N tokens, D width of the output, I width of the projection's input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chronomoe_hf.distributed import is_sharded
+from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.wrapping.discovery import FoundLayer
+
+_REFUSED = {
+    "dbrx": "the experts of dbrx share one flattened weight",
+    "llama4": "llama4 scales the input of its experts, so their outputs are not linear in the routing weight",
+    "longcat": "some experts of longcat_flash are identities without a projection",
+    "none": "its experts cannot be reached",
+}
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class OutputProjections:
+    """The output projections of one layer.
+
+    Args:
+        layer: a live layer.
+
+    Raises:
+        LifecycleError: the family's experts have no output projection of their own each, or the weights cannot be
+            changed here (sharded, quantised, offloaded, LoRA on the experts).
+    """
+
+    def __init__(self, layer: FoundLayer) -> None:
+        self.layer = layer
+        reason = _REFUSED.get(layer.adapter.experts_call)
+        if reason is not None or layer.experts is None:
+            raise LifecycleError(f"{layer.name}: the output projections cannot be refitted: {reason or 'no experts'}")
+        _check_lora(layer)
+        self.experts: nn.Module = layer.experts
+        self.switch = layer.adapter.experts_call == "switch"
+        self.num_experts = layer.adapter.num_experts(layer.router)
+        self.holders = self._find()
+        self.transposed = bool(getattr(self.experts, "is_transposed", False))
+        self.dtype = self._weight(0).dtype
+        _check_weights(layer.name, [self._weight(index) for index in range(len(self.holders))])
+
+    def _find(self) -> list[tuple[nn.Module, str]]:
+        """Where the weights are: one fused tensor, or one parameter per expert."""
+        if self.switch:
+            return [(self.experts.get_submodule(f"expert_{e}.wo"), "weight") for e in range(self.num_experts)]
+        fused = self.experts._parameters.get("down_proj")
+        if fused is None or fused.dim() != 3 or fused.shape[0] != self.num_experts:
+            raise LifecycleError(
+                f"{self.layer.name}: {type(self.experts).__name__} has no down_proj of shape ({self.num_experts}, "
+                "width, width); its output projections cannot be refitted"
+            )
+        return [(self.experts, "down_proj")]
+
+    def _weight(self, index: int) -> Tensor:
+        module, name = self.holders[index]
+        return getattr(module, name)  # type: ignore[no-any-return]
+
+    def _slice(self, expert: int) -> Tensor:
+        return self._weight(expert) if self.switch else self._weight(0)[expert]
+
+    def weight(self, expert: int) -> Tensor:
+        """W_e, fp32 ``(I, D)``: rows multiply the inputs."""
+        own = self._slice(expert).detach().float()
+        return own if self.transposed else own.T
+
+    def bias(self, expert: int) -> Tensor | None:
+        """b_e, fp32 ``(D,)``, or None."""
+        bias_ED = self.experts._parameters.get("down_proj_bias")
+        return None if bias_ED is None else bias_ED[expert].detach().float()
+
+    def rounded(self, weight_ID: Tensor) -> Tensor:
+        """`weight_ID` as the model would store it, in its layout and dtype."""
+        return (weight_ID if self.transposed else weight_ID.T).to(self.dtype)
+
+    @torch.no_grad()
+    def exchange(self, expert: int, stored: Tensor) -> Tensor:
+        """Put a stored weight (of :meth:`rounded`) in place and return the one that was there."""
+        own = self._slice(expert)
+        before = own.detach().clone()
+        own.copy_(stored)
+        return before
+
+    def inputs(self, hidden_ND: Tensor, expert: int) -> Tensor:
+        """h_e of tokens, ``(N, I)`` in the dtype of the model."""
+        own = self._slice(expert)
+        num_out, width = (own.shape[1], own.shape[0]) if self.transposed else (own.shape[0], own.shape[1])
+        parts = []
+        for start in range(0, width, num_out):
+            size = min(num_out, width - start)
+            select = own.new_zeros(num_out, width)
+            select[torch.arange(size), start + torch.arange(size)] = 1.0
+            with self._replaced(expert, select.T if self.transposed else select):
+                parts.append(self._outputs(hidden_ND, expert)[:, :size])
+        return torch.cat(parts, dim=-1)
+
+    def require_linear(self, hidden_ND: Tensor, expert: int) -> None:
+        """Check on real tokens that f_e is ``W_e h_e + b_e``.
+
+        Raises:
+            LifecycleError: it is not (a norm or a factor follows the projection).
+        """
+        with torch.no_grad():
+            real_ND = self._outputs(hidden_ND, expert).float()
+            built_ND = self.inputs(hidden_ND, expert).float() @ self.weight(expert)
+            bias_D = self.bias(expert)
+            built_ND = built_ND if bias_D is None else built_ND + bias_D
+            off = float((real_ND - built_ND).norm()) / max(float(real_ND.norm()), 1e-30)
+        if not off <= _TOLERANCE.get(self.dtype, 1e-2):
+            raise LifecycleError(
+                f"{self.layer.name}: the outputs of {type(self.experts).__name__} are not its output projection times "
+                f"its activations (off by {off:.2g} of their size); this family cannot be refitted"
+            )
+
+    def _outputs(self, hidden_ND: Tensor, expert: int) -> Tensor:
+        """Unweighted outputs of one expert, by the family's own code."""
+        count = hidden_ND.shape[0]
+        if self.switch:
+            return self.experts.get_submodule(f"expert_{expert}")(hidden_ND)  # type: ignore[no-any-return]
+        index_N1 = torch.full((count, 1), expert, dtype=torch.int64, device=hidden_ND.device)
+        return _eager(self.experts)(self.experts, hidden_ND, index_N1, hidden_ND.new_ones(count, 1))  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def _replaced(self, expert: int, select: Tensor) -> Iterator[None]:
+        """Selection matrices in place of the projections, and no bias; nothing is copied or changed."""
+        module, name = self.holders[expert if self.switch else 0]
+        bias_ED = None if self.switch else module._parameters.get("down_proj_bias")
+        own = module._parameters[name]
+        try:
+            module._parameters[name] = select if self.switch else select.expand(self.num_experts, -1, -1)  # type: ignore[assignment]
+            if bias_ED is not None:
+                module._parameters["down_proj_bias"] = torch.zeros_like(bias_ED)  # type: ignore[assignment]
+            yield
+        finally:
+            module._parameters[name] = own
+            if bias_ED is not None:
+                module._parameters["down_proj_bias"] = bias_ED
+
+
+def _eager(experts: nn.Module) -> Any:
+    """The family's own loop over experts: below our mixin, and below the choice of a backend."""
+    for base in type(experts).__mro__:
+        forward = base.__dict__.get("forward")
+        if forward is not None and not base.__module__.startswith("chronomoe_hf"):
+            return getattr(forward, "__wrapped__", forward)
+    raise LifecycleError(f"{type(experts).__name__} has no forward of its own")
+
+
+def _check_lora(layer: FoundLayer) -> None:
+    adapted = [name for name, module in layer.parent.named_modules() if "base_layer" in module._modules]
+    if adapted:
+        raise LifecycleError(
+            f"{layer.name}: {adapted[0]} carries an adapter that is not merged; call model.merge_and_unload() first"
+        )
+
+
+def _check_weights(name: str, weights: list[Tensor]) -> None:
+    for weight in weights:
+        if is_sharded(weight):
+            raise LifecycleError(f"{name}: its experts are sharded; refit a model loaded whole, in one process")
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise LifecycleError(f"{name}: its experts are stored as {weight.dtype}; refit before quantising")
+        if weight.device.type == "meta":
+            raise LifecycleError(f"{name}: its experts are offloaded; load the model so that they are in memory")

@@ -1,0 +1,344 @@
+"""refit: new output projections for the survivors of a plan, so that every layer gives what it gave before.
+
+Label-free and closed-form: for each layer, ridge least squares of the survivors' output projections against the full
+layer's output on calibration tokens, on the inputs of the full model. Shapes stay. It **rewrites weights**: afterwards
+the model is meant to be masked, or cut, by the same plan.
+
+Shape suffixes: T tokens, K experts per token, N tokens of one expert, D hidden size, I width of a projection's input.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chronomoe_hf import distributed
+from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.lifecycle.least_squares import Block, solve_blocks
+from chronomoe_hf.lifecycle.live import Batch, as_batches, forward_arguments, match_layers, quiet
+from chronomoe_hf.lifecycle.masking import mask_experts
+from chronomoe_hf.lifecycle.plan import PrunePlan
+from chronomoe_hf.lifecycle.projections import OutputProjections
+from chronomoe_hf.lifecycle.samples import LayerSamples, collect_samples, sample_bytes
+from chronomoe_hf.wrapping.discovery import FoundLayer
+
+logger = logging.getLogger("chronomoe_hf")
+_CHUNK = 512  # positions whose distributions over the vocabulary are held at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRefit:
+    """What the refit does to one layer, on tokens that it was not fitted on.
+
+    Args:
+        layer_id: the layer.
+        error_before, error_after: squared error of the layer's routed output against the full layer's, as a fraction
+            of the latter's square; of the plain cut, and with the new projections.
+        applied: the new projections are in the model. They are not where they did not lower the error.
+        tokens: tokens fitted.
+    """
+
+    layer_id: int
+    error_before: float
+    error_after: float
+    applied: bool
+    tokens: int
+
+
+@dataclass(kw_only=True)
+class RefitReport:
+    """What :func:`refit` did.
+
+    Args:
+        applied: the model's weights are changed. False where the refit was refused; then every bit is as before.
+        reason: why it was refused, in plain words; empty otherwise.
+        kl_before, kl_after: mean KL(full || masked) on held-out tokens, nats, of the plain cut and after the refit.
+        layers: per layer that drops experts.
+        ridge, sweeps: as asked.
+        held_out_tokens: tokens the check was made on.
+        seconds: wall time.
+    """
+
+    applied: bool
+    reason: str
+    kl_before: float
+    kl_after: float
+    layers: tuple[LayerRefit, ...]
+    ridge: float
+    sweeps: int
+    held_out_tokens: int
+    seconds: float
+    _stored: list[_Stored] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Give the model every bit of its old projections back; does nothing if none was changed."""
+        if self.applied:
+            _exchange(self._stored)
+            self.applied = False
+            self.reason = "undone"
+
+    def to_record(self) -> dict[str, Any]:
+        """Strict-JSON dictionary."""
+        names = ("applied", "reason", "kl_before", "kl_after", "ridge", "sweeps", "held_out_tokens", "seconds")
+        return {name: getattr(self, name) for name in names} | {"layers": [dict(vars(layer)) for layer in self.layers]}
+
+
+@dataclass
+class _Stored:
+    """Projections of one layer that are not in the model: new ones before the exchange, old ones after it."""
+
+    projections: OutputProjections
+    weights: dict[int, Tensor]
+
+
+def refit(
+    model: nn.Module,
+    plan: PrunePlan,
+    batches: Iterable[Batch],
+    *,
+    ridge: float = 0.01,
+    sweeps: int = 3,
+    held_out: float = 0.25,
+    memory_gb: float = 2.0,
+    progress: Callable[[str], None] | None = None,
+) -> RefitReport:
+    """Rewrite the survivors' output projections so that the cut layers give the full layers' outputs.
+
+    For every layer, with the router masked: minimise ``sum_t |y_t - sum_e g_te W_e h_te|^2 + lambda |W - W_now|^2``
+    over the survivors' W, where y is the full layer's routed output and h what the projection reads; lambda is `ridge`
+    times the mean diagonal of the normal matrix. Solved expert by expert against the running residual. All layers are
+    fitted on the inputs of the *full* model, which is read once (or in a few passes, see `memory_gb`).
+
+    A layer whose error on held-out tokens does not fall keeps its weights. If the model's KL to the full one on
+    held-out tokens does not fall, nothing is changed.
+
+    Args:
+        model: wrapped or plain, whole and in one process. Biases and gates keep their values.
+        plan: what stays.
+        batches: calibration text as dictionaries with ``input_ids`` (and ``attention_mask``; padding is not fitted).
+            No labels are read. About 16,000 tokens are good, 2,000 are worth it.
+        ridge: how strongly the weights are held where they are.
+        sweeps: passes over the experts of a layer.
+        held_out: fraction of the batches (of the sequences, if there is one batch) that only checks.
+        memory_gb: memory for inputs of layers; layers that do not fit together are read in further passes.
+        progress: called with one line per layer.
+
+    Returns:
+        What was done; `undo()` takes it back. It holds the old projections of the survivors in memory until dropped.
+
+    Raises:
+        PlanMismatchError: the plan is for another model.
+        LifecycleError: the family cannot be refitted, its weights are sharded or quantised or carry an adapter, or the
+            batches are too few or not finite. Nothing was changed.
+    """
+    started = time.perf_counter()
+    if distributed.active():
+        raise LifecycleError("refit runs in one process; refit the saved model, or on one rank before training")
+    if not 0.0 < held_out < 1.0:
+        raise LifecycleError(f"held_out must be in (0, 1), got {held_out}")
+    layers = match_layers(model, plan.specs)
+    cut = [index for index, layer in enumerate(plan.layers) if layer.dropped]
+    projections = {index: OutputProjections(layers[index]) for index in cut}
+    fit, check = _split(as_batches(batches, "refit"), held_out)
+    drops = [layer.dropped for layer in plan.layers]
+    stored: list[_Stored] = []
+    reports: list[LayerRefit] = []
+    with quiet(model):
+        for group in _groups(model, layers, cut, [*fit, *check], memory_gb):
+            tapes = collect_samples(model, [layers[i] for i in group], [drops[i] for i in group], fit, check)
+            for index, samples in zip(group, tapes, strict=True):
+                report, weights = fit_layer(
+                    index, projections[index], samples, plan.layers[index].kept, ridge=ridge, sweeps=sweeps
+                )
+                reports.append(report)
+                if report.applied:
+                    stored.append(_Stored(projections[index], weights))
+                if progress is not None:
+                    progress(
+                        f"layer {index}: error on held-out tokens {report.error_before:.4f} -> {report.error_after:.4f}"
+                    )
+        before, after, tokens = _check_model(model, layers, drops, check, stored)
+    reason = "" if stored and after < before else "the KL to the full model on held-out tokens does not fall"
+    if not stored:
+        reason = "no layer's error on held-out tokens falls"
+    if reason:
+        logger.warning("refit refused: %s (%.5f -> %.5f); the weights are as they were", reason, before, after)
+        reports = [LayerRefit(**{**vars(report), "applied": False}) for report in reports]
+    else:
+        _exchange(stored)
+    return RefitReport(
+        applied=not reason,
+        reason=reason,
+        kl_before=before,
+        kl_after=after,
+        layers=tuple(reports),
+        ridge=ridge,
+        sweeps=sweeps,
+        held_out_tokens=tokens,
+        seconds=time.perf_counter() - started,
+        _stored=[] if reason else stored,
+    )
+
+
+def fit_layer(
+    layer_id: int,
+    projections: OutputProjections,
+    samples: LayerSamples,
+    experts: Sequence[int],
+    *,
+    ridge: float,
+    sweeps: int,
+) -> tuple[LayerRefit, dict[int, Tensor]]:
+    """New projections of `experts` in one layer, as the model would store them; nothing is changed.
+
+    Args:
+        layer_id: for the report.
+        projections: the layer's.
+        samples: its inputs, the routing whose output is the target, and the routing to be fitted.
+        experts: whose projections may move; all others keep theirs.
+        ridge: see :func:`refit`.
+        sweeps: see :func:`refit`.
+
+    Returns:
+        The report, and expert -> new weight for every expert whose weight moved.
+    """
+    residual_TD, target_TD, blocks = _residual(projections, samples, experts)
+    held = slice(samples.num_fit, None)
+    scale = max(float(target_TD[held].double().square().sum()), 1e-30)
+    before = float(residual_TD[held].double().square().sum()) / scale
+    solution = solve_blocks(
+        [blocks[e] for e in experts], residual_TD, num_fit=samples.num_fit, ridge=ridge, sweeps=sweeps
+    )
+    weights = {}
+    for expert, change_ID in zip(experts, solution, strict=True):
+        block = blocks[expert]
+        if len(block.token_N) == 0 or not bool(change_ID.any()):
+            continue
+        old_ID = projections.weight(expert)
+        weights[expert] = projections.rounded(old_ID + change_ID)
+        stored_ID = weights[expert].float() if projections.transposed else weights[expert].float().T
+        rounding_ID = change_ID - (stored_ID - old_ID)
+        residual_TD.index_add_(0, block.token_N, block.rows(len(block.token_N)) @ rounding_ID)
+    after = float(residual_TD[held].double().square().sum()) / scale
+    report = LayerRefit(
+        layer_id=layer_id,
+        error_before=before,
+        error_after=after,
+        applied=bool(weights) and after < before,
+        tokens=samples.num_fit,
+    )
+    return report, weights
+
+
+def _residual(
+    projections: OutputProjections, samples: LayerSamples, experts: Sequence[int]
+) -> tuple[Tensor, Tensor, dict[int, Block]]:
+    """What the new routing leaves of the target with the present weights, the target, and the design per expert."""
+    movable = set(experts)
+    num_tokens, blocks = samples.hidden_TD.shape[0], {}
+    residual_TD = target_TD = None
+    for expert in range(projections.num_experts):
+        before_T, after_T = samples.gates(expert)
+        token_N = ((before_T != 0) | (after_T != 0)).nonzero().flatten()
+        if len(token_N) == 0 and expert not in movable:
+            continue
+        hidden_ND = samples.hidden_TD[token_N]
+        if residual_TD is None and len(token_N):
+            projections.require_linear(hidden_ND[:16], expert)
+        design_NI = projections.inputs(hidden_ND, expert)
+        output_ND = design_NI.float() @ projections.weight(expert)
+        bias_D = projections.bias(expert)
+        output_ND = output_ND if bias_D is None else output_ND + bias_D
+        if residual_TD is None or target_TD is None:
+            residual_TD = output_ND.new_zeros(num_tokens, output_ND.shape[1])
+            target_TD = torch.zeros_like(residual_TD)
+        before_N, after_N = before_T[token_N], after_T[token_N]
+        target_TD.index_add_(0, token_N, output_ND * before_N[:, None])
+        residual_TD.index_add_(0, token_N, output_ND * (before_N - after_N)[:, None])
+        if expert in movable:
+            used_M = after_N.nonzero().flatten()
+            blocks[expert] = Block(token_N[used_M], design_NI[used_M], after_N[used_M])
+    assert residual_TD is not None and target_TD is not None
+    return residual_TD, target_TD, blocks
+
+
+def _split(batches: list[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:
+    """Batches to fit and batches to check on; a single batch is split by sequences."""
+    if len(batches) == 1:
+        whole = batches[0]
+        size = max(value.shape[0] for value in whole.values() if isinstance(value, Tensor))
+        batches = [
+            {name: value[row : row + 1] if isinstance(value, Tensor) else value for name, value in whole.items()}
+            for row in range(size)
+        ]
+    checks = max(1, round(held_out * len(batches)))
+    if len(batches) - checks < 1:
+        raise LifecycleError("refit needs at least two sequences: one to fit, one to check on")
+    return batches[:-checks], batches[-checks:]
+
+
+def _groups(
+    model: nn.Module, layers: Sequence[FoundLayer], cut: Sequence[int], batches: list[Batch], memory_gb: float
+) -> list[list[int]]:
+    """Layers that are read in one pass, so that their inputs fit into the memory allowed."""
+    tokens = sum((b["input_ids"] if "input_ids" in b else b["inputs_embeds"][..., 0]).numel() for b in batches)
+    groups: list[list[int]] = []
+    used = 0.0
+    for index in cut:
+        size = sample_bytes(layers[index], tokens) / 1e9
+        if not groups or used + size > memory_gb:
+            groups.append([])
+            used = 0.0
+        groups[-1].append(index)
+        used += size
+    return groups
+
+
+def _exchange(stored: Sequence[_Stored]) -> None:
+    for each in stored:
+        for expert, weight in each.weights.items():
+            each.weights[expert] = each.projections.exchange(expert, weight)
+
+
+def _check_model(
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    drops: Sequence[tuple[int, ...]],
+    batches: list[Batch],
+    stored: list[_Stored],
+) -> tuple[float, float, int]:
+    """KL(full || masked) on held-out tokens with the old and with the new projections; the old ones are left in."""
+    sums, tokens = [0.0, 0.0], 0
+    for batch in batches:
+        arguments = forward_arguments(model, batch, logits=True)
+        full_BSV = model(**arguments).logits
+        mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+        fits = isinstance(mask, Tensor) and mask.shape == full_BSV.shape[:2]
+        real_BS = mask.bool().to(full_BSV.device) if fits else full_BSV.new_ones(full_BSV.shape[:2], dtype=torch.bool)
+        tokens += int(real_BS.sum())
+        with mask_experts(layers, drops):
+            sums[0] += _kl(full_BSV, model(**arguments).logits, real_BS)
+            _exchange(stored)
+            try:
+                sums[1] += _kl(full_BSV, model(**arguments).logits, real_BS)
+            finally:
+                _exchange(stored)
+    if not all(value == value and abs(value) != float("inf") for value in sums):
+        raise LifecycleError("the logits on the held-out batches are not finite; nothing was changed")
+    return sums[0] / max(tokens, 1), sums[1] / max(tokens, 1), tokens
+
+
+def _kl(full_BSV: Tensor, masked_BSV: Tensor, real_BS: Tensor) -> float:
+    total = 0.0
+    for index in real_BS.nonzero().split(_CHUNK):
+        p_NV = full_BSV[index[:, 0], index[:, 1]].float().log_softmax(-1)
+        q_NV = masked_BSV[index[:, 0], index[:, 1]].float().log_softmax(-1)
+        total += float(F.kl_div(q_NV, p_NV, reduction="sum", log_target=True))
+    return total
