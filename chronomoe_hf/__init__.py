@@ -9,7 +9,8 @@ from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import LayerSnapshot, RoutingEvent, SystemSnapshot, TelemetryWriter
-from chronomoe_hf.trainer.callback import ChronoCallback, attach
+from chronomoe_hf.trainer.attach import attach, detach
+from chronomoe_hf.trainer.callback import ChronoCallback
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "SystemSnapshot",
     "TelemetryWriter",
     "attach",
+    "detach",
     "system_of",
     "unwrap",
     "wrap",

@@ -111,6 +111,8 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     remove_save_hook(system.model)
     system.close_telemetry()
     del system.model.__dict__[SYSTEM]
+    for left in list(system.on_unwrap):
+        left()
     return model
 
 
