@@ -79,13 +79,15 @@ class Replaced:
         self._undo.clear()
 
 
-def argument(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The value that `function` would get for its parameter `name`; None where it has none or it is not passed."""
+def argument(
+    method: str, original: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The value that `original`, Trainer's `method` or what stands for it, gets for `name`; None if it gets none."""
     if name in kwargs:
         return kwargs[name]
-    names = list(inspect.signature(function).parameters)
+    names = list(inspect.signature(original).parameters)
     if name not in names:  # a subclass that takes *args passes them on to Trainer's own method
-        names = list(inspect.signature(getattr(Trainer, function.__name__)).parameters)[1:]
+        names = list(inspect.signature(getattr(Trainer, method)).parameters)[1:]
     if name in names and names.index(name) < len(args):
         return args[names.index(name)]
     return None
@@ -128,7 +130,7 @@ class TrainerHooks:
 
     def _save_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def save_model(*args: Any, **kwargs: Any) -> Any:
-            given = argument(original, "output_dir", args, kwargs)
+            given = argument("save_model", original, "output_dir", args, kwargs)
             directory = self.trainer.args.output_dir if given is None else given
             with self.callback.saving(directory, self.trainer.args.should_save):
                 return original(*args, **kwargs)
@@ -137,7 +139,7 @@ class TrainerHooks:
 
     def _train(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def train(*args: Any, **kwargs: Any) -> Any:
-            given = argument(original, "resume_from_checkpoint", args, kwargs)
+            given = argument("train", original, "resume_from_checkpoint", args, kwargs)
             with self.callback.training(given, self.trainer.args.output_dir):
                 return original(*args, **kwargs)
 
@@ -154,7 +156,7 @@ class TrainerHooks:
 
     def _evaluation_loop(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
-            prefix = argument(original, "metric_key_prefix", args, kwargs)
+            prefix = argument("evaluation_loop", original, "metric_key_prefix", args, kwargs)
             return self.callback.evaluating(prefix or "eval", lambda: original(*args, **kwargs))
 
         return evaluation_loop
