@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from chronomoe_hf.router.state import RouterState
     from chronomoe_hf.system import ChronoSystem
     from chronomoe_hf.telemetry import LayerSnapshot, RoutingEvent, SystemSnapshot, TelemetryWriter
-    from chronomoe_hf.trainer.callback import ChronoCallback, attach
+    from chronomoe_hf.trainer.attach import attach, detach
+    from chronomoe_hf.trainer.callback import ChronoCallback
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "SystemSnapshot",
     "TelemetryWriter",
     "attach",
+    "detach",
     "system_of",
     "unwrap",
     "wrap",
@@ -53,7 +55,8 @@ _HOMES = {
     "chronomoe_hf.router.state": ("RouterState",),
     "chronomoe_hf.system": ("ChronoSystem",),
     "chronomoe_hf.telemetry": ("LayerSnapshot", "RoutingEvent", "SystemSnapshot", "TelemetryWriter"),
-    "chronomoe_hf.trainer.callback": ("ChronoCallback", "attach"),
+    "chronomoe_hf.trainer.attach": ("attach", "detach"),
+    "chronomoe_hf.trainer.callback": ("ChronoCallback",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

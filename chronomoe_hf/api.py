@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import warnings
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import (
     AlreadyWrappedError,
+    ConfigError,
     NotWrappedError,
 )
 from chronomoe_hf.recording.scope import (
@@ -46,10 +47,12 @@ def wrap(model: Model, config: ChronoConfig | None = None) -> Model:
         `model` itself. A second call with the same config (or none) does nothing.
 
     Raises:
+        ConfigError: `model` is no torch.nn.Module, or `config` no ChronoConfig.
         AlreadyWrappedError: wrapped before, with another config.
         NoMoELayersError: nothing routes tokens to experts.
         UnsupportedArchitectureError: every router found is of an unsupported kind; the message says which and why.
     """
+    _check_arguments("wrap", model, config)
     system = find_system(model)
     if system is not None:
         if config is not None and config != system.config:
@@ -92,6 +95,7 @@ def unwrap(model: Model, fold: bool = False) -> Model:
         WrapError: FSDP has sharded a router or its experts as units of their own (their classes cannot be put back),
             or, with `fold`, a weight that would change is sharded. Nothing was changed.
     """
+    _check_arguments("unwrap", model)
     system = system_of(model)
     for layer in system.layers:
         for module in filter(None, (layer.router, layer.experts)):
@@ -111,6 +115,8 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     remove_save_hook(system.model)
     system.close_telemetry()
     del system.model.__dict__[SYSTEM]
+    for left in list(system.on_unwrap):
+        left()
     return model
 
 
@@ -120,10 +126,29 @@ def system_of(model: nn.Module) -> ChronoSystem:
     Raises:
         NotWrappedError: there is none; call ``chronomoe_hf.wrap(model)`` first.
     """
+    _check_arguments("system_of", model)
     system: ChronoSystem | None = find_system(model)
     if system is None:
         raise NotWrappedError(f"{type(model).__name__} is not wrapped; call chronomoe_hf.wrap(model) first")
     return system
+
+
+def _check_arguments(verb: str, model: Any, config: Any = None) -> None:
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        if isinstance(getattr(model, "model", None), nn.Module):  # a Trainer, a pipeline
+            raise ConfigError(
+                f"{verb}() takes a model and got a {kind}; give its model (trainer.model), or for a Trainer call "
+                "chronomoe_hf.attach(trainer) and detach(trainer)"
+            )
+        raise ConfigError(
+            f"{verb}() takes a model (torch.nn.Module) and got a {kind}; load it first, for example with "
+            "AutoModelForCausalLM.from_pretrained(...)"
+        )
+    if config is not None and not isinstance(config, ChronoConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}; give a ChronoConfig, for example ChronoConfig.balance()"
+        )
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +97,7 @@ class ChronoSystem:
         self.governed = False
         self.beta_moved = False
         self.overhead_s = 0.0
+        self.on_unwrap: list[Callable[[], None]] = []  # called after unwrap has taken everything out
         self._failed_save: str | None = None
         self._failed_evaluation = self._told_of_failures = False
         self._bind()
@@ -140,6 +141,9 @@ class ChronoSystem:
             for layer in self.layers:
                 if layer.handle.lens is not None:
                     layer.handle.lens.to(layer.recorder.train.ints.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "on_unwrap": []}  # a copy or a pickle of the model is its own wrapped model
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -189,9 +193,15 @@ class ChronoSystem:
             for sums in (layer.recorder.train, layer.recorder.eval):
                 _zero(sums)
 
-    def begin(self) -> None:
-        """Start of a training run: leftovers of earlier forwards and of an open window are dropped. Collective."""
-        self.run_id = str(distributed.broadcast_object(self.run_id))  # every process has drawn its own
+    def begin(self, new_run: bool = True) -> None:
+        """Start of a training run: leftovers of earlier forwards and of an open window are dropped. Collective.
+
+        Args:
+            new_run: draw a run id; False for another start of the same run.
+        """
+        run_id = uuid.uuid4().hex[:12] if new_run else self.run_id
+        self.run_id = str(distributed.broadcast_object(run_id))  # every process has drawn its own
+        self.global_step = 0
         self.controller.initialize(run_id=self.run_id)
         self.discard()
         self.step_state.window_LR.zero_()
@@ -378,15 +388,19 @@ class ChronoSystem:
         finally:
             self.switches.evaluation = before
 
-    def take_evaluation(self) -> SystemSnapshot | None:
-        """Statistics recorded under :meth:`recording_eval` since the last call. Collective; None if nothing ran."""
+    def take_evaluation(self, name: str = "eval") -> SystemSnapshot | None:
+        """Statistics recorded under :meth:`recording_eval` since the last call. Collective; None if nothing ran.
+
+        Args:
+            name: of the evaluation, for its records; under Trainer ``"eval"``, ``"eval_<data set>"`` or ``"test"``.
+        """
         row_LR, _ = self._take("eval")
         host = {"window": row_LR.cpu().numpy()}
         if not host["window"].any():
             return None
         events = self._events(host, mode="EVAL")
         self.last_evaluation = self._summarise(events, AlertHistory())
-        self.records.evaluation(events)
+        self.records.evaluation(events, name)
         return self.last_evaluation
 
     # ---- leaving -----------------------------------------------------------------------------------------------

@@ -89,10 +89,10 @@ class RunRecords:
         self.writer.write_many("lifecycle_decisions", lifecycle)
         self.writer.write_many("alerts", snapshot.alerts)
 
-    def evaluation(self, events: Sequence[RoutingEvent]) -> None:
-        """Record what was seen in evaluation."""
+    def evaluation(self, events: Sequence[RoutingEvent], name: str = "eval") -> None:
+        """Record what was seen in the evaluation called `name`."""
         if self.writer is not None:
-            self.writer.write_many("routing_events", events)
+            self.writer.write_many("routing_events", ({**event.to_record(), "evaluation": name} for event in events))
 
     def alert(self, edge: Alert) -> None:
         """Record one whole-run alert."""

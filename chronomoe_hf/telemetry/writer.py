@@ -95,10 +95,12 @@ class TelemetryWriter:
         return len(lines)
 
     def write_manifest(self, manifest: Mapping[str, Any], *, resumed_from: int | None = None) -> bool:
-        """Write ``run_manifest.json`` if there is none, and note the start of this attempt.
+        """Write ``run_manifest.json`` if there is none of this run, and note the start of this attempt.
 
         Every attempt appends ``{"event": "start" | "resume", "from": step, "manifest": {...}}`` to
-        ``attempts.jsonl``; a manifest that exists is never overwritten.
+        ``attempts.jsonl``. ``run_manifest.json`` is that of the newest run in the directory; the first attempt's
+        manifest of a run is never overwritten by a later attempt, and those of earlier runs stay in
+        ``attempts.jsonl``.
 
         Args:
             manifest: from :func:`chronomoe_hf.telemetry.run_manifest`.
@@ -110,7 +112,7 @@ class TelemetryWriter:
         clean = {**strict(manifest), "run_id": self.run_id, "attempt": self.attempt}
         path = self.directory / MANIFEST
         wrote = False
-        if self.enabled and not path.exists():
+        if self.enabled and (read_manifest(self.directory.parent) or {}).get("run_id") != self.run_id:
             try:
                 _replace(path, (json.dumps(clean, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii"))
                 wrote = True

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import types
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +14,133 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from chronomoe_hf.api import system_of, wrap
+from chronomoe_hf.api import system_of, unwrap, wrap
 from chronomoe_hf.checkpoint.state_file import has_state
 from chronomoe_hf.config import ChronoConfig
-from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError
+from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError, WrapError
+from chronomoe_hf.recording.scope import SCOPE
 from chronomoe_hf.system import ChronoSystem
-from chronomoe_hf.telemetry import SystemSnapshot
-from chronomoe_hf.trainer.resume import ResumePath, hook_trainer, restore
+from chronomoe_hf.trainer.evaluation import recording_policy
+from chronomoe_hf.trainer.hooks import TrainerHooks, calling_trainer, refuse_data_parallel
+from chronomoe_hf.trainer.resume import ResumePath, restore
 from chronomoe_hf.trainer.weight_repair import check_weights
+from chronomoe_hf.trainer.window_log import WindowLog, logs_now
+from chronomoe_hf.wrapping.owner import find_system
+from chronomoe_hf.wrapping.save_pretrained import state_saved
 
 logger = logging.getLogger("chronomoe_hf")
 
 
 class ChronoCallback(TrainerCallback):
-    """Folds at every optimizer step, writes telemetry, and adds ``moe/...`` scalars to the logs.
+    """Calls the system at every optimizer step, writes records, and adds ``moe/...`` scalars to the logs.
 
     Prefer :func:`attach`, which also makes the scalars reach TensorBoard, W&B and trackio. Without a Trainer, call
     ``system_of(model).step(global_step)`` after each optimizer step yourself.
 
     Args:
         config: settings for a model that is not wrapped yet; None = the default preset.
+
+    Attributes:
+        system: of the model that trains; None before there is one and after :meth:`detach`.
+        attached: put first in the list by :func:`attach`.
+
+    Raises:
+        ConfigError: `config` is not a ChronoConfig.
     """
 
     def __init__(self, config: ChronoConfig | None = None) -> None:
+        if config is not None and not isinstance(config, ChronoConfig):
+            raise ConfigError(
+                f"config is a {type(config).__name__}; give a ChronoConfig, for example ChronoConfig.balance()"
+            )
         self.config = config
         self.system: ChronoSystem | None = None
         self.attached = False
+        self.hooks: TrainerHooks | None = None
         self.resume_path = ResumePath()
-        self._unlogged: SystemSnapshot | None = None
-        self._unfit: set[int] = set()  # layers already named
+        self._wrapped_here = False
+        self._new_run = True
+        self._log = WindowLog()
+
+    # ---- which model, which Trainer ------------------------------------------------------------------------------
 
     def bind(self, model: nn.Module) -> ChronoSystem:
-        """Wrap `model` if needed and remember its system."""
+        """Make `model` the one that is watched: wrap it if needed, and let go of the one before.
+
+        Raises:
+            WrapError: it cannot be wrapped, or is wrapped with another config.
+        """
+        if self.system is not None and find_system(model) is self.system:
+            wrap(model, self.config)
+            return self.system
+        self.release()
+        new = find_system(model) is None
         self.system = system_of(wrap(model, self.config))
+        self._wrapped_here = new
+        self.system.on_unwrap.append(self._left)
         return self.system
+
+    def release(self) -> None:
+        """Let go of the model: what this callback wrapped is unwrapped, what came wrapped stays wrapped."""
+        system, self.system = self.system, None
+        if system is None:
+            return
+        # The next model gets the same settings, also where those came with the model.
+        self.config = self.config or system.config
+        if self._left in system.on_unwrap:
+            system.on_unwrap.remove(self._left)
+        system.close_telemetry()
+        if self._wrapped_here and find_system(system.model) is system:
+            try:
+                unwrap(system.model)
+            except WrapError as error:
+                logger.warning("the model stays wrapped: %s", error)
+
+    def hook(self, trainer: Trainer) -> None:
+        """Replace the methods of `trainer` that have to know of us, once."""
+        refuse_data_parallel(trainer)
+        if self.hooks is not None:
+            if self.hooks.trainer is trainer:
+                return
+            self.hooks.remove()
+        self.hooks = TrainerHooks(trainer, self)
+
+    def detach(self) -> None:
+        """Undo :func:`attach`, see :func:`detach`."""
+        self.release()
+        self._left()
+
+    def _left(self) -> None:
+        """The model is not wrapped any more, or the callback was removed: nothing of ours stays on the Trainer."""
+        self.system = None
+        self._log.pending = None
+        self.attached = False
+        if self.hooks is None:
+            return
+        self.hooks.remove()
+        handler = self.hooks.trainer.callback_handler
+        # A new list: the handler may be going through the old one right now.
+        handler.callbacks = [callback for callback in handler.callbacks if callback is not self]
+        self.hooks = None
+
+    # ---- events ----------------------------------------------------------------------------------------------------
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Wrap before the engine prepares the model."""
         if kwargs.get("model") is not None:
+            trainer = calling_trainer(self)
+            if trainer is not None:
+                self.hook(trainer)
             self.bind(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the record files and drop leftovers of earlier forwards."""
-        system = self.system or self.bind(kwargs["model"])
+        """Bind the model that trains, open the record files and drop leftovers of earlier forwards."""
+        resumed = state.global_step > 0
+        if self.hooks is None:
+            self._begin_unknown(resumed)
+        system = self.bind(kwargs["model"])
         if not self.attached:
             warnings.warn(
                 "ChronoCallback was passed as callbacks=[...]: TensorBoard, W&B and trackio run before it and will not "
@@ -65,49 +148,64 @@ class ChronoCallback(TrainerCallback):
                 stacklevel=2,
             )
             self.attached = True  # say it once
-        system.begin()
-        resumed = state.global_step > 0
+        again = not self._new_run  # a second start within one train(), with a smaller batch
+        system.begin(new_run=self._new_run)
+        self._new_run = False
+        self._log.pending = None
         directory = self.resume_path.at(args.output_dir, state.global_step)
         saved = restore(system, directory, state.global_step) if resumed else None
         output_dir = Path(system.config.telemetry.output_dir or args.output_dir)
         try:
-            system.open_telemetry(output_dir, resume_step=state.global_step if resumed else None)
+            system.open_telemetry(output_dir, resume_step=state.global_step if resumed or again else None)
         except TelemetryError as error:
             # Training must not die for its telemetry; statistics and scalars go on.
             logger.error("%s; training goes on without record files", error)
         if resumed:  # after the records are open, so that a mismatch is among them
             check_weights(system, kwargs["model"], directory, saved, state.global_step)
 
+    def _begin_unknown(self, resumed: bool) -> None:
+        """Training begins under a Trainer that was built before this callback was added to it."""
+        trainer = calling_trainer(self)
+        if resumed:
+            raise ConfigError(
+                "ChronoCallback was added to a Trainer that exists already, so it does not know which checkpoint is "
+                "resumed; call chronomoe_hf.attach(trainer) before trainer.train()"
+            )
+        self._new_run = True
+        if trainer is not None:
+            self.hook(trainer)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Fold the step. Collective: runs on every rank."""
-        system = self._system()
-        snapshot = system.step(state.global_step)
+        """Take the step. Collective: runs on every rank."""
+        if self.system is None:
+            return
+        self._log_alone(control)  # a window whose entry never came
+        snapshot = self.system.step(state.global_step)
         if snapshot is None and state.global_step >= state.max_steps:
-            snapshot = system.close_window()
+            snapshot = self.system.close_window()
         if snapshot is not None:
-            self._unlogged = snapshot
-            self._announce(snapshot)
+            self._log.closed(self.system, snapshot)
+            if not (control.should_log or logs_now(args, state)):
+                self._log_alone(control)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the scalars of the last closed window to a training log entry (once per window)."""
         logs: dict[str, Any] | None = kwargs.get("logs")
-        system = self._system()
-        if logs is None or "loss" not in logs or self._unlogged is None or not system.config.telemetry.scalars:
+        if self.system is None or logs is None or not {"loss", "train_runtime"} & logs.keys():
             return
-        scalars = self._unlogged.scalars()
-        if system.config.telemetry.per_layer_scalars:
-            scalars |= self._unlogged.layer_scalars()
-        self._unlogged = None
-        logs.update(scalars)
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(scalars)
+        if "train_runtime" in logs:  # the last entry of a run
+            self._close_last_window(self.system)
+        self._log.merge(self.system, logs, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the last, shorter window and the record files; follow Trainer to the best checkpoint."""
-        system = self._system()
-        system.close_window()
+        if self.system is None:
+            return
+        system = self.system
+        self._close_last_window(system)
+        self._log_alone(control)
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None:
             manifest = system.load(best)
@@ -117,96 +215,80 @@ class ChronoCallback(TrainerCallback):
         system.require_saved()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Fallback for a callback that was not attached: Trainer has written its checkpoint, ours goes beside it."""
-        system = self._system()
+        """Fallback where no method of the Trainer is replaced: it has written its checkpoint, ours goes beside it."""
+        if self.system is None or self.hooks is not None:
+            return
         directory = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if system.config.checkpoint.save and args.should_save and directory.is_dir() and not has_state(directory):
-            system.save(directory)
+        if self.system.config.checkpoint.save and args.should_save and directory.is_dir() and not has_state(directory):
+            self.system.save(directory)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The Hub push uploads output_dir without the checkpoints, so the state must lie there too."""
-        system = self._system()
-        if system.config.checkpoint.save and state.is_world_process_zero and args.output_dir is not None:
-            system.save(args.output_dir)
+        if self.system is None or args.output_dir is None or not state.is_world_process_zero:
+            return
+        if self.system.config.checkpoint.save:
+            self.system.save(args.output_dir)
 
-    def _system(self) -> ChronoSystem:
-        if self.system is None:
-            raise ChronoError("ChronoCallback has no model yet; pass it to a Trainer or call bind(model)")
-        return self.system
+    # ---- around the Trainer's methods ------------------------------------------------------------------------------
 
-    def _announce(self, snapshot: SystemSnapshot) -> None:
-        for alert in snapshot.alerts:
-            log = logger.warning if alert.state == "raised" else logger.info
-            log("step %d: %s", snapshot.step, alert)
-        system = self._system()
-        unfit = {d.layer_id for d in system.decisions if d.abstain_reason == "lens_unfit"} - self._unfit
-        if unfit:
-            self._unfit |= unfit
-            logger.warning(
-                "step %d: layers %s call for support, but a lens would scatter their tokens (spread above "
-                "lens_spread_max = %g), so they are only watched; ChronoConfig.balance() needs no lens",
-                snapshot.step,
-                ", ".join(map(str, sorted(unfit))),
-                system.config.control.lens_spread_max,
-            )
+    @contextlib.contextmanager
+    def saving(self, directory: Any, should_save: bool) -> Iterator[None]:
+        """Around ``save_model``: our state is written first, so a checkpoint that Trainer finishes always has it."""
+        system = self.system
+        if system is None or not system.config.checkpoint.save:
+            yield
+            return
+        if should_save and directory is not None:
+            system.save(directory)
+        with state_saved(system):
+            yield
 
+    @contextlib.contextmanager
+    def training(self, resume_from: Any, output_dir: str | None) -> Iterator[None]:
+        """Around ``train``: a new run begins unless it is a resume, and a run that breaks off is put in order."""
+        self.resume_path.set(resume_from, output_dir)
+        self._new_run = True
+        try:
+            yield
+        except BaseException:  # KeyboardInterrupt too: what was recorded so far stays, the half step is dropped
+            self._broken_off()
+            raise
 
-def attach(trainer: Trainer, config: ChronoConfig | None = None) -> ChronoCallback:
-    """Watch (and, by config, govern) the routing of a Trainer's model: the one line before ``trainer.train()``.
+    def _broken_off(self) -> None:
+        system = self.system
+        if system is None:
+            return
+        for module in system.model.modules():
+            scope = module.__dict__.get(SCOPE)
+            if scope is not None:
+                scope.close()  # torch calls no always_call hook for a KeyboardInterrupt
+        system.discard()
+        with contextlib.suppress(ChronoError):
+            system.close_window()
+        system.close_telemetry()
 
-    Wraps ``trainer.model`` if needed, puts the callback first so that every reporter sees its scalars, and records
-    evaluation apart from training (``eval_moe/...``).
-
-    Args:
-        trainer: a Transformers Trainer or a subclass (TRL, Seq2SeqTrainer), before ``train()``.
-        config: settings; None = those the model was wrapped with, else the protect preset.
-
-    Returns:
-        The callback; ``callback.system`` is the ChronoSystem. A second call returns the first's callback.
-
-    Raises:
-        ConfigError: the trainer would run nn.DataParallel, whose replicas lose what the forward records.
-        WrapError: the model cannot be wrapped, see ``wrap``.
-    """
-    for existing in trainer.callback_handler.callbacks:
-        if isinstance(existing, ChronoCallback) and existing.attached:
-            wrap(trainer.model, config)
-            return existing
-    if trainer.args.n_gpu > 1:
-        raise ConfigError(
-            f"this Trainer would use nn.DataParallel on {trainer.args.n_gpu} GPUs, which throws away what the forward "
-            "records; start it with torchrun or accelerate launch (DDP), or set CUDA_VISIBLE_DEVICES to one GPU"
-        )
-    callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, ChronoCallback)), None)
-    if callback is None:
-        callback = ChronoCallback(config)
-    else:
-        trainer.callback_handler.callbacks.remove(callback)
-        callback.config = config or callback.config
-    callback.bind(trainer.model)
-    callback.attached = True
-    trainer.callback_handler.callbacks.insert(0, callback)
-    _record_evaluation(trainer, callback)
-    callback.resume_path = hook_trainer(trainer, callback.bind(trainer.model))
-    return callback
-
-
-def _record_evaluation(trainer: Trainer, callback: ChronoCallback) -> None:
-    """Wrap ``trainer.evaluation_loop`` on the instance: its forwards are recorded apart, its metrics gain ours."""
-    original = trainer.evaluation_loop
-
-    def evaluation_loop(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        system = callback.system
-        if system is None or not system.config.telemetry.evaluation:
-            return original(*args, **kwargs)
-        with system.recording_eval():
-            output = original(*args, **kwargs)
-        snapshot = system.take_evaluation()
+    def evaluating(self, prefix: str, loop: Callable[[], Any]) -> Any:
+        """Run an evaluation loop; its forwards are recorded apart, and its metrics gain ``<prefix>_moe/...``."""
+        system = self.system
+        if system is None or self.hooks is None or not system.config.telemetry.evaluation:
+            return loop()
+        with recording_policy(self.hooks.trainer, system):
+            output = loop()
+        snapshot = system.take_evaluation(prefix)
         if snapshot is not None and output.metrics is not None:
-            scalars = snapshot.scalars(prefix="eval_moe/")
+            scalars = snapshot.scalars(prefix=f"{prefix}_moe/")
             output.metrics.update({key: value for key, value in scalars.items() if math.isfinite(value)})
         return output
 
-    trainer.evaluation_loop = types.MethodType(evaluation_loop, trainer)  # type: ignore[method-assign]
+    # ---- logging ---------------------------------------------------------------------------------------------------
+
+    def _close_last_window(self, system: ChronoSystem) -> None:
+        snapshot = system.close_window()
+        if snapshot is not None:
+            self._log.closed(system, snapshot)
+
+    def _log_alone(self, control: TrainerControl) -> None:
+        if self.system is not None and self.hooks is not None:
+            self._log.log_alone(self.system, self.hooks.trainer, control)

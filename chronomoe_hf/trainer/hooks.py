@@ -1,0 +1,194 @@
+"""Every method that is replaced on a Trainer and on what it holds, in one place; ``remove`` puts the originals back."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import FrameType
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import Trainer
+
+from chronomoe_hf.errors import ConfigError
+
+_MISSING = object()
+
+
+class Hooked(Protocol):
+    """What the replaced methods of a Trainer call: the ChronoCallback."""
+
+    def saving(self, directory: Any, should_save: bool) -> AbstractContextManager[None]:
+        """Around ``save_model``."""
+
+    def training(self, resume_from: Any, output_dir: str | None) -> AbstractContextManager[None]:
+        """Around ``train``."""
+
+    def evaluating(self, prefix: str, loop: Callable[[], Any]) -> Any:
+        """Runs an evaluation loop and returns its output."""
+
+    def bind(self, model: nn.Module) -> Any:
+        """Takes over a model that was made anew."""
+
+    def release(self) -> None:
+        """Lets go of the model before the next one is made."""
+
+    def detach(self) -> None:
+        """Takes everything off."""
+
+
+class Replaced:
+    """Methods replaced on instances; the classes are never touched.
+
+    ``replace`` may be called while another library has replaced the same method before or will do so later: what was
+    there is called, and what came later stays. A replacement that cannot be taken off any more passes its calls on.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, str, Any, Any]] = []
+        self.active = True
+
+    def replace(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put ``make(original)`` in the place of ``owner.name``; an owner without that method is left alone."""
+        original = getattr(owner, name, None)
+        if original is None:
+            return
+        ours = make(original)
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return ours(*args, **kwargs) if self.active else original(*args, **kwargs)
+
+        self._undo.append((owner, name, call, vars(owner).get(name, _MISSING)))
+        # Not setattr: a torch module would look for a parameter of that name first.
+        vars(owner)[name] = call
+
+    def remove(self) -> None:
+        """Put the originals back, the last replacement first."""
+        self.active = False
+        for owner, name, call, before in reversed(self._undo):
+            if vars(owner).get(name) is not call:
+                continue  # replaced again since then, by someone who calls ours
+            if before is _MISSING:
+                del vars(owner)[name]
+            else:
+                vars(owner)[name] = before
+        self._undo.clear()
+
+
+def argument(
+    method: str, original: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The value that `original`, Trainer's `method` or what stands for it, gets for `name`; None if it gets none."""
+    if name in kwargs:
+        return kwargs[name]
+    names = list(inspect.signature(original).parameters)
+    if name not in names:  # a subclass that takes *args passes them on to Trainer's own method
+        names = list(inspect.signature(getattr(Trainer, method)).parameters)[1:]
+    if name in names and names.index(name) < len(args):
+        return args[names.index(name)]
+    return None
+
+
+class TrainerHooks:
+    """What ``attach`` replaces on one Trainer.
+
+    ========================  =======================================================================
+    method                    why
+    ========================  =======================================================================
+    ``save_model``            our state beside every set of weights
+    ``train``                 what is resumed from, a new run id, and tidying up when it raises
+    ``call_model_init``       a model made anew is wrapped before the engine prepares it
+    ``evaluation_loop``       evaluation is recorded apart, under its own prefix
+    callback handler's        ``trainer.remove_callback(callback)`` detaches
+    ``remove_callback``,
+    ``pop_callback``
+    ========================  =======================================================================
+
+    Args:
+        trainer: the Trainer; held until :meth:`remove`.
+        callback: what the methods call.
+    """
+
+    def __init__(self, trainer: Trainer, callback: Hooked) -> None:
+        self.trainer = trainer
+        self.callback = callback
+        self.replaced = Replaced()
+        self.replaced.replace(trainer, "save_model", self._save_model)
+        self.replaced.replace(trainer, "train", self._train)
+        self.replaced.replace(trainer, "call_model_init", self._call_model_init)
+        self.replaced.replace(trainer, "evaluation_loop", self._evaluation_loop)
+        for name in ("remove_callback", "pop_callback"):
+            self.replaced.replace(trainer.callback_handler, name, self._callback_removed)
+
+    def remove(self) -> None:
+        """Take every replaced method off again."""
+        self.replaced.remove()
+
+    def _save_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def save_model(*args: Any, **kwargs: Any) -> Any:
+            given = argument("save_model", original, "output_dir", args, kwargs)
+            directory = self.trainer.args.output_dir if given is None else given
+            with self.callback.saving(directory, self.trainer.args.should_save):
+                return original(*args, **kwargs)
+
+        return save_model
+
+    def _train(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def train(*args: Any, **kwargs: Any) -> Any:
+            given = argument("train", original, "resume_from_checkpoint", args, kwargs)
+            with self.callback.training(given, self.trainer.args.output_dir):
+                return original(*args, **kwargs)
+
+        return train
+
+    def _call_model_init(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call_model_init(*args: Any, **kwargs: Any) -> Any:
+            self.callback.release()  # before the new model is made: two would not fit where one just fits
+            model = original(*args, **kwargs)
+            self.callback.bind(model)
+            return model
+
+        return call_model_init
+
+    def _evaluation_loop(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
+            prefix = argument("evaluation_loop", original, "metric_key_prefix", args, kwargs)
+            return self.callback.evaluating(prefix or "eval", lambda: original(*args, **kwargs))
+
+        return evaluation_loop
+
+    def _callback_removed(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def removed(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if not any(known is self.callback for known in self.trainer.callback_handler.callbacks):
+                self.callback.detach()
+            return result
+
+        return removed
+
+
+def refuse_data_parallel(trainer: Trainer) -> None:
+    """Raise ConfigError for a Trainer that would run nn.DataParallel, whose replicas lose what a forward records."""
+    if trainer.args.n_gpu > 1:
+        raise ConfigError(
+            f"this Trainer would use nn.DataParallel on {trainer.args.n_gpu} GPUs, which throws away what the forward "
+            "records; start it with torchrun or accelerate launch (DDP), or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+
+
+def calling_trainer(callback: object) -> Trainer | None:
+    """The Trainer whose event `callback` is handling, or None.
+
+    Transformers hands callbacks no Trainer; the one that called is on the call stack, with the callback in its list.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and any(known is callback for known in owner.callback_handler.callbacks):
+            return owner
+        frame = frame.f_back
+    return None
