@@ -85,13 +85,13 @@ def relative_top2(top2: float, k: int) -> float:
     return top2 / min(1.0, 2.0 / k)
 
 
-def dead(shares: Values) -> int | None:
+def dead_experts(shares: Values) -> int | None:
     """Number of experts with share exactly zero; None when nothing was counted."""
     share_E = _sorted_shares(shares)
     return None if share_E is None else int((share_E == 0.0).sum())
 
 
-def nearly_dead(shares: Values, n_experts: int | None = None) -> int | None:
+def nearly_dead_count(shares: Values, n_experts: int | None = None) -> int | None:
     """Number of experts with ``0 < share < min(0.01, 0.1/E)``; None when nothing was counted.
 
     Args:

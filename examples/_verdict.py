@@ -46,7 +46,7 @@ def layer_row(layer: LayerSnapshot, alerts: list[str]) -> dict[str, Any]:
         "name": layer.layer_name,
         "n_experts": layer.n_experts,
         "neff_fraction": None if layer.n_effective is None else layer.n_effective / layer.n_experts,
-        "dead": layer.dead,
+        "dead": layer.dead_experts,
         "max_violation": violation,
         "max_violation_of_ceiling": violation / ceiling if violation is not None and ceiling else None,
         "phi_min": min(phi) if phi else None,

@@ -189,7 +189,7 @@ def forced_veto(block: nn.Module, task: Task, size: float) -> Iterator[Veto]:
         optimizer.step()
         optimizer.zero_grad()
         if step == 1:  # the first step has measured the spread of the logits; the bias acts from the second on
-            idle = min(range(E), key=system.snapshot().layers[0].counts.__getitem__)
+            idle = min(range(E), key=system.snapshot().layers[0].expert_token_counts.__getitem__)
             state.beta_coeff.fill_(-size / (E - 1))[idle] = size
         system.step(step)
         yield Veto(float(state.relevance), float(state.overlap_only), float(state.beta_applied.abs().max()))

@@ -18,8 +18,8 @@ HOST = (
     metrics.compute_entropy,
     metrics.compute_n_effective,
     metrics.top2_share,
-    metrics.dead,
-    metrics.nearly_dead,
+    metrics.dead_experts,
+    metrics.nearly_dead_count,
     metrics.max_violation,
     metrics.gini,
     metrics.load_cv,
@@ -35,8 +35,8 @@ def naive(counts: list[int]) -> dict[str, float]:
         "compute_entropy": entropy,
         "compute_n_effective": math.exp(entropy),
         "top2_share": sum(sorted(shares, reverse=True)[:2]),
-        "dead": sum(count == 0 for count in counts),
-        "nearly_dead": sum(0 < share < min(0.01, 0.1 / size) for share in shares),
+        "dead_experts": sum(count == 0 for count in counts),
+        "nearly_dead_count": sum(0 < share < min(0.01, 0.1 / size) for share in shares),
         "max_violation": max(counts) / (total / size) - 1,
         "gini": sum(abs(a - b) for a in shares for b in shares) / (2 * size),
         "load_cv": math.sqrt(sum((share * size - 1) ** 2 for share in shares) / size),
@@ -51,8 +51,8 @@ def test_values_worked_out_by_hand():
     assert metrics.max_violation(counts) == 1.0  # 4 / 2 - 1
     assert metrics.gini(counts) == pytest.approx(10 / 32)  # pairs differ by 2 3 3 1 1 0 = 10 (of 8); * 2 / (2 * 4 * 8)
     assert metrics.load_cv(counts) == pytest.approx(math.sqrt(6 / 4) / 2)  # deviations 2 0 -1 -1
-    assert (metrics.dead(counts), metrics.nearly_dead(counts)) == (0, 0)
-    assert metrics.dead([5, 0, 0]) == 2
+    assert (metrics.dead_experts(counts), metrics.nearly_dead_count(counts)) == (0, 0)
+    assert metrics.dead_experts([5, 0, 0]) == 2
 
 
 @pytest.mark.parametrize("size", [8, 64, 128])
@@ -66,7 +66,7 @@ def test_total_collapse_reaches_the_ceilings(size, k):
     assert metrics.relative_top2(metrics.top2_share(counts), k) == pytest.approx(1.0)
     assert metrics.max_violation(counts) == pytest.approx(metrics.max_violation_ceiling(size, k))
     assert metrics.max_violation_ceiling(size, k) == size / k - 1
-    assert metrics.dead(counts) == size - k
+    assert metrics.dead_experts(counts) == size - k
 
 
 @pytest.mark.parametrize("size", [2, 8, 64, 128])
@@ -88,7 +88,7 @@ def test_one_expert_takes_everything_exactly():
     assert metrics.top2_share(counts) == 1.0
     assert metrics.max_violation(counts) == 7.0
     assert metrics.gini(counts) == pytest.approx(1 - 1 / 8)
-    assert metrics.dead(counts) == 7
+    assert metrics.dead_experts(counts) == 7
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_one_expert_takes_everything_exactly():
 def test_nearly_dead_threshold_is_strict_on_both_sides(size, threshold):
     for share, expected in ((0.0, 0), (threshold * 0.99, 1), (threshold * 1.01, 0)):
         rest = (1 - share) / (size - 1)
-        assert metrics.nearly_dead([share] + [rest] * (size - 1)) == expected
-        assert metrics.nearly_dead([share] + [rest] * (size - 1), size) == expected
+        assert metrics.nearly_dead_count([share] + [rest] * (size - 1)) == expected
+        assert metrics.nearly_dead_count([share] + [rest] * (size - 1), size) == expected
 
 
 @pytest.mark.parametrize("function", HOST, ids=lambda function: function.__name__)
@@ -149,7 +149,7 @@ def test_ranges_hold_whatever_the_counts(counts):
     assert 0.0 < metrics.top2_share(counts) <= 1.0
     assert -1e-12 <= metrics.max_violation(counts) <= size - 1 + 1e-9
     assert 0.0 <= metrics.gini(counts) <= 1 - 1 / size + 1e-9
-    assert metrics.dead(counts) + metrics.nearly_dead(counts) < size
+    assert metrics.dead_experts(counts) + metrics.nearly_dead_count(counts) < size
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=16).filter(sum))

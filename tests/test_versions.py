@@ -84,9 +84,9 @@ def observe(family: str) -> str:
         handle.remove()
     system.step(1)
     layers = system.snapshot().layers
-    assert any(sum(layer.counts) for layer in layers), family
+    assert any(sum(layer.expert_token_counts) for layer in layers), family
     for layer, c in zip(layers, counts, strict=True):
-        assert layer.counts == [c[e] for e in range(layer.n_experts)], family
+        assert layer.expert_token_counts == [c[e] for e in range(layer.n_experts)], family
     return "right"
 
 

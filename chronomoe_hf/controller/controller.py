@@ -205,9 +205,15 @@ class Controller:
         """Add a window with evidence to the state; returns debt, quota and the harm guard's verdict."""
         config, n_experts = self.config, len(seen.shares)
         debt = policy.topology_debt(
-            n_effective=seen.n_effective, top2_share=seen.top2_share, dead=seen.dead, n_experts=n_experts, top_k=top_k
+            n_effective=seen.n_effective,
+            top2_share=seen.top2_share,
+            dead_experts=seen.dead_experts,
+            n_experts=n_experts,
+            top_k=top_k,
         )
-        quota = policy.quota_of(seen.shares, top2_share=seen.top2_share, dead=seen.dead, top_k=top_k, config=config)
+        quota = policy.quota_of(
+            seen.shares, top2_share=seen.top2_share, dead_experts=seen.dead_experts, top_k=top_k, config=config
+        )
         # The guard watches t, not the plain share: at k = 8 a layer can double its concentration within 0.02.
         top2 = relative_top2(seen.top2_share, top_k)
         rise = None if state.last_top2 is None else top2 - state.last_top2
@@ -236,7 +242,7 @@ class Controller:
             "n_effective": layer.n_effective,
             "top2_share": layer.top2_share,
             "top2_relative": None if layer.top2_share is None else relative_top2(layer.top2_share, top_k),
-            "dead": layer.dead,
+            "dead_experts": layer.dead_experts,
             "n_experts": layer.n_experts,
             "top_k": top_k,
         }
@@ -274,16 +280,16 @@ class _Evidence(NamedTuple):
     shares: Sequence[float]
     n_effective: float
     top2_share: float
-    dead: int
+    dead_experts: int
 
 
 def _evidence(layer: LayerSnapshot) -> _Evidence | None:
     """What the window shows; None if it is too short. Without one assignment there are no metrics to begin with."""
     if not layer.sufficient or layer.shares is None:
         return None
-    if layer.n_effective is None or layer.top2_share is None or layer.dead is None:
+    if layer.n_effective is None or layer.top2_share is None or layer.dead_experts is None:
         return None
-    return _Evidence(layer.shares, layer.n_effective, layer.top2_share, layer.dead)
+    return _Evidence(layer.shares, layer.n_effective, layer.top2_share, layer.dead_experts)
 
 
 def _by_layer(lenses: Lenses) -> dict[int, Lens]:

@@ -16,7 +16,8 @@ class ControlDecision:
         run_id: of the run.
         step: optimizer step of the snapshot.
         layer_id: MoE layer, counted from 0.
-        observed: entropy (nats), n_effective, top2_share, top2_relative, dead, n_experts, top_k as seen in the window.
+        observed: entropy (nats), n_effective, top2_share, top2_relative, dead_experts, n_experts, top_k as seen in the
+            window.
         debt: parts and total, None without evidence.
         pressure, heat, forgetting: control signals, in [0, 1].
         beta_multiplier: what beta is multiplied with now: 1 - forgetting from `min_pressure` on; exactly 1 below it

@@ -49,7 +49,7 @@ class Debt:
         return clip(WEIGHT_NEFF * self.n_effective + WEIGHT_TOP2 * self.top2 + WEIGHT_DEAD * self.dead)
 
 
-def topology_debt(*, n_effective: float, top2_share: float, dead: int, n_experts: int, top_k: int) -> Debt:
+def topology_debt(*, n_effective: float, top2_share: float, dead_experts: int, n_experts: int, top_k: int) -> Debt:
     """How far a layer's routing is from a healthy one.
 
     A perfectly balanced layer has t = (2/E) / min(1, 2/k), which reaches 0.75 only where nearly all experts run for
@@ -59,7 +59,7 @@ def topology_debt(*, n_effective: float, top2_share: float, dead: int, n_experts
     Args:
         n_effective: exp(entropy) of the shares, in [1, E].
         top2_share: sum of the two largest shares, in [0, 1].
-        dead: experts with share exactly 0.
+        dead_experts: experts with share exactly 0.
         n_experts: E, at least 1.
         top_k: k, in [1, E].
 
@@ -71,7 +71,7 @@ def topology_debt(*, n_effective: float, top2_share: float, dead: int, n_experts
     return Debt(
         n_effective=clip((floor - n_effective) / floor),
         top2=clip((relative - start) / (1.0 - start)) if start < 1.0 else 0.0,
-        dead=clip(dead / max(1, n_experts - 1)),
+        dead=clip(dead_experts / max(1, n_experts - 1)),
     )
 
 
@@ -233,11 +233,11 @@ class Quota:
 
 
 def quota_of(
-    shares: Sequence[float], *, top2_share: float, dead: int, top_k: int, config: ControlConfig
+    shares: Sequence[float], *, top2_share: float, dead_experts: int, top_k: int, config: ControlConfig
 ) -> Quota | None:
     """The emergency quota where t is above `quota_top2` or an expert is dead, else None."""
     n_experts = len(shares)
-    if dead == 0 and relative_top2(top2_share, top_k) <= top2_start(config.quota_top2, n_experts, top_k):
+    if dead_experts == 0 and relative_top2(top2_share, top_k) <= top2_start(config.quota_top2, n_experts, top_k):
         return None
     dominant = tuple(sorted(range(n_experts), key=lambda expert: (-shares[expert], expert))[:2])
     fair = 1.0 / n_experts

@@ -48,7 +48,7 @@ class PruneDecision:
         state: ``"candidate"``, ``"confirmed"`` or ``"withdrawn"``.
         streak: consecutive evaluations for which the case has held; 0 when withdrawn.
         threshold: the number it was judged against (tokens or Phi_slow).
-        evidence: phi_fast, phi_mid, phi_slow, phi_delta (fast - slow), tokens_seen, share (of the window),
+        evidence: phi_fast, phi_mid, phi_slow, phi_delta (fast - slow), total_tokens_seen, share (of the window),
             contribution (sum over its tokens of gate * \\|expert output\\|), saliency (its mean, REAP),
             contribution_rank (1 = contributes most), n_experts, layer_phi (token-weighted mean Phi_slow),
             layer_starving. What was not measured is None.
@@ -138,12 +138,12 @@ class LifecycleCoordinator:
             cases.insufficient = True
             return []
         cases.insufficient = False
-        layer_phi = layer_coherence(layer.phi_slow, layer.tokens_seen)
+        layer_phi = layer_coherence(layer.phi_slow, layer.total_tokens_seen)
         starving = self._starving(cases, layer_phi)
         out: list[PruneDecision] = []
         thresholds: dict[Reason, float | None] = {
             "low_observability": float(self.config.min_tokens),
-            "low_coherence": prune_threshold(layer.phi_slow, layer.tokens_seen, self.config),
+            "low_coherence": prune_threshold(layer.phi_slow, layer.total_tokens_seen, self.config),
         }
         for expert in range(layer.n_experts):
             for reason, threshold in thresholds.items():
@@ -168,7 +168,7 @@ class LifecycleCoordinator:
         self, reason: Reason, threshold: float | None, layer: LayerSnapshot, expert: int, step: int, starving: bool
     ) -> bool | None:
         """Whether the case holds now; None where there is not enough evidence to say."""
-        tokens = _at(layer.tokens_seen, expert)
+        tokens = _at(layer.total_tokens_seen, expert)
         if tokens is None:
             return None
         if reason == "low_observability":
@@ -242,16 +242,16 @@ class LifecycleCoordinator:
 
 
 def layer_coherence(
-    phi_slow: Sequence[float | None] | None, tokens_seen: Sequence[float | None] | None
+    phi_slow: Sequence[float | None] | None, total_tokens_seen: Sequence[float | None] | None
 ) -> float | None:
     """Token-weighted mean Phi_slow of a layer, over experts with evidence; None without any."""
-    pairs = _known(phi_slow, tokens_seen)
+    pairs = _known(phi_slow, total_tokens_seen)
     weight = math.fsum(tokens for _, tokens in pairs)
     return math.fsum(phi * tokens for phi, tokens in pairs) / weight if weight > 0.0 else None
 
 
 def prune_threshold(
-    phi_slow: Sequence[float | None] | None, tokens_seen: Sequence[float | None] | None, config: LifecycleConfig
+    phi_slow: Sequence[float | None] | None, total_tokens_seen: Sequence[float | None] | None, config: LifecycleConfig
 ) -> float | None:
     """Phi_slow below which an expert is incoherent.
 
@@ -262,7 +262,7 @@ def prune_threshold(
     """
     if isinstance(config.prune_threshold, float):
         return config.prune_threshold
-    values = [phi for phi, tokens in _known(phi_slow, tokens_seen) if tokens > config.coherence_tokens]
+    values = [phi for phi, tokens in _known(phi_slow, total_tokens_seen) if tokens > config.coherence_tokens]
     if len(values) < 2:
         return None
     mean = math.fsum(values) / len(values)
@@ -271,11 +271,11 @@ def prune_threshold(
 
 
 def _known(
-    phi_slow: Sequence[float | None] | None, tokens_seen: Sequence[float | None] | None
+    phi_slow: Sequence[float | None] | None, total_tokens_seen: Sequence[float | None] | None
 ) -> list[tuple[float, float]]:
-    if phi_slow is None or tokens_seen is None:
+    if phi_slow is None or total_tokens_seen is None:
         return []
-    both = zip(phi_slow, tokens_seen, strict=True)
+    both = zip(phi_slow, total_tokens_seen, strict=True)
     return [(phi, tokens) for phi, tokens in both if phi is not None and tokens is not None]
 
 
@@ -294,7 +294,7 @@ def _evidence(layer: LayerSnapshot, expert: int, layer_phi: float | None, starvi
         "phi_mid": _at(layer.phi_mid, expert),
         "phi_slow": slow,
         "phi_delta": None if fast is None or slow is None else fast - slow,
-        "tokens_seen": _at(layer.tokens_seen, expert),
+        "total_tokens_seen": _at(layer.total_tokens_seen, expert),
         "share": _at(layer.shares, expert),
         "contribution": own,
         "saliency": _at(layer.saliency, expert),
@@ -313,7 +313,7 @@ def _line(decision: PruneDecision) -> str:
     return (
         f"[DRY-RUN] step {decision.step} layer {decision.layer_id} expert {decision.expert_id}: "
         f"{decision.reason} {decision.state} (streak {decision.streak}, threshold {show(decision.threshold)}; "
-        f"phi_slow {show(seen['phi_slow'])}, tokens {show(seen['tokens_seen'])}, share {show(seen['share'])}, "
+        f"phi_slow {show(seen['phi_slow'])}, tokens {show(seen['total_tokens_seen'])}, share {show(seen['share'])}, "
         f"contribution rank {seen['contribution_rank'] or 'unknown'} of {seen['n_experts']}"
         f"{', layer starving' if seen['layer_starving'] else ''})"
     )

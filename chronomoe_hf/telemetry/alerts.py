@@ -185,15 +185,15 @@ def _layer_edges(layer: LayerSnapshot, step: int, history: AlertHistory, config:
         history.observe(NOT_OBSERVED, layer.layer_id, step, holds=not layer.observed, detail=unseen),
         history.observe(NON_FINITE, layer.layer_id, step, holds=bad > 0, detail=detail),
     ]
-    if not layer.sufficient or layer.n_effective is None or layer.top2_share is None or layer.dead is None:
+    if not layer.sufficient or layer.n_effective is None or layer.top2_share is None or layer.dead_experts is None:
         return edges  # insufficient evidence: no streak moves
     size, neff, top2 = layer.n_experts, layer.n_effective, metrics.relative_top2(layer.top2_share, layer.top_k)
     # Where E is close to k, even balanced routing sits above the threshold: there top-2 says nothing about collapse.
     balanced = metrics.relative_top2(min(1.0, 2.0 / size), layer.top_k)
     concentrated = top2 > config.top2_pre > balanced
-    detail = f"n_effective {neff:.3g} of {size}, top-2 share {top2:.3g} of its ceiling, {layer.dead} dead"
+    detail = f"n_effective {neff:.3g} of {size}, top-2 share {top2:.3g} of its ceiling, {layer.dead_experts} dead"
     pre = neff < config.neff_floor * size or concentrated
-    confirmed = layer.dead >= 1 and top2 > config.top2_confirmed
+    confirmed = layer.dead_experts >= 1 and top2 > config.top2_confirmed
     edges.append(history.observe(PRE_COLLAPSE, layer.layer_id, step, holds=pre, after=config.pre_after, detail=detail))
     edges.append(
         history.observe(

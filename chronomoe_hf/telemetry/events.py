@@ -31,7 +31,7 @@ VECTORS = (
     "phi_rows",
     "contribution",
     "saliency",
-    "tokens_seen",
+    "total_tokens_seen",
     "beta",
 )
 # One number per layer and window; None means "not measured".
@@ -57,8 +57,8 @@ class Load(NamedTuple):
     n_effective: float | None
     top2_share: float | None
     top2_relative: float | None
-    dead: int | None
-    nearly_dead: int | None
+    dead_experts: int | None
+    nearly_dead_count: int | None
     max_violation: float | None
     max_violation_ceiling: float
     gini: float | None
@@ -79,8 +79,8 @@ def load_metrics(counts: Sequence[int], k: int) -> Load:
         n_effective=metrics.compute_n_effective(count_E),
         top2_share=top2,
         top2_relative=None if top2 is None else metrics.relative_top2(top2, k),
-        dead=metrics.dead(count_E),
-        nearly_dead=metrics.nearly_dead(count_E),
+        dead_experts=metrics.dead_experts(count_E),
+        nearly_dead_count=metrics.nearly_dead_count(count_E),
         max_violation=metrics.max_violation(count_E),
         max_violation_ceiling=metrics.max_violation_ceiling(count_E.size, k),
         gini=metrics.gini(count_E),
@@ -99,8 +99,8 @@ class RoutingEvent:
         layer_id: index among the MoE layers, from 0.
         n_experts: E.
         top_k: experts per token.
-        counts: assignments dispatched per expert, int, length E: padding excluded, after capacity dropping,
-            summed over micro-batches and ranks.
+        expert_token_counts: assignments dispatched per expert, int, length E: padding excluded, after capacity
+            dropping, summed over micro-batches and ranks.
         attempt: 0 for the first start of a run, one more per resume.
         layer_name: module path of the router.
         window_steps: optimizer steps in the window.
@@ -113,7 +113,7 @@ class RoutingEvent:
         phi_rows: expert outputs read per expert for phi in this window.
         contribution: sum of gate * |expert output| over the window, estimated over all tokens.
         saliency: mean of gate * |expert output| over an expert's tokens (REAP, arXiv 2510.13999).
-        tokens_seen: assignments per expert since the run began.
+        total_tokens_seen: assignments per expert since the run began.
         logit_std: EMA of the standard deviation of the clean router logits.
         disagreement_js: mean Jensen-Shannon divergence of biased and clean routing, nats.
         disagreement_flip: fraction of tokens whose top-1 expert the bias changed.
@@ -131,7 +131,7 @@ class RoutingEvent:
     layer_id: int
     n_experts: int
     top_k: int
-    counts: list[int]
+    expert_token_counts: list[int]
     attempt: int = 0
     layer_name: str = ""
     window_steps: int = 1
@@ -146,7 +146,7 @@ class RoutingEvent:
     phi_rows: Vector | None = None
     contribution: Vector | None = None
     saliency: Vector | None = None
-    tokens_seen: Vector | None = None
+    total_tokens_seen: Vector | None = None
     logit_std: float | None = None
     disagreement_js: float | None = None
     disagreement_flip: float | None = None
@@ -163,8 +163,11 @@ class RoutingEvent:
         if self.layer_id < 0:
             raise ConfigError(f"layer_id counts the MoE layers from 0, got {self.layer_id}")
         metrics.max_violation_ceiling(self.n_experts, self.top_k)  # raises unless 1 <= k <= E
-        if len(self.counts) != self.n_experts:
-            raise ConfigError(f"counts must hold {self.n_experts} values, one per expert, got {len(self.counts)}")
+        if len(self.expert_token_counts) != self.n_experts:
+            raise ConfigError(
+                f"expert_token_counts must hold {self.n_experts} values, one per expert, "
+                f"got {len(self.expert_token_counts)}"
+            )
 
     @classmethod
     def from_router_output(
@@ -196,7 +199,7 @@ class RoutingEvent:
         Raises:
             ConfigError: an unknown field, a wrong length, counts that are no counts, k outside [1, E].
         """
-        names = {item.name for item in dataclasses.fields(cls)} - {"counts"}
+        names = {item.name for item in dataclasses.fields(cls)} - {"expert_token_counts"}
         for name in fields:
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=3)
@@ -219,24 +222,24 @@ class RoutingEvent:
             layer_id=layer_id,
             n_experts=n_experts,
             top_k=top_k,
-            counts=plain_counts(used_capacity, n_experts),
+            expert_token_counts=plain_counts(used_capacity, n_experts),
             **values,
         )
 
     @property
-    def assignments(self) -> int:
+    def token_count(self) -> int:
         """Dispatched assignments: the sum of the counts."""
-        return sum(self.counts)
+        return sum(self.expert_token_counts)
 
     @cached_property
     def shares(self) -> list[float] | None:
         """Share of the assignments per expert, summing to one; None for an empty window."""
-        total = self.assignments
-        return [count / total for count in self.counts] if total else None
+        total = self.token_count
+        return [count / total for count in self.expert_token_counts] if total else None
 
     @cached_property
     def _load(self) -> Load:
-        return load_metrics(self.counts, self.top_k)
+        return load_metrics(self.expert_token_counts, self.top_k)
 
     @property
     def entropy(self) -> float | None:
@@ -254,14 +257,14 @@ class RoutingEvent:
         return self._load.top2_share
 
     @property
-    def dead(self) -> int | None:
+    def dead_experts(self) -> int | None:
         """Experts without an assignment."""
-        return self._load.dead
+        return self._load.dead_experts
 
     @property
-    def nearly_dead(self) -> int | None:
+    def nearly_dead_count(self) -> int | None:
         """Experts with a share in (0, min(0.01, 0.1/E))."""
-        return self._load.nearly_dead
+        return self._load.nearly_dead_count
 
     @property
     def max_violation(self) -> float | None:

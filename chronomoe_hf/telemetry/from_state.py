@@ -120,7 +120,7 @@ def _window_fields(row: Row, window: Any, layer: Layer, config: ChronoConfig) ->
 def _state_fields(host: Mapping[str, Any], layer: Layer, config: ChronoConfig) -> dict[str, Any]:
     at, num = layer.layer_id, layer.num_experts
     fields: dict[str, Any] = {
-        "tokens_seen": np.rint(host["tokens"][at, :num]).astype(np.int64),
+        "total_tokens_seen": np.rint(host["tokens"][at, :num]).astype(np.int64),
         "logit_std": float(host["logit_std"][at]),
     }
     if config.coherence.enabled and layer.experts is not None:

@@ -16,7 +16,7 @@ from chronomoe_hf.telemetry.values import finite
 
 # Scalars of a layer in a snapshot record, in this order.
 LAYER_NUMBERS = (
-    "assignments",
+    "token_count",
     "tokens",
     "dropped",
     "nonfinite_tokens",
@@ -26,8 +26,8 @@ LAYER_NUMBERS = (
     "n_effective",
     "top2_share",
     "top2_relative",
-    "dead",
-    "nearly_dead",
+    "dead_experts",
+    "nearly_dead_count",
     "max_violation",
     "max_violation_ceiling",
     "gini",
@@ -47,7 +47,7 @@ _READINGS = (
     "phi_fast",
     "phi_mid",
     "phi_slow",
-    "tokens_seen",
+    "total_tokens_seen",
     "logit_std",
     "relevance",
     "beta",
@@ -61,7 +61,7 @@ class LayerSnapshot:
     """One layer over one window. Fields as in RoutingEvent, and the metrics of its counts (SPEC section 3).
 
     Metrics are None where nothing was counted. Build it from events with :meth:`from_events`; built by hand from
-    ``counts``, the metrics left out are computed.
+    ``expert_token_counts``, the metrics left out are computed.
 
     Attributes:
         shares: counts / sum(counts), length E, or None.
@@ -76,7 +76,7 @@ class LayerSnapshot:
     layer_id: int
     n_experts: int
     top_k: int
-    counts: list[int]
+    expert_token_counts: list[int]
     layer_name: str = ""
     window_steps: int = 1
     tokens: int | None = None
@@ -88,8 +88,8 @@ class LayerSnapshot:
     n_effective: float | None = None
     top2_share: float | None = None
     top2_relative: float | None = None
-    dead: int | None = None
-    nearly_dead: int | None = None
+    dead_experts: int | None = None
+    nearly_dead_count: int | None = None
     max_violation: float | None = None
     max_violation_ceiling: float | None = None
     gini: float | None = None
@@ -101,7 +101,7 @@ class LayerSnapshot:
     phi_rows: Vector | None = None
     contribution: Vector | None = None
     saliency: Vector | None = None
-    tokens_seen: Vector | None = None
+    total_tokens_seen: Vector | None = None
     coherence_mean: float | None = None
     coherence_min: float | None = None
     logit_std: float | None = None
@@ -117,20 +117,20 @@ class LayerSnapshot:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        total = self.assignments
+        total = self.token_count
         if self.shares is None and total:
-            self.shares = [count / total for count in self.counts]
+            self.shares = [count / total for count in self.expert_token_counts]
         if self.max_violation_ceiling is None:
-            for name, value in load_metrics(self.counts, self.top_k)._asdict().items():
+            for name, value in load_metrics(self.expert_token_counts, self.top_k)._asdict().items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
         if self.coherence_mean is None and self.phi_slow is not None:
-            self.coherence_mean, self.coherence_min = _coherence(self.phi_slow, self.counts)
+            self.coherence_mean, self.coherence_min = _coherence(self.phi_slow, self.expert_token_counts)
 
     @property
-    def assignments(self) -> int:
+    def token_count(self) -> int:
         """Sum of the counts."""
-        return sum(self.counts)
+        return sum(self.expert_token_counts)
 
     @classmethod
     def from_events(cls, events: Sequence[RoutingEvent], *, min_window_tokens: int = 0) -> LayerSnapshot:
@@ -147,15 +147,15 @@ class LayerSnapshot:
         shapes = {(event.n_experts, event.top_k) for event in events}
         if len(shapes) > 1:
             raise ConfigError(f"layer {last.layer_id}: events with different (n_experts, top_k): {sorted(shapes)}")
-        counts = [sum(each) for each in zip(*(event.counts for event in events), strict=True)]
+        counts = [sum(each) for each in zip(*(event.expert_token_counts for event in events), strict=True)]
         calls = _sum(event.calls for event in events)
-        weights = [float(event.assignments if event.tokens is None else event.tokens) for event in events]
+        weights = [float(event.token_count if event.tokens is None else event.tokens) for event in events]
         layer = cls(
             layer_id=last.layer_id,
             layer_name=last.layer_name,
             n_experts=last.n_experts,
             top_k=last.top_k,
-            counts=counts,
+            expert_token_counts=counts,
             window_steps=sum(event.window_steps for event in events),
             tokens=_sum(event.tokens for event in events),
             dropped=_sum(event.dropped for event in events),
@@ -164,7 +164,7 @@ class LayerSnapshot:
             phi_rows=_merge(events, "phi_rows", None),
             contribution=_merge(events, "contribution", None),
             prob_mean=_merge(events, "prob_mean", [[weight] * last.n_experts for weight in weights]),
-            saliency=_merge(events, "saliency", [event.counts for event in events]),
+            saliency=_merge(events, "saliency", [event.expert_token_counts for event in events]),
             disagreement_js=_mean(events, "disagreement_js", weights),
             disagreement_flip=_mean(events, "disagreement_flip", weights),
             overlap_only=_mean(events, "overlap_only", weights),
@@ -173,9 +173,9 @@ class LayerSnapshot:
             **{name: _last(events, name) for name in _READINGS},
         )
         needed = max(1, min_window_tokens * last.n_experts)
-        layer.sufficient = layer.assignments >= needed
+        layer.sufficient = layer.token_count >= needed
         if not layer.sufficient:
-            layer.notes.append(f"insufficient evidence: {layer.assignments} assignments, {needed} needed")
+            layer.notes.append(f"insufficient evidence: {layer.token_count} assignments, {needed} needed")
         return layer
 
     def to_record(self) -> dict[str, Any]:

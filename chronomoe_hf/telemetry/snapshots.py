@@ -24,7 +24,7 @@ _LAYER_SCALARS = {
     "top2_share": "top2_share",
     "gini": "gini",
     "load_cv": "load_cv",
-    "dead_experts": "dead",
+    "dead_experts": "dead_experts",
     "coherence": "coherence_mean",
     "disagreement_js": "disagreement_js",
     "relevance": "relevance",
@@ -148,7 +148,7 @@ class SystemSnapshot:
         for name in ("gini", "load_cv"):
             known = self._known(name)
             values[f"{name}_mean"] = sum(known) / len(known) if known else None
-        dead = self._known("dead")
+        dead = self._known("dead_experts")
         values["dead_experts"] = sum(dead) if dead else None
         coherence = self._known("coherence_mean")
         values["coherence_mean"] = sum(coherence) / len(coherence) if coherence else None

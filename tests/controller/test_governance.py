@@ -297,7 +297,7 @@ def test_a_step_without_a_snapshot_never_waits_for_the_gpu(preset: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert system.step_state.device.type == "cuda"
-    assert sum(system.snapshot().layers[0].counts) == 3 * K * (4 * 16 - 6)
+    assert sum(system.snapshot().layers[0].expert_token_counts) == 3 * K * (4 * 16 - 6)
 
 
 def test_an_open_lens_and_a_veto_read_nothing_on_the_host() -> None:

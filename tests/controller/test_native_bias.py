@@ -101,7 +101,7 @@ def test_the_update_is_the_published_sign_rule_when_asked() -> None:
     ids = torch.randint(3, 100, (4, 16))
     model(input_ids=ids).logits.sum().backward()
     system.step(1)
-    counts = system.snapshot().layers[0].counts
+    counts = system.snapshot().layers[0].expert_token_counts
     fair = sum(counts) / len(counts)
     signs = [(fair > c) - (fair < c) for c in counts]
     mean = sum(signs) / len(signs)

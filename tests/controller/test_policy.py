@@ -24,7 +24,7 @@ ORIGINAL = ControlConfig(**HAND, gate="pressure")
 
 
 @pytest.mark.parametrize(
-    ("n_experts", "top_k", "n_effective", "top2_share", "dead", "parts", "total"),
+    ("n_experts", "top_k", "n_effective", "top2_share", "dead_experts", "parts", "total"),
     [
         # Balanced layers owe nothing, whatever k and E.
         (8, 1, 8.0, 0.25, 0, (0.0, 0.0, 0.0), 0.0),
@@ -46,9 +46,9 @@ ORIGINAL = ControlConfig(**HAND, gate="pressure")
         (64, 2, 50.0, 0.1, 10, (0.0, 0.0, 10 / 63), 2 / 63),
     ],
 )
-def test_debt(n_experts, top_k, n_effective, top2_share, dead, parts, total):
+def test_debt(n_experts, top_k, n_effective, top2_share, dead_experts, parts, total):
     debt = policy.topology_debt(
-        n_effective=n_effective, top2_share=top2_share, dead=dead, n_experts=n_experts, top_k=top_k
+        n_effective=n_effective, top2_share=top2_share, dead_experts=dead_experts, n_experts=n_experts, top_k=top_k
     )
     assert (debt.n_effective, debt.top2, debt.dead) == pytest.approx(parts, abs=1e-12)
     assert debt.total == pytest.approx(total, abs=1e-12)
@@ -56,18 +56,20 @@ def test_debt(n_experts, top_k, n_effective, top2_share, dead, parts, total):
 
 def test_raw_top2_would_never_reach_the_threshold_at_k_8():
     """The reason for t: a fully collapsed top-8 layer has a plain top-2 share of only 0.25."""
-    collapsed = policy.topology_debt(n_effective=8.0, top2_share=0.25, dead=56, n_experts=64, top_k=8)
+    collapsed = policy.topology_debt(n_effective=8.0, top2_share=0.25, dead_experts=56, n_experts=64, top_k=8)
     assert collapsed.top2 == 1.0
-    assert policy.topology_debt(n_effective=8.0, top2_share=0.25, dead=56, n_experts=64, top_k=2).top2 == 0.0
+    assert policy.topology_debt(n_effective=8.0, top2_share=0.25, dead_experts=56, n_experts=64, top_k=2).top2 == 0.0
 
 
 @pytest.mark.parametrize(("n_experts", "top_k"), [(2, 1), (2, 2), (4, 3), (4, 4), (8, 7), (8, 8), (1, 1)])
 def test_a_balanced_layer_owes_nothing_even_where_k_is_close_to_e(n_experts, top_k):
     shares = [1 / n_experts] * n_experts
     top2 = min(1.0, 2 / n_experts)
-    debt = policy.topology_debt(n_effective=float(n_experts), top2_share=top2, dead=0, n_experts=n_experts, top_k=top_k)
+    debt = policy.topology_debt(
+        n_effective=float(n_experts), top2_share=top2, dead_experts=0, n_experts=n_experts, top_k=top_k
+    )
     assert debt.total == 0.0
-    assert policy.quota_of(shares, top2_share=top2, dead=0, top_k=top_k, config=CONFIG) is None
+    assert policy.quota_of(shares, top2_share=top2, dead_experts=0, top_k=top_k, config=CONFIG) is None
 
 
 def test_pressure_is_a_moving_average_of_debt():
@@ -197,17 +199,17 @@ def test_abstain_reasons_and_their_order(drive, backoff, sufficient, supported, 
 
 def test_quota_caps_the_two_dominant_experts_at_the_fair_share():
     shares = [0.02, 0.50, 0.03, 0.45]
-    quota = policy.quota_of(shares, top2_share=0.95, dead=0, top_k=1, config=CONFIG)
+    quota = policy.quota_of(shares, top2_share=0.95, dead_experts=0, top_k=1, config=CONFIG)
     assert quota is not None
     assert quota.dominant == (1, 3)
     assert quota.share_E == (1.0, 0.25, 1.0, 0.25)
-    assert policy.quota_of([0.05, 0.5, 0.05, 0.4], top2_share=0.9, dead=0, top_k=1, config=CONFIG) is None
+    assert policy.quota_of([0.05, 0.5, 0.05, 0.4], top2_share=0.9, dead_experts=0, top_k=1, config=CONFIG) is None
 
 
 def test_quota_is_called_for_by_one_dead_expert_and_by_relative_dominance():
-    assert policy.quota_of([0.0, 0.4, 0.3, 0.3], top2_share=0.7, dead=1, top_k=2, config=CONFIG) is not None
+    assert policy.quota_of([0.0, 0.4, 0.3, 0.3], top2_share=0.7, dead_experts=1, top_k=2, config=CONFIG) is not None
     eight = [0.12, 0.12] + [0.76 / 62] * 62  # k = 8: t = 0.24 / 0.25 = 0.96
-    quota = policy.quota_of(eight, top2_share=0.24, dead=0, top_k=8, config=CONFIG)
+    quota = policy.quota_of(eight, top2_share=0.24, dead_experts=0, top_k=8, config=CONFIG)
     assert quota is not None
     assert quota.dominant == (0, 1)
-    assert policy.quota_of(eight, top2_share=0.24, dead=0, top_k=2, config=CONFIG) is None
+    assert policy.quota_of(eight, top2_share=0.24, dead_experts=0, top_k=2, config=CONFIG) is None

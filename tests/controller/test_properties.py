@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from chronomoe_hf.config import ControlConfig
 from chronomoe_hf.controller import policy
 from chronomoe_hf.lens.basis import steering_target
-from chronomoe_hf.metrics import compute_n_effective, dead, top2_share
+from chronomoe_hf.metrics import compute_n_effective, dead_experts, top2_share
 
 SIZES = st.tuples(st.sampled_from([1, 2, 3, 4, 8, 16, 64]), st.integers(1, 8)).filter(lambda size: size[1] <= size[0])
 GATES = st.sampled_from([ControlConfig(), ControlConfig(gate="pressure"), ControlConfig(c2=1.0, scale_max=0.8)])
@@ -28,9 +28,11 @@ def windows(draw: st.DrawFn) -> tuple[list[int], int]:
 
 
 def observe(counts: list[int], top_k: int) -> tuple[policy.Debt, float]:
-    neff, top2, idle = compute_n_effective(counts), top2_share(counts), dead(counts)
+    neff, top2, idle = compute_n_effective(counts), top2_share(counts), dead_experts(counts)
     assert neff is not None and top2 is not None and idle is not None
-    debt = policy.topology_debt(n_effective=neff, top2_share=top2, dead=idle, n_experts=len(counts), top_k=top_k)
+    debt = policy.topology_debt(
+        n_effective=neff, top2_share=top2, dead_experts=idle, n_experts=len(counts), top_k=top_k
+    )
     return debt, neff
 
 
@@ -50,7 +52,7 @@ def test_every_signal_stays_in_its_range_over_any_history(step, n_experts, confi
         neff = data.draw(st.floats(1.0, float(n_experts)))
         top2 = data.draw(st.floats(0.0, 1.0))
         idle = data.draw(st.integers(0, n_experts - 1))
-        debt = policy.topology_debt(n_effective=neff, top2_share=top2, dead=idle, n_experts=n_experts, top_k=1)
+        debt = policy.topology_debt(n_effective=neff, top2_share=top2, dead_experts=idle, n_experts=n_experts, top_k=1)
         harmed = policy.is_harm(scale, None if last is None else top2 - last, config)
         backoff, hold = policy.next_harm_backoff(backoff, hold, harmed, config)
         last = top2
@@ -83,7 +85,7 @@ def test_the_order_of_the_experts_does_not_matter(window, random):
         assert math.isclose(steering_target(shuffled_shares)[position], target[expert], abs_tol=1e-12)
 
     top2 = top2_share(counts)
-    kwargs = {"top2_share": top2, "dead": 1, "top_k": top_k, "config": ControlConfig()}
+    kwargs = {"top2_share": top2, "dead_experts": 1, "top_k": top_k, "config": ControlConfig()}
     quota, other = policy.quota_of(shares, **kwargs), policy.quota_of(shuffled_shares, **kwargs)
     # The same shares are capped; which of two equal experts carries the cap is a matter of order.
     assert sorted(zip(shares, quota.share_E, strict=True)) == sorted(zip(shuffled_shares, other.share_E, strict=True))

@@ -66,7 +66,7 @@ def recorded_counts(output_dir: str) -> list[list[list[int]]]:
     assert broken == 0
     train = [record for record in records if record["mode"] == "TRAIN"]
     assert [record["step"] for record in train] == [1 + index // 2 for index in range(2 * STEPS)]
-    return [[train[2 * step + layer]["counts"] for layer in range(2)] for step in range(STEPS)]
+    return [[train[2 * step + layer]["expert_token_counts"] for layer in range(2)] for step in range(STEPS)]
 
 
 def assert_equal_ranks(results: list[dict[str, Any]]) -> None:

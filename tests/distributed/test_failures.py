@@ -83,7 +83,7 @@ def test_uneven_and_empty_micro_batches(engine: str, tmp_path: Path, launch: Cal
             for record in records:
                 if record["step"] == step:
                     assert record["tokens"] == real > 0
-                    assert sum(record["counts"]) == 2 * real
+                    assert sum(record["expert_token_counts"]) == 2 * real
                     assert record["nonfinite_tokens"] == 0
         assert steps == list(range(1, job.arguments["max_steps"] + 1))
         assert ranks[0]["meta"] == ranks[1]["meta"]

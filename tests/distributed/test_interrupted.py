@@ -139,7 +139,7 @@ def training_counts(output_dir: str) -> list[list[int]]:
     """Counts of the windows after the checkpoint. Evaluation is left out: Trainer fills the last evaluation batch of
     several ranks up with rows that it has had before, and the forward cannot know that."""
     events = later_records(output_dir, SAVED)["routing_events"]
-    return [event["counts"] for event in events if event["mode"] == "TRAIN"]
+    return [event["expert_token_counts"] for event in events if event["mode"] == "TRAIN"]
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def run(directory: str, family: str, layout: dict[str, int], preset: str) -> dic
         model(**tiny.tiny_batch(family, seed=10 * step + replica, padded=True)).loss.backward()
         snapshot = system.step(step)
         assert snapshot is not None
-        windows.append([(layer.counts, layer.tokens, layer.calls) for layer in snapshot.layers])
+        windows.append([(layer.expert_token_counts, layer.tokens, layer.calls) for layer in snapshot.layers])
     return {
         "windows": windows,
         "notes": [layer.notes for layer in system.layers],

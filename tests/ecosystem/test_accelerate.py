@@ -38,7 +38,7 @@ def test_a_dispatched_model_is_counted(order: str) -> None:
     system = chronomoe_hf.system_of(model)
     system.step(1)
     snapshot = system.snapshot()
-    assert [layer.counts for layer in snapshot.layers] == recount.lists()
+    assert [layer.expert_token_counts for layer in snapshot.layers] == recount.lists()
     assert [layer.tokens for layer in snapshot.layers] == [58, 58]
     assert all(sum(v is not None for v in layer.phi_slow) >= 6 for layer in snapshot.layers)
 
@@ -65,8 +65,8 @@ def test_an_offloaded_model_is_counted_in_evaluation(kind: str, order: str, tmp_
     with torch.no_grad(), system.recording_eval():
         assert torch.equal(model(**batch).logits, want)
     snapshot = system.take_evaluation()
-    assert [layer.counts for layer in snapshot.layers] == recount.lists()
-    assert [sum(layer.counts) for layer in snapshot.layers] == [116, 116]
+    assert [layer.expert_token_counts for layer in snapshot.layers] == recount.lists()
+    assert [sum(layer.expert_token_counts) for layer in snapshot.layers] == [116, 116]
 
 
 def test_hooks_can_be_removed_from_a_wrapped_model_and_unwrap_keeps_them() -> None:
@@ -79,7 +79,7 @@ def test_hooks_can_be_removed_from_a_wrapped_model_and_unwrap_keeps_them() -> No
     remove_hook_from_submodules(model)
     model(**batch).loss.backward()
     system.step(1)
-    assert [sum(layer.counts) for layer in system.snapshot().layers] == [128, 128]
+    assert [sum(layer.expert_token_counts) for layer in system.snapshot().layers] == [128, 128]
     dispatched(model)
     chronomoe_hf.unwrap(model)
     assert torch.equal(model(**batch).logits.detach(), want)
@@ -110,7 +110,7 @@ def test_a_block_that_bypasses_its_router_is_reported(order: str) -> None:
     model(**tiny.tiny_batch(FAMILY)).loss.backward()
     snapshot = system.step(1)
     assert [(a.kind, a.layer_id) for a in snapshot.alerts if a.kind == "NOT_OBSERVED"] == [("NOT_OBSERVED", 1)]
-    assert [sum(layer.counts) for layer in snapshot.layers] == [128, 0]
+    assert [sum(layer.expert_token_counts) for layer in snapshot.layers] == [128, 0]
     assert snapshot.layers[1].n_effective is None
 
 
@@ -123,7 +123,7 @@ def test_experts_replaced_after_wrap_are_reported_and_the_counts_stay_right() ->
     recount = Recount(model, FAMILY)
     train_step(model, tiny.tiny_batch(FAMILY), recount)
     snapshot = chronomoe_hf.system_of(model).step(1)
-    assert [layer.counts for layer in snapshot.layers] == recount.lists()
+    assert [layer.expert_token_counts for layer in snapshot.layers] == recount.lists()
     assert snapshot.layers[0].notes == []
     assert "no expert output was read" in " ".join(snapshot.layers[1].notes)
     assert all(value is None for value in snapshot.layers[1].phi_slow)
@@ -136,7 +136,7 @@ def test_experts_replaced_before_wrap_are_named_and_left_alone() -> None:
     chronomoe_hf.wrap(model, ChronoConfig.observe(interval=1))
     model(**tiny.tiny_batch(FAMILY)).loss.backward()
     snapshot = chronomoe_hf.system_of(model).step(1)
-    assert [sum(layer.counts) for layer in snapshot.layers] == [128, 128]
+    assert [sum(layer.expert_token_counts) for layer in snapshot.layers] == [128, 128]
     assert "forward was replaced on the instance" in " ".join(snapshot.layers[1].notes)
 
 

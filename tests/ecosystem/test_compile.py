@@ -101,7 +101,7 @@ def test_counts_are_exact_while_beta_changes(family: str, order: str) -> None:
         optimizer.zero_grad()
         snapshot = system.step(step)
         assert snapshot is not None
-        assert [layer.counts for layer in snapshot.layers] == want
+        assert [layer.expert_token_counts for layer in snapshot.layers] == want
         assert plain == [(4 * 16 - 6) * 2] * 2
         moved += any((layer.overlap_only or 0.0) > 0.0 for layer in snapshot.layers)
         betas.append(system.step_state.beta_LE.clone())
@@ -130,8 +130,10 @@ def test_activation_checkpointing_counts_once_and_changes_no_gradient(reentrant:
         closed, expected = system.step(step), other.step(step)
         if step % 2 == 0:
             assert closed is not None and expected is not None
-            assert [layer.counts for layer in closed.layers] == [layer.counts for layer in expected.layers]
-            assert [sum(layer.counts) for layer in closed.layers] == [2 * (4 * 16 - 6) * 2] * 2
+            assert [layer.expert_token_counts for layer in closed.layers] == [
+                layer.expert_token_counts for layer in expected.layers
+            ]
+            assert [sum(layer.expert_token_counts) for layer in closed.layers] == [2 * (4 * 16 - 6) * 2] * 2
             assert [layer.calls for layer in closed.layers] == [2, 2]
         seen_graphs.append(graphs())
     assert system.switches.any_steering and float(system.step_state.beta_LE.abs().max()) > 0, "bad test setup"
@@ -162,7 +164,9 @@ def test_lenses_that_open_one_by_one_share_a_graph() -> None:
         for output in (got, want):
             output.loss.backward()
         closed, expected = (system.step(step) for system in systems)
-        assert [layer.counts for layer in closed.layers] == [layer.counts for layer in expected.layers]
+        assert [layer.expert_token_counts for layer in closed.layers] == [
+            layer.expert_token_counts for layer in expected.layers
+        ]
         seen_graphs.append(graphs())
         if scales == (0.5, 0.2, 0.1):
             for layer in systems[1].layers:
@@ -189,7 +193,9 @@ def test_evaluation_in_between_recompiles_once_and_is_recorded_apart() -> None:
             compiled(**batch)
         evaluation, snapshot = system.take_evaluation(), system.step(step)
         assert evaluation is not None and snapshot is not None
-        assert [layer.counts for layer in evaluation.layers] == [layer.counts for layer in snapshot.layers]
+        assert [layer.expert_token_counts for layer in evaluation.layers] == [
+            layer.expert_token_counts for layer in snapshot.layers
+        ]
         assert [layer.tokens for layer in snapshot.layers] == [58, 58]
         seen_graphs.append(graphs())
     assert seen_graphs == [3, 3, 3], seen_graphs
@@ -215,7 +221,9 @@ def test_a_compiled_trainer_run_counts_every_token(tmp_path: Any) -> None:
     trainer.train()
     assert counters["stats"]["unique_graphs"] > 0, "bad test setup: nothing was compiled"
     snapshot = callback.system.last_snapshot
-    assert [(layer.tokens, sum(layer.counts)) for layer in snapshot.layers] == [(2 * 4 * 16, 2 * 2 * 4 * 16)] * 2
+    assert [(layer.tokens, sum(layer.expert_token_counts)) for layer in snapshot.layers] == [
+        (2 * 4 * 16, 2 * 2 * 4 * 16)
+    ] * 2
 
 
 @pytest.mark.slow
@@ -230,7 +238,7 @@ def test_inductor() -> None:
         out = train_step(compiled, batch)
         want = recount(out.router_logits, system, batch["attention_mask"])
         snapshot = system.step(step)
-        assert snapshot is not None and [layer.counts for layer in snapshot.layers] == want
+        assert snapshot is not None and [layer.expert_token_counts for layer in snapshot.layers] == want
         phi = [value for value in snapshot.layers[0].phi_slow or [] if value is not None]
         assert len(phi) >= 4 and all(-1.0001 <= value <= 1.0001 for value in phi)
         seen_graphs.append(graphs())
@@ -249,5 +257,7 @@ def test_inductor_with_activation_checkpointing_counts_once() -> None:
         compiled(**tiny.tiny_batch("qwen3_moe", seed=step, padded=True)).loss.backward()
         snapshot = system.step(step)
         assert snapshot is not None
-        assert [(layer.calls, layer.tokens, sum(layer.counts)) for layer in snapshot.layers] == [(1, 58, 116)] * 2
+        assert [(layer.calls, layer.tokens, sum(layer.expert_token_counts)) for layer in snapshot.layers] == [
+            (1, 58, 116)
+        ] * 2
         assert graphs() == min(step, GRAPHS)

@@ -66,7 +66,7 @@ def test_counts_equal_a_recount_and_the_loss_is_that_of_the_plain_adapter(family
             assert torch.equal(model(**batch).loss, plain(**batch).loss)
         recount.enabled = True
         system.step(step)
-    assert [layer.counts for layer in system.snapshot().layers] == recount.lists()
+    assert [layer.expert_token_counts for layer in system.snapshot().layers] == recount.lists()
     assert [sum(row) for row in recount.lists()] == [2 * 58 * 2] * 2
     trained = [name for name, p in model.named_parameters() if p.grad is not None]
     assert trained and all("lora_" in name for name in trained)
@@ -126,7 +126,7 @@ def test_merge_and_unload_keeps_the_wrapped_model(order: str) -> None:
     again.backward()
     assert float(again.detach()) == pytest.approx(float(loss.detach()), abs=1e-5)
     system.step(2)
-    assert [sum(layer.counts) for layer in system.snapshot().layers] == [2 * 58 * 2] * 2
+    assert [sum(layer.expert_token_counts) for layer in system.snapshot().layers] == [2 * 58 * 2] * 2
     chronomoe_hf.unwrap(merged)
     assert not any(type(m).__name__.startswith("Chrono") for m in merged.modules())
     assert "save_pretrained" not in merged.__dict__
@@ -242,5 +242,5 @@ def test_a_deep_copy_of_an_adapted_model_is_its_own() -> None:
     system.step(1)
     other.step(1)
     assert other is not system
-    assert [sum(layer.counts) for layer in system.snapshot().layers] == [0, 0]
-    assert [sum(layer.counts) for layer in other.snapshot().layers] == [128, 128]
+    assert [sum(layer.expert_token_counts) for layer in system.snapshot().layers] == [0, 0]
+    assert [sum(layer.expert_token_counts) for layer in other.snapshot().layers] == [128, 128]

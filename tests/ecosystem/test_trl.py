@@ -124,7 +124,7 @@ def test_counts_equal_a_recount_of_real_tokens(mode: str, tokenizer: Any, texts:
     trainer.train()
     snapshot = callback.system.last_snapshot
     assert recount.forward + 1 == STEPS * ACCUMULATION
-    assert [layer.counts for layer in snapshot.layers] == recount.counts
+    assert [layer.expert_token_counts for layer in snapshot.layers] == recount.counts
     real = sum(sum(flags) for flags in recount.real[: STEPS * ACCUMULATION])
     assert [layer.tokens for layer in snapshot.layers] == [real] * SMALL.layers
     assert [layer.calls for layer in snapshot.layers] == [STEPS * ACCUMULATION] * SMALL.layers

@@ -23,7 +23,7 @@ NUMERIC = LifecycleConfig(prune_threshold=0.3, starvation_threshold=0.5)
 def snapshot_of(
     step: int,
     phi_slow: list[float | None] | None = PHI,
-    tokens_seen: list[int] | None = SEEN,
+    total_tokens_seen: list[int] | None = SEEN,
     counts: list[int] | None = None,
     **fields: Any,
 ) -> SystemSnapshot:
@@ -37,7 +37,7 @@ def snapshot_of(
         n_experts=len(counts),
         top_k=2,
         phi_slow=phi_slow,
-        tokens_seen=tokens_seen,
+        total_tokens_seen=total_tokens_seen,
         **fields,
     )
     return SystemSnapshot.from_events(
@@ -206,11 +206,11 @@ def test_evidence_record_and_log_line(caplog):
     assert evidence["contribution_rank"] == 5  # 50, 40, 30, 20 contribute more; the other 10 ties
     assert evidence["share"] == 500 / 8000
     assert evidence["layer_phi"] == pytest.approx(sum(phi) / E)
-    assert {name: evidence[name] for name in ("phi_fast", "phi_mid", "phi_slow", "tokens_seen")} == {
+    assert {name: evidence[name] for name in ("phi_fast", "phi_mid", "phi_slow", "total_tokens_seen")} == {
         "phi_fast": 0.15,
         "phi_mid": 0.2,
         "phi_slow": 0.25,
-        "tokens_seen": 5000,
+        "total_tokens_seen": 5000,
     }
     assert (evidence["contribution"], evidence["saliency"], evidence["layer_starving"]) == (10.0, 0.4, False)
     (message,) = caplog.messages
@@ -271,7 +271,7 @@ def test_foreign_and_torn_state_is_refused_and_leaves_the_memory_alone():
 
 def test_disabled_and_impossible():
     off = LifecycleCoordinator(LifecycleConfig(enabled=False), n_layers=1)
-    assert off.evaluate(snapshot_of(2000, tokens_seen=[0] * E)) == []
+    assert off.evaluate(snapshot_of(2000, total_tokens_seen=[0] * E)) == []
     with pytest.raises(ConfigError):
         LifecycleCoordinator(n_layers=0)
     stray = snapshot_of(100)

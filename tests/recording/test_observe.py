@@ -21,7 +21,7 @@ EXACT = CoherenceConfig(max_tokens=None)
 
 
 def counts(system: Any) -> list[list[int]]:
-    return [layer.counts for layer in system.snapshot().layers]
+    return [layer.expert_token_counts for layer in system.snapshot().layers]
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "ac", "ac-reentrant"])
@@ -73,7 +73,7 @@ def test_generation_is_recorded_apart_and_masked(family: str) -> None:
     assert snapshot is not None and snapshot.mode == "EVAL"
     prefill, decoded = 4 * 16 - 5, 4 * 3
     assert [layer.tokens for layer in snapshot.layers] == [prefill + decoded] * 2
-    assert [sum(layer.counts) for layer in snapshot.layers] == [2 * (prefill + decoded)] * 2
+    assert [sum(layer.expert_token_counts) for layer in snapshot.layers] == [2 * (prefill + decoded)] * 2
     assert counts(system) == [[0] * 8] * 2, "training statistics must not see it"
     assert system.take_evaluation() is None
 
@@ -125,8 +125,8 @@ def test_phi_equals_the_definition(family: str, num_k: int, backend: str, refere
         assert states[e].phi_raw == pytest.approx(want[e], abs=1e-5)
         assert states[e].phi_fast == pytest.approx(want[e], abs=1e-5), "a first update is bias-corrected"
         assert layer.contribution[e] == pytest.approx(saliency[e], rel=1e-5)
-        assert layer.saliency[e] == pytest.approx(saliency[e] / layer.counts[e], rel=1e-5)
-        assert layer.phi_rows[e] == layer.counts[e]
+        assert layer.saliency[e] == pytest.approx(saliency[e] / layer.expert_token_counts[e], rel=1e-5)
+        assert layer.phi_rows[e] == layer.expert_token_counts[e]
 
 
 def test_phi_of_switch_uses_the_mixture_and_skips_dropped_tokens() -> None:
@@ -168,7 +168,7 @@ def test_phi_is_the_token_weighted_mean_over_micro_batches() -> None:
             other.discard()
             twin(**tiny.tiny_batch("mixtral", seed=micro, length=length)).loss.backward()
             other.step(1)
-        singles.append((other.coherence(0).snapshot(1), other.snapshot().layers[0].counts))
+        singles.append((other.coherence(0).snapshot(1), other.snapshot().layers[0].expert_token_counts))
     system.step(1)
     both = system.coherence(0).snapshot(1)
     compared = 0
@@ -197,7 +197,7 @@ def test_a_row_cap_reads_fewer_rows_says_so_and_stays_close(backend: str) -> Non
         system.step(1)
         layers.append(system.snapshot().layers[0])
     capped, full = layers
-    assert sum(capped.phi_rows) == 64 * 2 and sum(full.phi_rows) == sum(full.counts)
+    assert sum(capped.phi_rows) == 64 * 2 and sum(full.phi_rows) == sum(full.expert_token_counts)
     total = sum(capped.contribution), sum(full.contribution)
     assert total[0] == pytest.approx(total[1], rel=0.15)
 
@@ -271,7 +271,7 @@ def test_non_finite_tokens_are_left_out_and_alerted() -> None:
     assert snapshot is not None
     layer = snapshot.layers[0]
     assert layer.nonfinite_tokens == 3
-    assert sum(layer.counts) == 2 * (64 - 3)
+    assert sum(layer.expert_token_counts) == 2 * (64 - 3)
     assert torch.isfinite(system.step_state.ema_CLE).all() and torch.isfinite(system.step_state.beta_LE).all()
     assert {a.kind for a in snapshot.alerts} >= {"NON_FINITE"}
     bad["on"] = False
@@ -300,7 +300,7 @@ def test_counts_do_not_round_beyond_what_a_float32_can_count() -> None:
     before = int(recorder.train.ints[0])
     assert recorder.train.ints.dtype == torch.int64
     system.step(1)
-    assert system.snapshot().layers[0].counts[0] == before > 2**24
+    assert system.snapshot().layers[0].expert_token_counts[0] == before > 2**24
 
 
 # ---- no transfer to the host ---------------------------------------------------------------------------------------

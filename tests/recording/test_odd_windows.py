@@ -54,7 +54,9 @@ def test_all_tokens_on_one_expert_leave_no_nan(preset: str, num_k: int) -> None:
         snapshot = system.step(step)
         assert snapshot is not None
         if step == 1:
-            assert [e for e, n in enumerate(snapshot.layers[0].counts) if n] == [3, 5][:num_k], "bad test setup"
+            assert [e for e, n in enumerate(snapshot.layers[0].expert_token_counts) if n] == [3, 5][:num_k], (
+                "bad test setup"
+            )
         assert_sane(system)
     if preset == "balance":
         assert system.step_state.beta_LE[0, 3] < 0 < system.step_state.beta_LE[0, 0]

@@ -128,7 +128,7 @@ def check_observing(family: str, model: Any) -> None:
             assert "vision" in layer.layer_name, "a router of the text path was never reached"
             continue
         assert layer.tokens == 2 * 16 - 3
-        assert layer.counts == [counts[e] for e in range(layer.n_experts)]
+        assert layer.expert_token_counts == [counts[e] for e in range(layer.n_experts)]
     chronomoe_hf.unwrap(model)
     assert {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()} == attributes
     assert_identical(output_and_grads(model), want)
@@ -188,7 +188,7 @@ def check_beta(family: str, model: Any) -> None:
     model(**inputs(model))
     before = system.step(1)
     assert before is not None
-    counts = before.layers[chosen].counts
+    counts = before.layers[chosen].expert_token_counts
     # The least used expert has the most to gain; a large bias because the tiny batch has 29 tokens.
     target = min(range(len(counts)), key=lambda e: counts[e])
     state = system.router_state(chosen)
@@ -198,7 +198,7 @@ def check_beta(family: str, model: Any) -> None:
     model(**inputs(model))
     after = system.step(2)
     assert after is not None
-    assert after.layers[chosen].counts[target] > counts[target]
+    assert after.layers[chosen].expert_token_counts[target] > counts[target]
     assert after.layers[chosen].disagreement_js > 0
     for layer in system.layers:
         if not layer.can_steer:

@@ -37,8 +37,8 @@ def event(counts=(4, 2, 1, 1), top_k=2, **fields) -> RoutingEvent:
 )
 def test_counts_come_in_any_shape_a_router_gives(capacity):
     got = event(used_capacity=capacity, n_experts=4)
-    assert got.counts == [4, 2, 1, 1]
-    assert all(type(count) is int for count in got.counts)
+    assert got.expert_token_counts == [4, 2, 1, 1]
+    assert all(type(count) is int for count in got.expert_token_counts)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,12 @@ def test_refusals_name_the_way_out():
 
 def test_derived_numbers_are_those_of_the_counts():
     got = event()
-    assert got.assignments == 8
+    assert got.token_count == 8
     assert got.shares == [0.5, 0.25, 0.125, 0.125]
     assert got.n_effective == pytest.approx(2**1.75)
     assert got.entropy == pytest.approx(1.75 * math.log(2))
     assert (got.top2_share, got.max_violation, got.max_violation_ceiling) == (0.75, 1.0, 1.0)
-    assert (got.dead, got.nearly_dead) == (0, 0)
+    assert (got.dead_experts, got.nearly_dead_count) == (0, 0)
     assert got.gini == pytest.approx(metrics.gini([4, 2, 1, 1]))
 
 
@@ -77,7 +77,16 @@ def test_an_empty_window_is_null_everywhere():
     got = event(counts=(0, 0, 0, 0))
     assert got.shares is None
     record = got.to_record()
-    for name in ("entropy", "n_effective", "top2_share", "dead", "nearly_dead", "max_violation", "gini", "load_cv"):
+    for name in (
+        "entropy",
+        "n_effective",
+        "top2_share",
+        "dead_experts",
+        "nearly_dead_count",
+        "max_violation",
+        "gini",
+        "load_cv",
+    ):
         assert record[name] is None, name
     assert record["max_violation_ceiling"] == 1.0
     json.dumps(record, allow_nan=False)
@@ -101,7 +110,7 @@ def test_a_hand_made_event_with_nan_is_still_strict_json():
         layer_id=0,
         n_experts=2,
         top_k=1,
-        counts=[1, 1],
+        expert_token_counts=[1, 1],
         phi_fast=[math.nan, 0.25],
         overlap_only=math.inf,
     )
@@ -122,7 +131,7 @@ def test_the_record_says_which_run_layer_and_window():
         "window_steps": 100,
         "calls": 400,
         "dropped": 3,
-        "counts": [4, 2, 1, 1],
+        "expert_token_counts": [4, 2, 1, 1],
     }
     assert {name: record[name] for name in wanted} == wanted
 

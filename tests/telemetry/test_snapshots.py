@@ -49,7 +49,7 @@ def test_several_events_of_a_layer_are_merged_by_their_meaning():
         relevance=0.5,
     )
     layer = snapshot([first, second]).layers[0]
-    assert layer.counts == [30, 60, 10, 0]
+    assert layer.expert_token_counts == [30, 60, 10, 0]
     assert layer.shares == [0.3, 0.6, 0.1, 0.0]
     assert (layer.tokens, layer.calls, layer.dropped, layer.window_steps) == (80, 5, 3, 2)
     assert layer.prob_mean == pytest.approx([(14 + 6) / 80, (6 + 48) / 80, 6 / 80, 0.0])
@@ -61,7 +61,7 @@ def test_several_events_of_a_layer_are_merged_by_their_meaning():
     assert layer.relevance == 0.5
     assert layer.coherence_mean == pytest.approx((0.9 * 30 + 0.5 * 60 + 0.2 * 10) / 100)
     assert layer.coherence_min == 0.2
-    assert layer.dead == 1
+    assert layer.dead_experts == 1
 
 
 def test_layers_keep_their_order_and_own_size():
@@ -89,10 +89,10 @@ def test_thin_windows_say_so(total, sufficient):
 
 
 def test_a_layer_built_by_hand_has_its_metrics():
-    layer = LayerSnapshot(layer_id=0, n_experts=4, top_k=2, counts=[4, 2, 1, 1])
+    layer = LayerSnapshot(layer_id=0, n_experts=4, top_k=2, expert_token_counts=[4, 2, 1, 1])
     assert layer.n_effective == pytest.approx(2**1.75)
     assert layer.top2_share == layer.top2_relative == 0.75
-    assert LayerSnapshot(layer_id=0, n_experts=4, top_k=2, counts=[0] * 4).n_effective is None
+    assert LayerSnapshot(layer_id=0, n_experts=4, top_k=2, expert_token_counts=[0] * 4).n_effective is None
 
 
 def test_default_scalars_are_thirteen_plain_floats():
@@ -149,7 +149,7 @@ def test_the_record_is_strict_json_and_light():
     assert record["train_loss"] is None and record["val_loss"] == 2.5
     assert (record["run_id"], record["step"], record["mode"], record["schema"]) == ("r", 10, "TRAIN", 1)
     assert record["layers"][0]["n_effective"] == pytest.approx(4.0)
-    assert "counts" not in record["layers"][0], "per-expert values belong to the routing events"
+    assert "expert_token_counts" not in record["layers"][0], "per-expert values belong to the routing events"
 
 
 def test_a_look_at_the_open_window_leaves_the_history_alone():

@@ -86,7 +86,7 @@ def test_evaluation_is_kept_apart(tmp_path: Path) -> None:
     assert system.last_evaluation is not None
     real = sum(int(row["attention_mask"].sum()) for row in training_job.rows(8, seed=1))
     assert [layer.tokens for layer in system.last_evaluation.layers] == [real, real]
-    assert sum(system.snapshot().layers[0].counts) == 0
+    assert sum(system.snapshot().layers[0].expert_token_counts) == 0
     plain = trainer_for(tmp_path / "plain").evaluate()
     assert metrics["eval_loss"] == plain["eval_loss"]
 

@@ -91,7 +91,7 @@ def counts(output_dir: Path | str, mode: str = "TRAIN") -> torch.Tensor:
     total = torch.zeros(2, NUM_EXPERTS, dtype=torch.int64)
     for record in records:
         if record["mode"] == mode:
-            total[record["layer_id"]] += torch.tensor(record["counts"])
+            total[record["layer_id"]] += torch.tensor(record["expert_token_counts"])
     return total
 
 

@@ -89,7 +89,9 @@ def test_observing_is_exact_in_bf16(family: str, tmp_path: Path) -> None:
     system = wrapped(model, OBSERVE)
     assert_identical(output_and_grads(model), want)
     system.step(1)
-    assert all(sum(layer.counts) > 0 for layer in system.snapshot().layers if "vision" not in layer.layer_name)
+    assert all(
+        sum(layer.expert_token_counts) > 0 for layer in system.snapshot().layers if "vision" not in layer.layer_name
+    )
 
 
 @pytest.mark.parametrize("family", EVERY)

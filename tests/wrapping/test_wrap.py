@@ -75,7 +75,9 @@ def test_wrap_changes_no_number(
     got = loss_and_grads(model, batch)
     snapshot = chronomoe_hf.system_of(model)
     assert snapshot.step(1) is None
-    assert all(sum(layer.counts) > 0 for layer in snapshot.snapshot().layers), "bad test setup: no router was reached"
+    assert all(sum(layer.expert_token_counts) > 0 for layer in snapshot.snapshot().layers), (
+        "bad test setup: no router was reached"
+    )
     assert any(name.startswith(("router_logits", "encoder_router_logits")) for name in want)
     assert_identical(got, want)
 
@@ -111,7 +113,7 @@ def test_beta_on_one_expert_raises_its_count_and_keeps_recorded_logits(family: s
     got = loss_and_grads(model, batch)
     after = system.step(2)
     assert after is not None
-    assert after.layers[0].counts[0] > before.layers[0].counts[0]
+    assert after.layers[0].expert_token_counts[0] > before.layers[0].expert_token_counts[0]
     first = next(name for name in want if "router_logits.0" in name)
     assert torch.equal(got[first], want[first]), "the recorded logits must stay clean"
     assert not torch.equal(got["loss"], want["loss"])
@@ -206,8 +208,8 @@ def test_a_deep_copy_is_its_own_wrapped_model() -> None:
     loss_and_grads(twin, tiny.tiny_batch("mixtral"))
     system.step(1)
     other.step(1)
-    assert sum(system.snapshot().layers[0].counts) == 0
-    assert sum(other.snapshot().layers[0].counts) == 4 * 16 * 2
+    assert sum(system.snapshot().layers[0].expert_token_counts) == 0
+    assert sum(other.snapshot().layers[0].expert_token_counts) == 4 * 16 * 2
     other.router_state(0).beta_coeff.fill_(0.1)
     assert other.step_state.beta_LE[0].eq(0.1).all() and system.step_state.beta_LE[0].eq(0.0).all()
 
@@ -246,5 +248,5 @@ def test_accelerate_hooks_do_not_bypass_the_wrapped_router() -> None:
     system = chronomoe_hf.system_of(model)
     system.step(1)
     layer = system.snapshot().layers[0]
-    assert sum(layer.counts) == 4 * 16 * 2
+    assert sum(layer.expert_token_counts) == 4 * 16 * 2
     assert layer.phi_slow is not None and any(v is not None for v in layer.phi_slow)
