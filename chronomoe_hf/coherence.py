@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.metrics import expert_name
 
 ALPHAS = (0.9, 0.99, 0.999)
 """EMA decay of the fast, mid and slow clock: half-lives of about 7, 69 and 693 updates."""
@@ -21,17 +22,12 @@ STALE_AFTER = 1000
 """Optimizer steps without a token after which an expert no longer counts as being observed."""
 
 
-def expert_name(layer_id: int, expert: int) -> str:
-    """The name of an expert in records and logs: ``"L3_E7"`` is expert 7 of MoE layer 3."""
-    return f"L{layer_id}_E{expert}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class CoherenceState:
     """One expert's coherence, on the host.
 
     Args:
-        expert_id: ``"L3_E7"``, see :func:`expert_name`.
+        expert_id: ``"L3_E7"``, see :func:`chronomoe_hf.metrics.expert_name`.
         layer_id: MoE layer of the expert.
         phi_fast, phi_mid, phi_slow: bias-corrected clocks, cosines in [-1, 1]; None before the first update.
         last_update_step: optimizer step in which the expert was last seen, -1 = never.

@@ -11,12 +11,13 @@ Shape suffixes: E experts, T tokens.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.errors import ConfigError, shown
 
 if TYPE_CHECKING:  # host numbers are read without torch; the tensor functions import it when they run
     from torch import Tensor
@@ -101,8 +102,22 @@ def nearly_dead_count(shares: Values, n_experts: int | None = None) -> int | Non
     share_E = _sorted_shares(shares)
     if share_E is None:
         return None
-    threshold = min(0.01, 0.1 / (share_E.size if n_experts is None else n_experts))
+    threshold = nearly_dead_limit(share_E.size if n_experts is None else n_experts)
     return int(((share_E > 0.0) & (share_E < threshold)).sum())
+
+
+def nearly_dead_limit(n_experts: int) -> float:
+    """The share ``min(0.01, 0.1/E)`` below which a used expert is nearly dead."""
+    return min(0.01, 0.1 / n_experts)
+
+
+def balanced_top2(n_experts: int, k: int) -> float:
+    """Relative top-2 share (see :func:`relative_top2`) of a perfectly balanced layer, in ``(0, 1]``.
+
+    Where nearly all experts run for every token (k > 3E/4, or E = 2 with k = 1) it passes 0.75: there the top-2 share
+    says little about dominance.
+    """
+    return relative_top2(min(1.0, 2.0 / n_experts), k)
 
 
 def max_violation(counts: Values) -> float | None:
@@ -228,3 +243,20 @@ def overlap_only(p_biased_TE: Tensor, p_clean_TE: Tensor) -> Tensor:
         Shape ``(T,)``, float32 (float64 for float64 inputs), in ``[0, 1]``.
     """
     return (_float(p_biased_TE) - _float(p_clean_TE)).clamp_min(0.0).sum(-1)
+
+
+def expert_name(layer_id: int, expert: int) -> str:
+    """The name of an expert in records and logs: ``"L3_E7"`` is expert 7 of MoE layer 3, both counted from 0."""
+    return f"L{layer_id}_E{expert}"
+
+
+def expert_of(name: str) -> tuple[int, int]:
+    """Layer and index of an :func:`expert_name`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = re.fullmatch(r"L(\d{1,9})_E(\d{1,9})", name, re.ASCII) if isinstance(name, str) else None
+    if found is None:
+        raise ConfigError(f"an expert is named like 'L3_E7' (layer 3, expert 7), got {shown(name)}")
+    return int(found[1]), int(found[2])

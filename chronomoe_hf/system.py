@@ -87,6 +87,7 @@ class ChronoSystem:
             n_experts_per_layer=[layer.num_experts for layer in layers],
             config=config.control,
             top_k_per_layer=[layer.top_k for layer in layers],
+            floors=config.alerts,
         ).initialize(run_id=self.run_id)
         self.lifecycle = LifecycleCoordinator(config.lifecycle, n_layers=len(layers))
         self.records = RunRecords()

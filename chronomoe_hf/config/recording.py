@@ -36,8 +36,8 @@ class AlertConfig(ConfigBase):
     """Alert thresholds (SPEC section 3).
 
     Args:
-        neff_floor: PRE_COLLAPSE below this fraction of E (fraction).
-        top2_pre: PRE_COLLAPSE above this top-2 share relative to its ceiling min(1, 2/k).
+        neff_floor: PRE_COLLAPSE below this fraction of E; topology debt starts there too.
+        top2_pre: PRE_COLLAPSE above this top-2 share relative to its ceiling min(1, 2/k); debt starts there too.
         top2_confirmed: COLLAPSE_CONFIRMED above this relative top-2 share, with a dead expert.
         drift_fraction: DRIFT below this fraction of the run's own baseline n_effective.
         pre_after, confirmed_after, drift_after: consecutive snapshots before the alert is raised.

@@ -3,6 +3,6 @@
 from chronomoe_hf.config import ControlConfig
 from chronomoe_hf.controller.controller import Controller
 from chronomoe_hf.controller.decisions import ControlDecision
-from chronomoe_hf.controller.layer_state import LayerControlState
+from chronomoe_hf.controller.layer_state import ControlState
 
-__all__ = ["ControlConfig", "ControlDecision", "Controller", "LayerControlState"]
+__all__ = ["ControlConfig", "ControlDecision", "ControlState", "Controller"]

@@ -1,6 +1,6 @@
 """The controller: snapshot in, decisions out.
 
-It holds one LayerControlState per MoE layer and calls the pure functions of `policy` in the order of the control law.
+It holds one ControlState per MoE layer and calls the pure functions of `policy` in the order of the control law.
 It runs on the host, once per interval, and is deterministic: every rank that sees the same snapshots decides the same.
 """
 
@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
-from chronomoe_hf.config import ControlConfig
+from chronomoe_hf.config import AlertConfig, ControlConfig
 from chronomoe_hf.controller import policy
 from chronomoe_hf.controller.decisions import ControlDecision
-from chronomoe_hf.controller.layer_state import LayerControlState
+from chronomoe_hf.controller.layer_state import ControlState
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
 from chronomoe_hf.lens.lens import ChronoLens, IdentityLens
 from chronomoe_hf.metrics import relative_top2
@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
     """
 
     decisions: list[ControlDecision]
-    states: list[LayerControlState]
+    states: list[ControlState]
 
 
 class Controller:
@@ -44,6 +44,7 @@ class Controller:
         n_experts_per_layer: E of each layer.
         config: gains and thresholds.
         top_k_per_layer: k of each layer; by default the snapshot says.
+        floors: where debt starts, its `neff_floor` and `top2_pre`; by default those of ``AlertConfig()``.
 
     Raises:
         ConfigError: a list's length is not `n_layers`, or an entry is not positive.
@@ -55,6 +56,7 @@ class Controller:
         n_experts_per_layer: Sequence[int],
         config: ControlConfig | None = None,
         top_k_per_layer: Sequence[int] | None = None,
+        floors: AlertConfig | None = None,
     ) -> None:
         if n_layers < 1:
             raise ConfigError(f"Controller n_layers must be at least 1, got {n_layers}")
@@ -62,11 +64,12 @@ class Controller:
             if values is not None and (len(values) != n_layers or min(values) < 1):
                 raise ConfigError(f"Controller {name} must hold {n_layers} positive integers, got {list(values)}")
         self.config = ControlConfig() if config is None else config
+        self.floors = AlertConfig() if floors is None else floors
         self.n_layers = n_layers
         self.n_experts_per_layer = tuple(n_experts_per_layer)
         self.top_k_per_layer = None if top_k_per_layer is None else tuple(top_k_per_layer)
         self.run_id: str | None = None
-        self._states = [LayerControlState() for _ in range(n_layers)]
+        self._states = [ControlState() for _ in range(n_layers)]
         self._writer: TelemetryWriter | None = None
 
     def initialize(self, run_id: str, writer: TelemetryWriter | None = None) -> Self:
@@ -75,7 +78,7 @@ class Controller:
         self._writer = writer
         return self
 
-    def layer_state(self, layer_id: int) -> LayerControlState:
+    def layer_state(self, layer_id: int) -> ControlState:
         """The live control memory of a layer (read it; the controller writes it)."""
         return self._states[layer_id]
 
@@ -150,7 +153,7 @@ class Controller:
         return layer.top_k if self.top_k_per_layer is None else self.top_k_per_layer[layer.layer_id]
 
     def _decide(
-        self, state: LayerControlState, snapshot: SystemSnapshot, layer: LayerSnapshot, lens: Lens | None
+        self, state: ControlState, snapshot: SystemSnapshot, layer: LayerSnapshot, lens: Lens | None
     ) -> ControlDecision:
         """One turn of the control law for one layer; `state` is a copy and moves on."""
         config, spread = self.config, layer.lens_spread
@@ -200,7 +203,7 @@ class Controller:
         )
 
     def _observe(
-        self, state: LayerControlState, seen: _Evidence, top_k: int, fit: bool
+        self, state: ControlState, seen: _Evidence, top_k: int, fit: bool
     ) -> tuple[policy.Debt, policy.Quota | None, bool]:
         """Add a window with evidence to the state; returns debt, quota and the harm guard's verdict."""
         config, n_experts = self.config, len(seen.shares)
@@ -210,6 +213,7 @@ class Controller:
             dead_experts=seen.dead_experts,
             n_experts=n_experts,
             top_k=top_k,
+            floors=self.floors,
         )
         quota = policy.quota_of(
             seen.shares, top2_share=seen.top2_share, dead_experts=seen.dead_experts, top_k=top_k, config=config
@@ -271,7 +275,7 @@ class Controller:
                 f"controller state is for experts per layer {saved}, this controller has "
                 f"{list(self.n_experts_per_layer)}; load a checkpoint of this model"
             )
-        self._states = [LayerControlState.from_state_dict(layer) for layer in state["layers"]]
+        self._states = [ControlState.from_state_dict(layer) for layer in state["layers"]]
 
 
 class _Evidence(NamedTuple):

@@ -11,7 +11,7 @@ from chronomoe_hf.errors import StateCorruptError
 
 
 @dataclass
-class LayerControlState:
+class ControlState:
     """Control memory of one MoE layer.
 
     Every number is a Python float or int, so that JSON (shortest-repr floats) restores it bit for bit.

@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from chronomoe_hf.config import ControlConfig
-from chronomoe_hf.metrics import relative_top2
+from chronomoe_hf.config import AlertConfig, ControlConfig
+from chronomoe_hf.metrics import balanced_top2, relative_top2
 
 AbstainReason = Literal["no_pressure", "harm_backoff", "insufficient_evidence", "lens_unsupported", "lens_unfit"]
 
-NEFF_FLOOR = 0.6  # fraction of E below which concentration is debt
-TOP2_START = 0.75  # relative top-2 share above which dominance is debt
+DEFAULT_FLOORS = AlertConfig()
 WEIGHT_NEFF, WEIGHT_TOP2, WEIGHT_DEAD = 0.4, 0.4, 0.2
 
 
@@ -34,8 +33,8 @@ class Debt:
     """Topology debt and its parts, each in [0, 1] before weighting.
 
     Attributes:
-        n_effective: shortfall of Neff below 0.6 E, as a fraction of 0.6 E.
-        top2: excess of t over 0.75, as a fraction of the remaining 0.25.
+        n_effective: shortfall of Neff below its floor (0.6 E), as a fraction of the floor.
+        top2: excess of t over its floor (0.75), as a fraction of what remains to 1.
         dead: dead experts over E - 1.
     """
 
@@ -49,8 +48,16 @@ class Debt:
         return clip(WEIGHT_NEFF * self.n_effective + WEIGHT_TOP2 * self.top2 + WEIGHT_DEAD * self.dead)
 
 
-def topology_debt(*, n_effective: float, top2_share: float, dead_experts: int, n_experts: int, top_k: int) -> Debt:
-    """How far a layer's routing is from a healthy one.
+def topology_debt(
+    *,
+    n_effective: float,
+    top2_share: float,
+    dead_experts: int,
+    n_experts: int,
+    top_k: int,
+    floors: AlertConfig = DEFAULT_FLOORS,
+) -> Debt:
+    """How far a layer's routing is from a healthy one. Debt starts where PRE_COLLAPSE does.
 
     A perfectly balanced layer has t = (2/E) / min(1, 2/k), which reaches 0.75 only where nearly all experts run for
     every token (k > 3E/4, or E = 2 with k = 1). There the top-2 share says little about dominance, so debt is counted
@@ -62,14 +69,15 @@ def topology_debt(*, n_effective: float, top2_share: float, dead_experts: int, n
         dead_experts: experts with share exactly 0.
         n_experts: E, at least 1.
         top_k: k, in [1, E].
+        floors: its `neff_floor` and `top2_pre` are where debt starts; by default 0.6 and 0.75.
 
     Source: ChronoMoE v2 debt (0.4 / 0.4 / 0.2), with the top-2 share made relative to its ceiling.
     """
-    floor = NEFF_FLOOR * n_experts
-    start = top2_start(TOP2_START, n_experts, top_k)
+    floor = floors.neff_floor * n_experts
+    start = top2_start(floors.top2_pre, n_experts, top_k)
     relative = relative_top2(top2_share, top_k)
     return Debt(
-        n_effective=clip((floor - n_effective) / floor),
+        n_effective=clip((floor - n_effective) / floor) if floor > 0.0 else 0.0,
         top2=clip((relative - start) / (1.0 - start)) if start < 1.0 else 0.0,
         dead=clip(dead_experts / max(1, n_experts - 1)),
     )
@@ -77,7 +85,7 @@ def topology_debt(*, n_effective: float, top2_share: float, dead_experts: int, n
 
 def top2_start(threshold: float, n_experts: int, top_k: int) -> float:
     """`threshold` on t, or the balanced layer's own t where that is higher (see :func:`topology_debt`)."""
-    return max(threshold, relative_top2(min(1.0, 2.0 / n_experts), top_k))
+    return max(threshold, balanced_top2(n_experts, top_k))
 
 
 def next_pressure(pressure: float, debt: float, config: ControlConfig) -> float:
@@ -166,7 +174,7 @@ def next_harm_backoff(backoff: float, hold: int, harmed: bool, config: ControlCo
     """Back-off and hold after one verdict.
 
     Harm halves the back-off (down to the floor); without harm it moves a fifth of the way back to 1. The floor and
-    that fifth alone end an abstention after a single evaluation, in which the closed lens proved nothing: a lens that
+    that fifth alone end an abstention after a single evaluation, before there is new evidence: a lens that
     always harms then acts in more than half of all evaluations. So harm that leads to abstention also sets a hold of
     `harm.hold` evaluations in which nothing recovers.
 

@@ -1,6 +1,7 @@
 """Which experts could go: the dry run, the evidence, the plan, what it costs, and the refit of what stays."""
 
-from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator, PruneDecision
+from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator
+from chronomoe_hf.lifecycle.decisions import PruneDecision
 from chronomoe_hf.lifecycle.effect import Effect, MaskEffect
 from chronomoe_hf.lifecycle.evidence import Evidence, LayerEvidence
 from chronomoe_hf.lifecycle.live import layer_specs

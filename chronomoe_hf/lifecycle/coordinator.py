@@ -18,67 +18,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, overload
 
-from chronomoe_hf.config import LifecycleConfig
+from chronomoe_hf.coherence import CoherenceState
+from chronomoe_hf.config import ChronoConfig, LifecycleConfig
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
-from chronomoe_hf.telemetry.snapshots import LayerSnapshot, SystemSnapshot
+from chronomoe_hf.lifecycle.decisions import REASONS, PruneDecision, Reason, State, log_line
+from chronomoe_hf.lifecycle.layer_evidence import LayerEvaluation, at, evidence_of, layer_coherence, prune_threshold
+from chronomoe_hf.metrics import expert_name
+from chronomoe_hf.router.state import RouterState
+from chronomoe_hf.telemetry.snapshots import SystemSnapshot
+
+__all__ = ["LifecycleCoordinator", "PruneDecision"]
 
 logger = logging.getLogger("chronomoe_hf")
 
-Reason = Literal["low_observability", "low_coherence"]
-REASONS: tuple[Reason, ...] = ("low_observability", "low_coherence")
-
-AUTO_DEVIATIONS = 2.0  # prune threshold "auto": layer mean minus this many standard deviations
 STARVING_FRACTION = 0.8  # starvation threshold "auto": this fraction of the layer's own baseline
 BASELINE_EVALUATIONS = 3  # evaluations averaged into that baseline
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneDecision:
-    """A change in the case against one expert. Always a dry run.
-
-    Attributes:
-        step: optimizer step of the snapshot.
-        layer_id: MoE layer.
-        expert_id: expert of that layer.
-        reason: ``"low_observability"`` or ``"low_coherence"``.
-        state: ``"candidate"``, ``"confirmed"`` or ``"withdrawn"``.
-        streak: consecutive evaluations for which the case has held; 0 when withdrawn.
-        threshold: the number it was judged against (tokens or Phi_slow).
-        evidence: phi_fast, phi_mid, phi_slow, phi_delta (fast - slow), total_tokens_seen, share (of the window),
-            contribution (sum over its tokens of gate * \\|expert output\\|), saliency (its mean, REAP),
-            contribution_rank (1 = contributes most), n_experts, layer_phi (token-weighted mean Phi_slow),
-            layer_starving. What was not measured is None.
-        run_id: of the run.
-    """
-
-    step: int
-    layer_id: int
-    expert_id: int
-    reason: Reason
-    state: Literal["candidate", "confirmed", "withdrawn"]
-    streak: int
-    threshold: float | None
-    evidence: dict[str, Any]
-    run_id: str = ""
-
-    def to_record(self) -> dict[str, Any]:
-        """JSON-ready dictionary, the line written to ``lifecycle_decisions.jsonl``."""
-        return {
-            "run_id": self.run_id,
-            "step": self.step,
-            "layer_id": self.layer_id,
-            "expert_id": self.expert_id,
-            "reason": self.reason,
-            "state": self.state,
-            "streak": self.streak,
-            "threshold": self.threshold,
-            "evidence": dict(self.evidence),
-            "dry_run": True,
-        }
 
 
 @dataclass
@@ -91,50 +49,99 @@ class _LayerCases:
 
 
 class LifecycleCoordinator:
-    """Collects evidence against experts and logs changes of mind. Reads snapshots, writes nothing but its own memory.
+    """Collects evidence against experts and logs changes of mind. Reads numbers, writes nothing but its own memory.
 
     Args:
-        config: thresholds.
-        n_layers: MoE layers, numbered from 0.
+        config: thresholds; of a whole ChronoConfig its ``lifecycle`` part.
+        n_layers: MoE layers, numbered from 0; None takes layers as they come.
         run_id: stamped on every decision; by default the snapshot's.
+
+    Attributes:
+        decisions: every decision so far, oldest first.
     """
 
-    def __init__(self, config: LifecycleConfig | None = None, n_layers: int = 1, *, run_id: str | None = None) -> None:
-        if n_layers < 1:
+    def __init__(
+        self,
+        config: LifecycleConfig | ChronoConfig | None = None,
+        n_layers: int | None = None,
+        *,
+        run_id: str | None = None,
+    ) -> None:
+        if n_layers is not None and n_layers < 1:
             raise ConfigError(f"LifecycleCoordinator n_layers must be at least 1, got {n_layers}")
+        if isinstance(config, ChronoConfig):
+            config = config.lifecycle
         self.config = LifecycleConfig() if config is None else config
         self.n_layers = n_layers
         self.run_id = run_id
-        self._layers = [_LayerCases() for _ in range(n_layers)]
+        self.decisions: list[PruneDecision] = []
+        self._layers = [_LayerCases() for _ in range(n_layers or 0)]
 
-    def evaluate(self, snapshot: SystemSnapshot) -> list[PruneDecision]:
-        """Judge every expert of a snapshot.
+    @overload
+    def evaluate(self, snapshot: SystemSnapshot, /) -> list[PruneDecision]: ...
+
+    @overload
+    def evaluate(
+        self, snapshot: Mapping[int, CoherenceState], router_state: RouterState, step: int | None = None, /
+    ) -> list[PruneDecision]: ...
+
+    def evaluate(
+        self,
+        snapshot: SystemSnapshot | Mapping[int, CoherenceState],
+        router_state: RouterState | None = None,
+        step: int | None = None,
+    ) -> list[PruneDecision]:
+        """Judge every expert of a system snapshot, or of one layer.
+
+        Args:
+            snapshot: a closed window of all layers; or one layer's ``CoherenceBuffer.snapshot(step)``.
+            router_state: with one layer's snapshot, the state of its router (which layer, how many experts).
+            step: with one layer's snapshot, the optimizer step; by default that of the snapshot.
 
         Returns:
             The changes of state only, in order of layer, expert, reason; empty when the lifecycle is disabled.
 
         Raises:
-            ConfigError: the snapshot has a layer this coordinator was not built for.
+            ConfigError: the snapshot has a layer this coordinator was not built for, or its parts do not agree.
         """
+        if isinstance(snapshot, Mapping):
+            if router_state is None:
+                raise ConfigError("one layer is judged by evaluate(coherence_snapshot, router_state, step)")
+            layers, run_id = [LayerEvaluation.from_states(snapshot, router_state)], ""
+            step = snapshot[0].step if step is None else step
+            if step is None:
+                raise ConfigError("evaluate(coherence_snapshot, router_state, step) needs the step")
+        else:
+            layers, run_id, step = (
+                [LayerEvaluation.from_snapshot(each) for each in snapshot.layers],
+                snapshot.run_id,
+                snapshot.step,
+            )
         if not self.config.enabled:
             return []
-        decisions: list[PruneDecision] = []
-        for layer in snapshot.layers:
-            if not 0 <= layer.layer_id < self.n_layers:
-                raise ConfigError(
-                    f"the snapshot has layer {layer.layer_id}, this lifecycle has layers 0 to {self.n_layers - 1}; "
-                    "build it with the model's n_layers"
-                )
-            decisions += self._evaluate_layer(snapshot, layer)
+        run_id = run_id if self.run_id is None else self.run_id
+        for layer in layers:
+            self._make_room(layer.layer_id)
+        decisions = [decision for layer in layers for decision in self._evaluate_layer(layer, step, run_id)]
         for decision in decisions:
-            logger.info("%s", _line(decision))
+            logger.info("%s", log_line(decision))
+        self.decisions += decisions
         return decisions
 
-    def _evaluate_layer(self, snapshot: SystemSnapshot, layer: LayerSnapshot) -> list[PruneDecision]:
+    def _make_room(self, layer_id: int) -> None:
+        if layer_id < 0 or (self.n_layers is not None and layer_id >= self.n_layers):
+            raise ConfigError(
+                f"the snapshot has layer {layer_id}, this lifecycle has layers 0 to {(self.n_layers or 0) - 1}; "
+                "build it with the model's n_layers"
+            )
+        while len(self._layers) <= layer_id:
+            self._layers.append(_LayerCases())
+
+    def _evaluate_layer(self, layer: LayerEvaluation, step: int, run_id: str) -> list[PruneDecision]:
         cases = self._layers[layer.layer_id]
         if not layer.sufficient:
             if not cases.insufficient:
-                logger.info("[DRY-RUN] step %d layer %d: insufficient evidence", snapshot.step, layer.layer_id)
+                logger.info("[DRY-RUN] step %d layer %d: insufficient evidence", step, layer.layer_id)
             cases.insufficient = True
             return []
         cases.insufficient = False
@@ -147,41 +154,40 @@ class LifecycleCoordinator:
         }
         for expert in range(layer.n_experts):
             for reason, threshold in thresholds.items():
-                holds = self._holds(reason, threshold, layer, expert, snapshot.step, starving)
+                holds = self._holds(reason, threshold, layer, expert, step, starving)
                 for state, streak in self._advance(cases, (expert, reason), holds):
                     out.append(
                         PruneDecision(
-                            step=snapshot.step,
-                            layer_id=layer.layer_id,
-                            expert_id=expert,
+                            expert_id=expert_name(layer.layer_id, expert),
                             reason=reason,
+                            phi_slow=at(layer.phi_slow, expert),
+                            total_tokens_seen=at(layer.total_tokens_seen, expert),
+                            step=step,
                             state=state,
                             streak=streak,
                             threshold=threshold,
-                            evidence=_evidence(layer, expert, layer_phi, starving),
-                            run_id=snapshot.run_id if self.run_id is None else self.run_id,
+                            evidence=evidence_of(layer, expert, layer_phi, starving),
+                            run_id=run_id,
                         )
                     )
         return out
 
     def _holds(
-        self, reason: Reason, threshold: float | None, layer: LayerSnapshot, expert: int, step: int, starving: bool
+        self, reason: Reason, threshold: float | None, layer: LayerEvaluation, expert: int, step: int, starving: bool
     ) -> bool | None:
         """Whether the case holds now; None where there is not enough evidence to say."""
-        tokens = _at(layer.total_tokens_seen, expert)
+        tokens = at(layer.total_tokens_seen, expert)
         if tokens is None:
             return None
         if reason == "low_observability":
             # A resume with a reset step must not judge before the clock says so.
             return tokens < self.config.min_tokens and not starving if step > self.config.after_step else None
-        phi = _at(layer.phi_slow, expert)
+        phi = at(layer.phi_slow, expert)
         if phi is None or threshold is None or tokens <= self.config.coherence_tokens:
             return None
         return phi < threshold
 
-    def _advance(
-        self, cases: _LayerCases, key: tuple[int, Reason], holds: bool | None
-    ) -> list[tuple[Literal["candidate", "confirmed", "withdrawn"], int]]:
+    def _advance(self, cases: _LayerCases, key: tuple[int, Reason], holds: bool | None) -> list[tuple[State, int]]:
         """Move one case; returns the states it newly entered with the streak."""
         streak = cases.streaks.get(key, 0)
         if holds is None:
@@ -189,7 +195,7 @@ class LifecycleCoordinator:
         if not holds:
             return [("withdrawn", 0)] if cases.streaks.pop(key, 0) else []
         cases.streaks[key] = streak + 1
-        entered: list[tuple[Literal["candidate", "confirmed", "withdrawn"], int]] = []
+        entered: list[tuple[State, int]] = []
         if streak == 0:
             entered.append(("candidate", 1))
         if streak + 1 == self.config.confirmations:
@@ -233,90 +239,12 @@ class LifecycleCoordinator:
             loaded = [_cases_from(entry) for entry in state["layers"]]
         except (KeyError, TypeError, ValueError) as error:
             raise StateCorruptError(f"lifecycle state is malformed ({error!r}); use an intact checkpoint") from None
-        if len(loaded) != self.n_layers:
+        if self.n_layers is not None and len(loaded) != self.n_layers:
             raise StateMismatchError(
                 f"lifecycle state has {len(loaded)} layers, this model has {self.n_layers}; "
                 "load a checkpoint of this model"
             )
         self._layers = loaded
-
-
-def layer_coherence(
-    phi_slow: Sequence[float | None] | None, total_tokens_seen: Sequence[float | None] | None
-) -> float | None:
-    """Token-weighted mean Phi_slow of a layer, over experts with evidence; None without any."""
-    pairs = _known(phi_slow, total_tokens_seen)
-    weight = math.fsum(tokens for _, tokens in pairs)
-    return math.fsum(phi * tokens for phi, tokens in pairs) / weight if weight > 0.0 else None
-
-
-def prune_threshold(
-    phi_slow: Sequence[float | None] | None, total_tokens_seen: Sequence[float | None] | None, config: LifecycleConfig
-) -> float | None:
-    """Phi_slow below which an expert is incoherent.
-
-    ``"auto"``: mean - 2 population standard deviations over the experts that may be judged (more than
-    `coherence_tokens` tokens), each counting once. One expert among n deviates by at most sqrt(n - 1) standard
-    deviations, so with fewer than six judged experts "auto" accuses nobody; use a number there. None without two
-    experts to compare.
-    """
-    if isinstance(config.prune_threshold, float):
-        return config.prune_threshold
-    values = [phi for phi, tokens in _known(phi_slow, total_tokens_seen) if tokens > config.coherence_tokens]
-    if len(values) < 2:
-        return None
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
-    return mean - AUTO_DEVIATIONS * math.sqrt(variance)
-
-
-def _known(
-    phi_slow: Sequence[float | None] | None, total_tokens_seen: Sequence[float | None] | None
-) -> list[tuple[float, float]]:
-    if phi_slow is None or total_tokens_seen is None:
-        return []
-    both = zip(phi_slow, total_tokens_seen, strict=True)
-    return [(phi, tokens) for phi, tokens in both if phi is not None and tokens is not None]
-
-
-def _at(values: Sequence[float | None] | None, expert: int) -> float | None:
-    return None if values is None else values[expert]
-
-
-def _evidence(layer: LayerSnapshot, expert: int, layer_phi: float | None, starving: bool) -> dict[str, Any]:
-    fast, slow = _at(layer.phi_fast, expert), _at(layer.phi_slow, expert)
-    own = _at(layer.contribution, expert)
-    rank = None
-    if own is not None and layer.contribution is not None:
-        rank = 1 + sum(1 for other in layer.contribution if other is not None and other > own)
-    return {
-        "phi_fast": fast,
-        "phi_mid": _at(layer.phi_mid, expert),
-        "phi_slow": slow,
-        "phi_delta": None if fast is None or slow is None else fast - slow,
-        "total_tokens_seen": _at(layer.total_tokens_seen, expert),
-        "share": _at(layer.shares, expert),
-        "contribution": own,
-        "saliency": _at(layer.saliency, expert),
-        "contribution_rank": rank,
-        "n_experts": layer.n_experts,
-        "layer_phi": layer_phi,
-        "layer_starving": starving,
-    }
-
-
-def _line(decision: PruneDecision) -> str:
-    def show(value: Any) -> str:
-        return "unknown" if value is None else f"{value:.4g}"
-
-    seen = decision.evidence
-    return (
-        f"[DRY-RUN] step {decision.step} layer {decision.layer_id} expert {decision.expert_id}: "
-        f"{decision.reason} {decision.state} (streak {decision.streak}, threshold {show(decision.threshold)}; "
-        f"phi_slow {show(seen['phi_slow'])}, tokens {show(seen['total_tokens_seen'])}, share {show(seen['share'])}, "
-        f"contribution rank {seen['contribution_rank'] or 'unknown'} of {seen['n_experts']}"
-        f"{', layer starving' if seen['layer_starving'] else ''})"
-    )
 
 
 def _cases_from(entry: dict[str, Any]) -> _LayerCases:

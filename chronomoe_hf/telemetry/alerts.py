@@ -189,7 +189,7 @@ def _layer_edges(layer: LayerSnapshot, step: int, history: AlertHistory, config:
         return edges  # insufficient evidence: no streak moves
     size, neff, top2 = layer.n_experts, layer.n_effective, metrics.relative_top2(layer.top2_share, layer.top_k)
     # Where E is close to k, even balanced routing sits above the threshold: there top-2 says nothing about collapse.
-    balanced = metrics.relative_top2(min(1.0, 2.0 / size), layer.top_k)
+    balanced = metrics.balanced_top2(size, layer.top_k)
     concentrated = top2 > config.top2_pre > balanced
     detail = f"n_effective {neff:.3g} of {size}, top-2 share {top2:.3g} of its ceiling, {layer.dead_experts} dead"
     pre = neff < config.neff_floor * size or concentrated

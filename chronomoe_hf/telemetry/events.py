@@ -16,9 +16,10 @@ import numpy as np
 
 from chronomoe_hf import metrics
 from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.telemetry.experts import ExpertState
 from chronomoe_hf.telemetry.values import finite, finite_list, known, plain_counts, plain_list, plain_number
 
-RECORD_SCHEMA = 1
+RECORD_SCHEMA = 2
 Mode = Literal["TRAIN", "INFER", "EVAL"]
 Vector = list[float | None]
 
@@ -281,6 +282,26 @@ class RoutingEvent:
         """Gini coefficient of the shares."""
         return self._load.gini
 
+    @property
+    def expert_states(self) -> list[ExpertState]:
+        """Every expert's row of this event, by index."""
+        shares = self.shares
+        nearly = metrics.nearly_dead_limit(self.n_experts)
+        return [
+            ExpertState(
+                expert_id=metrics.expert_name(self.layer_id, expert),
+                layer_id=self.layer_id,
+                token_count=count,
+                share=None if shares is None else shares[expert],
+                dead=None if shares is None else shares[expert] == 0.0,
+                nearly_dead=None if shares is None else 0.0 < shares[expert] < nearly,
+                phi_fast=self.phi_fast[expert] if self.phi_fast is not None else None,
+                phi_mid=self.phi_mid[expert] if self.phi_mid is not None else None,
+                phi_slow=self.phi_slow[expert] if self.phi_slow is not None else None,
+            )
+            for expert, count in enumerate(self.expert_token_counts)
+        ]
+
     def to_record(self) -> dict[str, Any]:
         """Strict-JSON dictionary: NaN and infinities become null, floats keep 7 significant digits."""
         record: dict[str, Any] = {"schema": RECORD_SCHEMA}
@@ -290,5 +311,6 @@ class RoutingEvent:
             record[name] = finite_list(record[name])
         for name in NUMBERS:
             record[name] = finite(record[name])
+        record["token_count"] = self.token_count
         record.update({name: finite(value) for name, value in self._load._asdict().items()})
         return record

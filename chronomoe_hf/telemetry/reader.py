@@ -1,4 +1,7 @@
-"""Reading telemetry back: broken lines are skipped and counted, overwritten history is left out, runs stay apart."""
+"""Reading telemetry back: broken lines are skipped and counted, overwritten history is left out, runs stay apart.
+
+Records of older schemas come back under today's names.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from chronomoe_hf.telemetry.old_records import upgraded
 from chronomoe_hf.telemetry.runs import History, Run
 
 logger = logging.getLogger("chronomoe_hf")
@@ -54,7 +58,7 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
         record = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         return None
-    return record if isinstance(record, dict) else None
+    return upgraded(record) if isinstance(record, dict) else None
 
 
 def read_jsonl(path: str | Path, *, run: Run | None = None) -> tuple[list[dict[str, Any]], int]:

@@ -11,7 +11,8 @@ import pytest
 
 from chronomoe_hf.config import LifecycleConfig
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
-from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator, PruneDecision, layer_coherence, prune_threshold
+from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
+from chronomoe_hf.lifecycle.layer_evidence import layer_coherence, prune_threshold
 from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot
 
 E = 8
@@ -50,7 +51,7 @@ def with_entry(values: list[Any], expert: int, value: Any) -> list[Any]:
 
 
 def edges(decisions: list[PruneDecision]) -> list[tuple[int, str, str]]:
-    return [(decision.expert_id, decision.reason, decision.state) for decision in decisions]
+    return [(decision.expert, decision.reason, decision.state) for decision in decisions]
 
 
 def run(coordinator: LifecycleCoordinator, *snapshots: SystemSnapshot) -> list[list[tuple[int, str, str]]]:
@@ -195,8 +196,11 @@ def test_evidence_record_and_log_line(caplog):
         "run_id": "run",
         "step": 1200,
         "layer_id": 0,
-        "expert_id": 3,
+        "expert_id": "L0_E3",
+        "expert": 3,
         "reason": "low_coherence",
+        "phi_slow": 0.25,
+        "total_tokens_seen": 5000,
         "state": "candidate",
         "streak": 1,
         "threshold": 0.3,
@@ -214,7 +218,7 @@ def test_evidence_record_and_log_line(caplog):
     }
     assert (evidence["contribution"], evidence["saliency"], evidence["layer_starving"]) == (10.0, 0.4, False)
     (message,) = caplog.messages
-    assert message.startswith("[DRY-RUN] step 1200 layer 0 expert 3: low_coherence candidate")
+    assert message.startswith("[DRY-RUN] step 1200 L0_E3: low_coherence candidate")
     assert "contribution rank 5 of 8" in message
 
 

@@ -121,7 +121,7 @@ def test_a_hand_made_event_with_nan_is_still_strict_json():
 def test_the_record_says_which_run_layer_and_window():
     record = event(attempt=2, layer_name="model.layers.0.mlp.gate", window_steps=100, calls=400, dropped=3).to_record()
     wanted = {
-        "schema": 1,
+        "schema": 2,
         "run_id": "r",
         "attempt": 2,
         "step": 10,
@@ -132,6 +132,7 @@ def test_the_record_says_which_run_layer_and_window():
         "calls": 400,
         "dropped": 3,
         "expert_token_counts": [4, 2, 1, 1],
+        "token_count": 8,
     }
     assert {name: record[name] for name in wanted} == wanted
 

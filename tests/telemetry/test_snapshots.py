@@ -147,7 +147,7 @@ def test_the_record_is_strict_json_and_light():
     got = snapshot(events, train_loss=bad, val_loss=2.5, overhead_ms=math.inf)
     record = json.loads(json.dumps(got.to_record(), allow_nan=False))
     assert record["train_loss"] is None and record["val_loss"] == 2.5
-    assert (record["run_id"], record["step"], record["mode"], record["schema"]) == ("r", 10, "TRAIN", 1)
+    assert (record["run_id"], record["step"], record["mode"], record["schema"]) == ("r", 10, "TRAIN", 2)
     assert record["layers"][0]["n_effective"] == pytest.approx(4.0)
     assert "expert_token_counts" not in record["layers"][0], "per-expert values belong to the routing events"
 

@@ -40,7 +40,7 @@ def test_records_are_one_strict_json_line_each(tmp_path):
     assert raw.count(b"\n") == 3 and raw.isascii() and b"NaN" not in raw and b"\x1b" not in raw
     records, broken = read_jsonl(writer.path("snapshots"))
     assert broken == 0
-    want = {"schema": 1, "run_id": "my_run", "attempt": 3, "step": 1}
+    want = {"schema": 2, "run_id": "my_run", "attempt": 3, "step": 1}
     assert records[0] == {**want, "value": None, "rows": [None, 1.5], "name": hostile}
     assert (writer.written, writer.dropped) == (3, 0)
 
