@@ -11,7 +11,7 @@ from chronomoe_hf.cli.records import RunDirectory, records_directory
 from chronomoe_hf.errors import TelemetryError
 
 DECISIONS = "lifecycle_decisions.jsonl"
-EVIDENCE = ("tokens_seen", "share", "phi_slow", "contribution", "contribution_rank", "saliency")
+EVIDENCE = ("total_tokens_seen", "share", "phi_slow", "contribution", "contribution_rank", "saliency")
 
 
 def register(app: typer.Typer) -> None:
@@ -40,8 +40,8 @@ def candidates(
     for case in kept:
         rank = f"{_short(case['contribution_rank'], '.0f')}/{_short(case['num_experts'], '.0f')}"
         screen.print(
-            f"{case['layer_id'][:5]:>5} {case['expert_id'][:6]:>6}  {case['reason'][:17]:<17} {case['state'][:9]:<9} "
-            f"{_short(case['step'], '.0f'):>6} {_tokens(case['tokens_seen']):>8} "
+            f"{case['layer_id'][:5]:>5} {case['expert'][:6]:>6}  {case['reason'][:17]:<17} {case['state'][:9]:<9} "
+            f"{_short(case['step'], '.0f'):>6} {_tokens(case['total_tokens_seen']):>8} "
             f"{_short(case['share'], '.4f'):>6} {_short(case['phi_slow'], '.2f'):>6} {rank:>7}",
             soft_wrap=True,
         )
@@ -72,9 +72,9 @@ def cases(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for record in records:
         evidence = record.get("evidence")
         evidence = evidence if isinstance(evidence, dict) else {}
-        key = tuple(plain_text(record.get(part), 40) for part in ("layer_id", "expert_id", "reason"))
+        key = tuple(plain_text(record.get(part), 40) for part in ("layer_id", "expert", "reason"))
         found[key[0], key[1], key[2]] = {
-            **dict(zip(("layer_id", "expert_id", "reason"), key, strict=True)),
+            **dict(zip(("layer_id", "expert", "reason"), key, strict=True)),
             "state": plain_text(record.get("state"), 40),
             "step": number(record.get("step")),
             "streak": number(record.get("streak")),

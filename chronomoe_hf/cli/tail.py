@@ -160,7 +160,7 @@ def _row(layer: LayerView, windows: list[Window], blocks: str) -> str:
     violation = [None if p is None else p.get("max_violation") for p in past]
     phi = [None if p is None else p.get("coherence_mean") for p in past]
     ceiling = layer.get("max_violation_ceiling") or 1.0
-    dead = layer.get("dead")
+    dead = layer.get("dead_experts")
     deads = "-" if dead is None else f"{dead:.0f}/{layer.num_experts or '?'}"
     return (
         f"{layer.layer_id[:5]:>5}  {_number(neff[-1]):>6} {sparkline(neff, 0.0, 1.0, blocks)}"
@@ -251,7 +251,7 @@ def summary(window: Window) -> str:
     """One window in one line."""
     neff = [(fraction, layer) for layer in window.layers if (fraction := layer.neff_fraction) is not None]
     violation = [known for layer in window.layers if (known := layer.get("max_violation")) is not None]
-    dead = [known for layer in window.layers if (known := layer.get("dead")) is not None]
+    dead = [known for layer in window.layers if (known := layer.get("dead_experts")) is not None]
     low, worst = min(neff, key=lambda pair: pair[0], default=(None, None))
     mean = sum(fraction for fraction, _ in neff) / len(neff) if neff else None
     alerts = ", ".join(f"{alert.kind} ({alert.where})" for alert in window.active) or "none"

@@ -33,7 +33,7 @@ WINDOWS = 5
 """Windows read by default: evidence of the last few is about as good as of a whole run, and newer
 (facts measured before this was built: ten steps rank about as well as three hundred)."""
 
-READINGS = ("phi_fast", "phi_mid", "phi_slow", "tokens_seen", "router_drift")
+READINGS = ("phi_fast", "phi_mid", "phi_slow", "total_tokens_seen", "router_drift")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class LayerEvidence:
         fisher: sum over its tokens of (gate * dL/dgate)^2; opt-in, see :class:`~chronomoe_hf.lifecycle.FisherSums`.
         max_norm: largest |output| of a token.
         phi_fast, phi_mid, phi_slow: phase coherence, newest reading.
-        tokens_seen: assignments since the run began, newest reading.
+        total_tokens_seen: assignments since the run began, newest reading.
         router_drift: change of the length of its router row since the start, newest reading.
     """
 
@@ -67,7 +67,7 @@ class LayerEvidence:
     phi_fast: Scores | None = None
     phi_mid: Scores | None = None
     phi_slow: Scores | None = None
-    tokens_seen: Scores | None = None
+    total_tokens_seen: Scores | None = None
     router_drift: Scores | None = None
 
     def __post_init__(self) -> None:

@@ -264,7 +264,7 @@ def _open_cases(candidates: Experts | Iterable[PruneDecision]) -> Experts:
     states: dict[tuple[int, int, str], bool] = {}
     for item in candidates:
         if isinstance(item, PruneDecision):
-            states[item.layer_id, item.expert_id, item.reason] = item.state != "withdrawn"
+            states[item.layer_id, item.expert, item.reason] = item.state != "withdrawn"
         else:
             pairs.append(item)
     return [*pairs, *((layer, expert) for (layer, expert, _), is_open in states.items() if is_open)]

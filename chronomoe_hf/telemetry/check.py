@@ -107,7 +107,7 @@ def _problems(
 
 
 def _event_problems(record: dict[str, Any]) -> Iterator[str]:
-    counts = record.get("expert_token_counts", record.get("counts"))
+    counts = record.get("expert_token_counts")
     size = whole(record.get("n_experts"), 1)
     if whole(record.get("layer_id")) is None or size is None:
         yield "no layer_id from 0, or no n_experts from 1"
@@ -123,7 +123,7 @@ def _snapshot_problems(record: dict[str, Any]) -> Iterator[str]:
         yield "no list of layers"
         return
     for layer in window.layers:
-        neff, size, dead = layer.get("n_effective"), layer.num_experts, layer.get("dead")
+        neff, size, dead = layer.get("n_effective"), layer.num_experts, layer.get("dead_experts")
         if size is None or layer.top_k is None or layer.top_k > size:
             yield f"layer {layer.layer_id}: n_experts and top_k do not describe a router"
         elif neff is not None and not 1.0 - 1e-6 <= neff <= size * (1 + 1e-6):

@@ -13,9 +13,6 @@ from typing import Any
 
 from chronomoe_hf.telemetry.layers import LAYER_NUMBERS
 
-# Numbers of a layer under the name that an earlier schema gave them.
-_OLD_NAMES = {"dead_experts": "dead", "nearly_dead_count": "nearly_dead", "token_count": "assignments"}
-_NUMBERS = tuple(dict.fromkeys((*LAYER_NUMBERS, "dead", "nearly_dead", "assignments")))
 _TEXT_LIMIT = 2000
 
 
@@ -155,12 +152,7 @@ _LOSSES = ("train_loss", "val_loss")
 
 
 def _layer(record: Mapping[str, Any], at: int) -> LayerView:
-    numbers = {name: known for name in _NUMBERS if (known := number(record.get(name))) is not None}
-    for new, old in _OLD_NAMES.items():  # both names, so that a reader may ask for either
-        for one, other in ((new, old), (old, new)):
-            if (known := number(record.get(one))) is not None:
-                numbers.setdefault(other, known)
-                numbers.setdefault(one, known)
+    numbers = {name: known for name in LAYER_NUMBERS if (known := number(record.get(name))) is not None}
     index = whole(record.get("layer_id"))
     return LayerView(
         layer_id=plain_text(record.get("layer_id"), 40),

@@ -21,25 +21,25 @@ def test_the_cases_of_a_real_run(tmp_path: Path) -> None:
     records, _ = read_jsonl(tmp_path / "chronomoe" / "lifecycle_decisions.jsonl")
     last: dict[tuple[int, int, str], dict[str, Any]] = {}
     for record in records:
-        last[record["layer_id"], record["expert_id"], record["reason"]] = record
+        last[record["layer_id"], record["expert"], record["reason"]] = record
     assert last and {record["state"] for record in last.values()} == {"confirmed"}
     shown = json.loads(CliRunner().invoke(app, ["candidates", str(tmp_path), "--json"]).output)
     assert shown["dry_run"] is True and len(shown["candidates"]) == len(last)
     for case in shown["candidates"]:
-        record = last[int(case["layer_id"]), int(case["expert_id"]), case["reason"]]
+        record = last[int(case["layer_id"]), int(case["expert"]), case["reason"]]
         assert case["state"] == record["state"] and case["step"] == record["step"]
-        assert case["tokens_seen"] == record["evidence"]["tokens_seen"]
+        assert case["total_tokens_seen"] == record["evidence"]["total_tokens_seen"]
     text = CliRunner().invoke(app, ["candidates", str(tmp_path)]).output
     assert f"{len(last)} experts" in text and text.count("low_observability") == len(last)
     assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_withdrawn_case_is_left_out_unless_asked_for() -> None:
-    base = {"layer_id": 0, "expert_id": 3, "reason": "low_coherence", "evidence": {"n_experts": 8}}
+    base = {"layer_id": 0, "expert": 3, "reason": "low_coherence", "evidence": {"n_experts": 8}}
     (case,) = cases([{**base, "state": "candidate", "step": 1}, {**base, "state": "withdrawn", "step": 2}])
     assert case["state"] == "withdrawn" and case["step"] == 2 and case["num_experts"] == 8
 
 
 def test_order_is_by_number() -> None:
-    found = cases([{"layer_id": layer, "expert_id": 0, "reason": "x"} for layer in (10, 9, 100)])
+    found = cases([{"layer_id": layer, "expert": 0, "reason": "x"} for layer in (10, 9, 100)])
     assert [case["layer_id"] for case in found] == ["9", "10", "100"]

@@ -68,7 +68,7 @@ def _event(
         prob_mean=counts / counts.sum(),
         contribution=generator.uniform(0, 100, experts),
         saliency=generator.uniform(0, 1, experts),
-        tokens_seen=counts * window,
+        total_tokens_seen=counts * window,
         phi_rows=counts // 10,
         logit_std=1.0,
         relevance=1.0,
