@@ -207,6 +207,7 @@ class StepState:
             tau=beta.tau,
             k_max=beta.k_max,
             mask_LE=self.mask_LE,
+            centred=beta.centred,
         )
         self.beta_LE.copy_(moved_LE if frozen_L is None else torch.where(frozen_L[:, None], self.beta_LE, moved_LE))
 

@@ -108,9 +108,11 @@ class ChronoConfig(ConfigBase):
     def original(cls, **overrides: Any) -> typing.Self:
         """Every law and constant of the original ChronoMoE documents, as far as a setting reaches them.
 
-        Fixed: the laws (coherence beta on routing, JS veto, pressure gate, the lens along the router's own direction,
-        mean reader, gradients through the lens, judging every window). The constants may be tuned. Why the defaults
-        differ: ``benchmarks/results/balance.md``.
+        Fixed: the laws (coherence beta on routing, not centred; JS veto; pressure gate; the lens along the router's own
+        direction, with the mean reader and gradients through it; every window judged). The constants may be tuned. No
+        setting reaches three points of the original: clocks without bias correction, a logit scale that starts at 1,
+        and a veto measured on the vetoed beta of the forward before. Why the defaults differ:
+        ``benchmarks/results/balance.md``.
         """
         return cls.preset("original", **overrides)
 

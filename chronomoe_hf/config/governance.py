@@ -22,6 +22,7 @@ class BetaConfig(ConfigBase):
         eta: coherence law, gain per update.
         tau: coherence law, ``"layer_mean"`` or an absolute coherence in [-1, 1].
         k_max: coherence law, cap on \\|beta_coeff\\|.
+        centred: coherence law, zero-centre beta over the layer before the cap; False only clamps, as the original.
         stale_after: optimizer steps without a token after which an expert's beta rests.
         rule: balance law: ``"quadratic"``, ``"proportional"`` or ``"sign"`` (the published loss-free rule), see
             :func:`chronomoe_hf.router.beta_laws.balance_step`.
@@ -39,6 +40,7 @@ class BetaConfig(ConfigBase):
     eta: float = 0.01
     tau: float | Literal["layer_mean"] = "layer_mean"
     k_max: float = 0.3
+    centred: bool = True
     stale_after: int = 1000
     rule: BalanceRule = "quadratic"
     rate: float = 0.3

@@ -45,6 +45,7 @@ PRESETS: dict[PresetName, Preset] = {
         fixed={
             "beta.law": "coherence",
             "beta.scope": "routing",
+            "beta.centred": False,
             "veto.signal": "js",
             "control.gate": "pressure",
             "control.harm.restart": False,

@@ -48,7 +48,9 @@ def compute_relevance(router_state: RouterState, threshold: float = 0.2) -> floa
     Raises:
         ConfigError: the threshold is not positive.
     """
-    return float(relevance_of(router_state.disagreement_js.double(), threshold))
+    # The original's loops assign a plain number to this field.
+    js = torch.as_tensor(router_state.disagreement_js, dtype=torch.float64)
+    return float(relevance_of(js, threshold))
 
 
 def centre_and_clamp(beta_LE: Tensor, cap: float, mask_LE: Tensor | None = None) -> Tensor:
@@ -93,6 +95,7 @@ def coherence_law(
     tau: float | str,
     k_max: float,
     mask_LE: Tensor | None = None,
+    centred: bool = True,
 ) -> Tensor:
     """beta_coeff + eta (Phi_slow - tau) for the experts in `seen_LE`; then zero-centred and clamped.
 
@@ -105,6 +108,7 @@ def coherence_law(
         tau: a number, or ``"layer_mean"``: token-weighted mean of Phi_slow over the seen experts.
         k_max: cap.
         mask_LE: bool, False for padding columns.
+        centred: False only clamps, as the original: with a number for tau, all experts may then end at one cap.
 
     Returns:
         New coefficients, fp32.
@@ -120,7 +124,10 @@ def coherence_law(
     else:
         target = torch.full_like(phi[..., :1], float(tau))
     moved_LE = beta_LE.double() + torch.where(seen_LE, eta * (phi - target), 0.0)
-    return centre_and_clamp(moved_LE, k_max, mask_LE).to(torch.float32)
+    if centred:
+        return centre_and_clamp(moved_LE, k_max, mask_LE).to(torch.float32)
+    clamped_LE = moved_LE.clamp(-k_max, k_max).to(torch.float32)
+    return clamped_LE if mask_LE is None else clamped_LE * mask_LE
 
 
 def balance_error(count_LE: Tensor, num_experts_L: Tensor | int) -> Tensor:
@@ -192,6 +199,7 @@ def update_beta(
     coherence_snapshot: Mapping[int, CoherenceState],
     eta: float = 0.01,
     tau: float | str = "layer_mean",
+    centred: bool = True,
 ) -> None:
     """Apply the coherence law to one router, in place.
 
@@ -200,6 +208,7 @@ def update_beta(
         coherence_snapshot: ``CoherenceBuffer.snapshot(step)``; experts that are not being observed rest.
         eta: gain per update.
         tau: a number in [-1, 1] or ``"layer_mean"``.
+        centred: zero-centre beta over the layer; False only clamps, as the original.
 
     Raises:
         ConfigError: the snapshot is of another number of experts, or tau is another word.
@@ -217,6 +226,7 @@ def update_beta(
         eta=eta,
         tau=tau,
         k_max=router_state.k_max,
+        centred=centred,
     )
     router_state.beta_coeff.copy_(beta_E)
     router_state.beta_on = True

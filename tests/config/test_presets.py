@@ -171,6 +171,7 @@ def test_original_has_the_laws_and_constants_of_the_documents() -> None:
     expected = {
         "beta.law": "coherence",
         "beta.scope": "routing",
+        "beta.centred": False,
         "beta.eta": 0.01,
         "beta.tau": 0.5,
         "beta.k_max": 0.3,

@@ -131,6 +131,21 @@ def buffer_with(phi: list[float], tokens: list[int], step: int) -> CoherenceBuff
     return buffer
 
 
+def test_without_centring_the_law_only_clamps() -> None:
+    beta, phi = torch.tensor([0.2, 0.0, -0.29, 0.1]), torch.tensor([0.9, 0.4, 0.1, 0.9])
+    seen, tokens = torch.tensor([True, True, True, False]), torch.tensor([1, 1, 1, 1])
+    got = coherence_law(beta, phi, seen, tokens, eta=0.5, tau=0.5, k_max=K_MAX, centred=False)
+    assert got.tolist() == pytest.approx([0.3, -0.05, -0.3, 0.1])  # 0.2 + 0.2 and -0.29 - 0.2 meet the cap
+    mask = torch.tensor([True, True, False, False])
+    masked = coherence_law(beta, phi, seen, tokens, eta=0.5, tau=0.5, k_max=K_MAX, centred=False, mask_LE=mask)
+    assert masked.tolist() == pytest.approx([0.3, -0.05, 0.0, 0.0])
+    states = [RouterState(0, 4, beta_coeff=beta.clone(), k_max=K_MAX) for _ in range(2)]
+    for state, centred in zip(states, (True, False), strict=True):
+        update_beta(state, buffer_with(phi.tolist(), [1, 1, 1, 1], 1).snapshot(1), eta=0.5, tau=0.5, centred=centred)
+    assert states[1].beta_coeff.tolist() == pytest.approx([0.3, -0.05, -0.3, 0.3])
+    assert abs(float(states[0].beta_coeff.sum())) < 1e-6
+
+
 @pytest.mark.parametrize("tau", ["layer_mean", 0.5])
 @pytest.mark.parametrize("num_experts", [8, 64, 128])
 def test_update_beta_moves_a_router_state_by_the_definition(num_experts: int, tau: float | str) -> None:
