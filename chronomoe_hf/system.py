@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from chronomoe_hf import distributed
 from chronomoe_hf.checkpoint.state_file import write_state
 from chronomoe_hf.checkpoint.system_state import (
+    OnMissing,
     Parts,
     Position,
     live_fingerprint,
@@ -28,7 +29,7 @@ from chronomoe_hf.checkpoint.system_state import (
 from chronomoe_hf.coherence import CoherenceBuffer
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import ControlDecision, Controller, actuate
-from chronomoe_hf.errors import ChronoError, StateWriteError
+from chronomoe_hf.errors import ChronoError, StateError, StateWriteError
 from chronomoe_hf.lens.direction import RouterInputs
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
@@ -455,21 +456,33 @@ class ChronoSystem:
             self._failed_save = str(directory)
         return written
 
-    def load(self, directory: str | Path) -> dict[str, Any] | None:
-        """Restore the state in `directory` on every rank. Collective.
+    def load(
+        self, directory: str | Path, *, on_missing: OnMissing = "raise", step: int | None = None
+    ) -> dict[str, Any] | None:
+        """Restore the state in `directory` on every rank, all of it or nothing. Collective.
+
+        Args:
+            directory: a checkpoint, or any directory that ``save_pretrained`` or :meth:`save` wrote to.
+            on_missing: ``"raise"``, or as in ``CheckpointConfig`` (which says what a Trainer's resume does).
+            step: optimizer step that the state must be of; None = any.
 
         Returns:
             The manifest (step, fingerprint, ...); None where there is no state and `on_missing` allows a fresh start.
 
         Raises:
             StateMissingError: nothing there, and `on_missing` does not allow that.
-            StateError: torn, foreign, or of another schema; the message names the file and the way out.
+            StateError: torn, foreign, of another schema or step; the message names the file and the way out.
         """
         found = read_for_all(directory)
         if found is None:
-            missing(self.config, directory, self.governed or bool(torch.count_nonzero(self.step_state.beta_LE)))
+            missing(directory, on_missing, self.governed or bool(torch.count_nonzero(self.step_state.beta_LE)))
             return None
         tensors, meta = found
+        if step is not None and meta["step"] != step:
+            raise StateError(
+                f"{directory} holds chronomoe state of step {meta['step']}, but the run resumes at step {step}; the "
+                "files of two checkpoints are mixed up"
+            )
         self.load_state_dict({"tensors": tensors, "meta": meta})
         return dict(meta)
 
@@ -485,7 +498,7 @@ class ChronoSystem:
             self.save(directory)
 
         def load(models: Any, directory: str) -> None:
-            self.load(directory)
+            self.load(directory, on_missing=self.config.checkpoint.on_missing)
 
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)
