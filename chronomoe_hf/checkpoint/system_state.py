@@ -167,7 +167,7 @@ def _check_parts(parts: Parts, meta: Mapping[str, Any], lenses: Mapping[int, dic
             ChronoLens(lens.d_model, lens.rank, new).load_state_dict(saved)
     if not whole:
         return
-    copies = {
+    copies: dict[str, Any] = {
         "controller": copy.copy(parts.controller),
         "lifecycle": copy.copy(parts.lifecycle),
         "alerts": parts.alerts.copy(),
@@ -198,6 +198,7 @@ def _load(
         tensors = {**tensors, "window_LR": torch.zeros_like(live, device="cpu")}
         window_steps = 0
     parts.step_state.load_state_dict(tensors)
+    parts.step_state.closed_2L.zero_()  # of the run before
     parts.controller.load_state_dict(meta["controller"])
     parts.lifecycle.load_state_dict(meta["lifecycle"])
     parts.alerts.load_state_dict(meta["alerts"])
@@ -261,19 +262,28 @@ def _parent_name(layer: Layer) -> str:
     return layer.name.removesuffix(clean_name(inside))
 
 
-def report_disagreement(step_state: StepState, layers: Sequence[Layer]) -> list[float | None]:
-    """Per layer, the share of tokens that a plain reload of this checkpoint would route otherwise; warns above 1 %."""
-    shares = step_state.topk_disagreement()
+def advise_of_disagreement(shares: Sequence[float | None], layers: Sequence[Layer]) -> bool:
+    """Warn if a plain reload of what is saved would route more than 1 % of a layer's tokens otherwise.
+
+    Args:
+        shares: per layer, from ``StepState.topk_disagreement``.
+        layers: the wrapped layers.
+
+    Returns:
+        Whether it warned. The system says it once a run, and writes the shares into every state.
+    """
     known = [(share, layer.name) for share, layer in zip(shares, layers, strict=True) if share is not None]
-    if known and max(known)[0] > WARN_ABOVE:
-        worst, name = max(known)
-        logger.warning(
-            "outside chronomoe_hf this checkpoint routes %.1f %% of the tokens of %s to other experts than now; "
-            "keep its folder chronomoe, or unwrap(model, fold=True) before the final save",
-            100.0 * worst,
-            name,
-        )
-    return shares
+    if not known or max(known)[0] <= WARN_ABOVE:
+        return False
+    worst, name = max(known)
+    logger.warning(
+        "outside chronomoe_hf this checkpoint routes %.1f %% of the tokens of %s to other experts than now; keep its "
+        "folder chronomoe and load it with wrap(model, state=directory), or unwrap(model, fold=True) before the final "
+        "save",
+        100.0 * worst,
+        name,
+    )
+    return True
 
 
 def read_for_all(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
