@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf import distributed
+from chronomoe_hf.checkpoint.fingerprint import live_fingerprint
+from chronomoe_hf.checkpoint.reading import OnMissing, missing, read_for_all
 from chronomoe_hf.checkpoint.state_file import write_state
 from chronomoe_hf.checkpoint.system_state import (
-    OnMissing,
     Parts,
     Position,
     advise_of_disagreement,
-    live_fingerprint,
-    missing,
     pack,
-    read_for_all,
+    unloadable,
     unpack,
 )
 from chronomoe_hf.coherence import CoherenceBuffer
@@ -471,7 +470,10 @@ class ChronoSystem:
         strict = self.config.checkpoint.strict_save
         # Raising on one rank only would leave the others waiting in their next collective: with several ranks the
         # failure travels with the next step's reduction and is raised by all of them there.
-        written = write_state(directory, state["tensors"], state["meta"], strict=strict and not distributed.active())
+        fault = unloadable(self.step_state, state["tensors"], state["meta"])
+        written = write_state(
+            directory, state["tensors"], state["meta"], fault=fault, strict=strict and not distributed.active()
+        )
         if strict and not written:
             self._failed_save = str(directory)
         return written

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.errors import StateMismatchError
+from chronomoe_hf.wrapping.discovery import clean_name
+from chronomoe_hf.wrapping.layer import Layer
 
 SLICE_ELEMENTS = 256  # read at each end of an expert's weight
 WHOLE_BYTES = 32 * 2**20  # a router of 512 experts x 8192 in fp32 is 16 MiB
@@ -147,3 +149,25 @@ def _own_path(name: str, live: Mapping[str, str]) -> str:
     at = len(parts) - 1 - parts[::-1].index(_EXPERTS)
     shorter = (".".join(parts[:end] + parts[at:]) for end in range(at - 1, 0, -1))
     return next((path for path in shorter if path in live), name)
+
+
+def live_fingerprint(layers: Sequence[Layer]) -> dict[str, str]:
+    """Fingerprint of every router parameter and of a slice of every expert tensor, by name; see ``fingerprint``."""
+    whole: list[tuple[str, Tensor]] = []
+    sampled: list[tuple[str, Tensor]] = []
+    for layer in layers:
+        for name, value in layer.router.named_parameters():
+            whole.append((f"{layer.name}.{clean_name(name)}", value))
+        experts = layer.adapter.experts
+        if experts is not None and experts in layer.parent._modules:
+            path = f"{_parent_name(layer)}{experts}"
+            for name, value in layer.parent.get_submodule(experts).named_parameters():
+                target = whole if value.dim() == 3 else sampled
+                target.append((f"{path}.{clean_name(name)}", value))
+    return fingerprint(whole, sampled)
+
+
+def _parent_name(layer: Layer) -> str:
+    """Path of the module that holds router and experts, ending in a dot unless it is the root."""
+    inside = next(name for name, module in layer.parent.named_modules() if module is layer.router)
+    return layer.name.removesuffix(clean_name(inside))

@@ -11,32 +11,27 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from chronomoe_hf import distributed
 from chronomoe_hf.checkpoint.checks import check_meta, check_tensors
-from chronomoe_hf.checkpoint.fingerprint import check_layers, fingerprint
+from chronomoe_hf.checkpoint.fingerprint import check_layers
 from chronomoe_hf.checkpoint.in_force import in_force
-from chronomoe_hf.checkpoint.manifest import MANIFEST_FILE, OLD_MANIFEST_FILE, WAY_OUT, short
-from chronomoe_hf.checkpoint.state_file import STATE_FOLDER, has_state, read_state
+from chronomoe_hf.checkpoint.manifest import WAY_OUT, short
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import Controller
-from chronomoe_hf.errors import ConfigError, StateCorruptError, StateError, StateMissingError
+from chronomoe_hf.errors import ConfigError, StateCorruptError, StateError
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import AlertHistory
-from chronomoe_hf.wrapping.discovery import clean_name
 from chronomoe_hf.wrapping.fold import WARN_ABOVE
 from chronomoe_hf.wrapping.layer import Layer
 
 logger = logging.getLogger("chronomoe_hf")
-
-OnMissing = Literal["auto", "fresh", "raise"]
 
 # Stacked tensors whose expert columns start at 0 and that have one row per layer on their second-to-last axis.
 _PER_LAYER_AXIS = {"ema_CLE": 1}
@@ -106,6 +101,20 @@ def pack(parts: Parts, position: Position) -> tuple[dict[str, Tensor], dict[str,
     return tensors, meta
 
 
+def unloadable(step_state: StepState, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str | None:
+    """Why what :func:`pack` returned could not be loaded again, or None: such a state must not replace a good one."""
+    try:
+        check_meta(meta)
+        check_tensors(tensors, _stacked(step_state), [row["num_experts"] for row in meta["layers"]])
+    except StateCorruptError as error:
+        return str(error).removesuffix(f"; {WAY_OUT}")
+    return None
+
+
+def _stacked(step_state: StepState) -> dict[str, Tensor]:
+    return {name: getattr(step_state, name) for name in step_state.NAMES}
+
+
 def unpack(parts: Parts, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Position:
     """Restore what :func:`pack` returned into the parts, as far as the settings in force let it act.
 
@@ -122,8 +131,8 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Po
     check_meta(meta)
     live = [layer.table_row() for layer in parts.layers]
     pairs = check_layers(meta["layers"], live, parts.config.checkpoint.allow_partial)
-    stacked = {name: getattr(parts.step_state, name) for name in parts.step_state.NAMES}
-    check_tensors(tensors, stacked, [row["num_experts"] for row in meta["layers"]], meta.get("schema_minor", 0))
+    num_experts = [row["num_experts"] for row in meta["layers"]]
+    check_tensors(tensors, _stacked(parts.step_state), num_experts, meta.get("schema_minor", 0))
     whole = len(pairs) == len(live) == len(meta["layers"]) and all(old == new for old, new in pairs)
     used = in_force(
         tensors,
@@ -240,28 +249,6 @@ def _warn_of_other_settings(live: ChronoConfig, saved: Any, unused: Sequence[str
         warnings.warn(". ".join(lines), stacklevel=5)
 
 
-def live_fingerprint(layers: Sequence[Layer]) -> dict[str, str]:
-    """Fingerprint of every router parameter and of a slice of every expert tensor, by name; see ``fingerprint``."""
-    whole: list[tuple[str, Tensor]] = []
-    sampled: list[tuple[str, Tensor]] = []
-    for layer in layers:
-        for name, value in layer.router.named_parameters():
-            whole.append((f"{layer.name}.{clean_name(name)}", value))
-        experts = layer.adapter.experts
-        if experts is not None and experts in layer.parent._modules:
-            path = f"{_parent_name(layer)}{experts}"
-            for name, value in layer.parent.get_submodule(experts).named_parameters():
-                target = whole if value.dim() == 3 else sampled
-                target.append((f"{path}.{clean_name(name)}", value))
-    return fingerprint(whole, sampled)
-
-
-def _parent_name(layer: Layer) -> str:
-    """Path of the module that holds router and experts, ending in a dot unless it is the root."""
-    inside = next(name for name, module in layer.parent.named_modules() if module is layer.router)
-    return layer.name.removesuffix(clean_name(inside))
-
-
 def advise_of_disagreement(shares: Sequence[float | None], layers: Sequence[Layer]) -> bool:
     """Warn if a plain reload of what is saved would route more than 1 % of a layer's tokens otherwise.
 
@@ -284,42 +271,3 @@ def advise_of_disagreement(shares: Sequence[float | None], layers: Sequence[Laye
         name,
     )
     return True
-
-
-def read_for_all(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The state in `directory`, read by the main process and given to every rank; None where there is none. Collective.
-
-    Raises:
-        StateError: torn, foreign, or of another schema; the message names the file and the way out.
-    """
-    found: Any = None
-    if distributed.is_main():
-        try:
-            found = read_state(directory) if has_state(directory) else None
-        except StateError as error:
-            found = error
-    found = distributed.broadcast_object(found)
-    if isinstance(found, StateError):
-        raise found
-    return None if found is None else (found[0], found[1])
-
-
-def missing(directory: str | Path, on_missing: OnMissing, acted: bool) -> None:
-    """There is no state in `directory`: warn, or raise.
-
-    Args:
-        directory: where the state was looked for.
-        on_missing: as in ``CheckpointConfig``.
-        acted: the live run has been governed.
-
-    Raises:
-        StateMissingError: `on_missing` is ``"raise"``, or ``"auto"`` and the run has been governed.
-    """
-    if on_missing == "raise" or (on_missing == "auto" and acted):
-        raise StateMissingError(
-            f"no chronomoe state in {directory} (neither {STATE_FOLDER}/{MANIFEST_FILE} nor {OLD_MANIFEST_FILE})"
-            f"{', although this run has been governed: routing would change silently' if acted else ''}; pass the "
-            "directory of a checkpoint that was saved with chronomoe_hf, or on_missing='fresh' (in CheckpointConfig "
-            "for a Trainer) to start with beta = 0"
-        )
-    warnings.warn(f"no chronomoe state in {directory}: starting with fresh statistics and beta = 0", stacklevel=4)

@@ -16,7 +16,7 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoSystem
 from chronomoe_hf.checkpoint.fingerprint import compare_fingerprints
 from chronomoe_hf.checkpoint.state_file import read_state, write_state
-from chronomoe_hf.errors import StateCorruptError, StateError, StateMismatchError, StateMissingError
+from chronomoe_hf.errors import StateCorruptError, StateError, StateMismatchError, StateMissingError, StateWriteError
 
 NAN = float("nan")
 
@@ -214,6 +214,19 @@ def test_columns_of_another_version_start_the_open_window_afresh(saved: Path, ca
     assert "open window" in caplog.text
     assert system.window_steps == 0 and not system.step_state.window_LR.any()
     assert torch.equal(system.step_state.beta_LE, tensors["beta_LE"])
+
+
+def test_a_state_that_could_not_be_loaded_is_not_written(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for strict in (False, True):
+        system = governed(lens_config(checkpoint={"strict_save": strict}))
+        system.step_state.ema_CLE[0, 0, 0] = NAN
+        if strict:
+            with pytest.raises(StateWriteError, match=r"ema_CLE must be finite"):
+                system.save(saved)
+        else:
+            assert system.save(saved) is False
+            assert "ema_CLE must be finite" in caplog.text
+        assert read_state(saved)[1]["step"] == 3, "the good state is still there"
 
 
 # ---- golden files of whole systems ----------------------------------------------------------------------------------
