@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
+from chronomoe_hf.checkpoint.unloaded import warn_of_unloaded_state
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import (
     AlreadyWrappedError,
@@ -33,7 +35,7 @@ TESTED_VERSIONS = ("5.13.1", "5.16.1", "5.19.0", "5.23.0")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def wrap(model: Model, config: ChronoConfig | None = None) -> Model:
+def wrap(model: Model, config: ChronoConfig | None = None, *, state: str | Path | None = None) -> Model:
     """Make the routing of `model` observable and governable, in place.
 
     The classes of its routers (and of its experts, to read their outputs) are swapped for subclasses; no
@@ -42,15 +44,18 @@ def wrap(model: Model, config: ChronoConfig | None = None) -> Model:
     Args:
         model: any module that contains MoE layers of Transformers; before FSDP or DeepSpeed `prepare`.
         config: settings; None = ``ChronoConfig()``, the protect preset.
+        state: a checkpoint whose chronomoe state is loaded too, see ``ChronoSystem.load``. If that fails, the model is
+            left as it was.
 
     Returns:
-        `model` itself. A second call with the same config (or none) does nothing.
+        `model` itself. A second call with the same config (or none) does nothing but load `state`.
 
     Raises:
         ConfigError: `model` is no torch.nn.Module, or `config` no ChronoConfig.
         AlreadyWrappedError: wrapped before, with another config.
         NoMoELayersError: nothing routes tokens to experts.
         UnsupportedArchitectureError: every router found is of an unsupported kind; the message says which and why.
+        StateError: `state` cannot be loaded.
     """
     _check_arguments("wrap", model, config)
     system = find_system(model)
@@ -61,12 +66,22 @@ def wrap(model: Model, config: ChronoConfig | None = None) -> Model:
                 f"(different: {', '.join(system.config.differences(config))})"
             )
         install_save_hook(model)  # a wrapper that was added since (PEFT) has a save_pretrained of its own
+        if state is not None:
+            system.load(state)
         return model
     _check_version()
     root = root_of(model)
     _install(root, ChronoConfig() if config is None else config)
     for module in (root, model):
         install_save_hook(module)
+    if state is None:
+        warn_of_unloaded_state(root)
+        return model
+    try:
+        system_of(model).load(state)
+    except BaseException:
+        unwrap(model)
+        raise
     return model
 
 

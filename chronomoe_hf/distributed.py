@@ -82,8 +82,8 @@ def broadcast_object(value: object) -> object:
 
 
 def is_sharded(weight: Tensor) -> bool:
-    """Whether this process holds only a part of `weight` (DTensor, ZeRO-3)."""
-    return isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+    """Whether this process holds only a part of `weight`: DTensor (FSDP2, tensor parallel), ZeRO-3."""
+    return isinstance(weight, DTensor) or hasattr(weight, "ds_id") or hasattr(weight, "ds_shape")
 
 
 def full_weight(weight: Tensor) -> Tensor:

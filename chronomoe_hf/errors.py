@@ -7,6 +7,7 @@ ChronoError
 |   |-- UnsupportedArchitectureError a router of a family, or of a layout, that is not supported
 |   |-- AlreadyWrappedError          the model is wrapped with another config
 |   `-- NotWrappedError              the model has no ChronoSystem
+|-- StepError                        system.step was given something that is no step number
 |-- ContractError                    a router returned something its adapter does not describe
 |-- TelemetryError                   an output directory or record file cannot be used
 |-- LifecycleError                   evidence, a plan, a measurement or a refit cannot be had as asked
@@ -59,6 +60,10 @@ class AlreadyWrappedError(WrapError):
 
 class NotWrappedError(WrapError, LookupError):
     """The model (or anything inside it) carries no ChronoSystem."""
+
+
+class StepError(ChronoError, ValueError):
+    """``system.step`` was given something other than the number of an optimizer step."""
 
 
 class ContractError(ChronoError):

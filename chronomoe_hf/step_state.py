@@ -5,6 +5,7 @@ Shape suffixes: L layers, E experts (padded to the widest layer), C clocks, R nu
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from chronomoe_hf.coherence import ALPHAS, CoherenceBuffer, read_clocks, update_clocks_
 from chronomoe_hf.config import BetaConfig, VetoConfig
+from chronomoe_hf.errors import StepError
 from chronomoe_hf.recording.sums import META, PER_EXPERT, PER_LAYER
 from chronomoe_hf.router.beta_laws import (
     balance_error,
@@ -22,6 +24,20 @@ from chronomoe_hf.router.beta_laws import (
     relevance_of,
 )
 from chronomoe_hf.router.state import LOGIT_STD_ALPHA, RouterState
+
+
+def check_step(step: Any) -> int:
+    """`step` as an int, if it is the number of an optimizer step: an integer of 1 or more, and no bool.
+
+    Raises:
+        StepError: It is something else.
+    """
+    if isinstance(step, bool) or not isinstance(step, numbers.Integral) or step < 1:
+        raise StepError(
+            f"system.step takes the number of optimizer steps done, an integer of 1 or more (1 after the first), got "
+            f"{step!r:.80}"
+        )
+    return int(step)
 
 
 class Row:

@@ -14,31 +14,32 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf import distributed
+from chronomoe_hf.checkpoint.fingerprint import live_fingerprint
+from chronomoe_hf.checkpoint.reading import OnMissing, missing, read_for_all
 from chronomoe_hf.checkpoint.state_file import write_state
 from chronomoe_hf.checkpoint.system_state import (
     Parts,
     Position,
-    live_fingerprint,
-    missing,
+    advise_of_disagreement,
     pack,
-    read_for_all,
-    report_disagreement,
+    unloadable,
     unpack,
 )
 from chronomoe_hf.coherence import CoherenceBuffer
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import ControlDecision, Controller, actuate
-from chronomoe_hf.errors import ChronoError, StateWriteError
+from chronomoe_hf.errors import ChronoError, StateError, StateWriteError
 from chronomoe_hf.lens.direction import RouterInputs
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
 from chronomoe_hf.recording.scope import Switches
 from chronomoe_hf.recording.sums import Accumulators
 from chronomoe_hf.router.state import RouterState
-from chronomoe_hf.step_state import StepState
+from chronomoe_hf.step_state import StepState, check_step
 from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot
 from chronomoe_hf.telemetry.from_state import layer_events, window_shares
 from chronomoe_hf.telemetry.records import RunRecords
+from chronomoe_hf.wrapping.bias_check import restore_fp32_bias
 from chronomoe_hf.wrapping.fold import FoldReport, fold_layers
 from chronomoe_hf.wrapping.layer import Layer
 
@@ -100,6 +101,9 @@ class ChronoSystem:
         self.overhead_s = 0.0
         self.on_unwrap: list[Callable[[], None]] = []  # called after unwrap has taken everything out
         self._failed_save: str | None = None
+        self._stepped: int | None = None
+        self._warned_of_repeat = False
+        self._advised = False
         self._failed_evaluation = self._told_of_failures = False
         self._bind()
         self._set_switches()
@@ -158,20 +162,31 @@ class ChronoSystem:
         Call once per optimizer step, on every rank, after ``optimizer.step()``.
 
         Args:
-            global_step: number of optimizer steps done, 1 after the first.
+            global_step: number of optimizer steps done, 1 after the first. A second call with the same number adds
+                what was recorded since, but closes no window and counts no step; the first one is warned of.
 
         Returns:
             The snapshot, when this step closed a window.
+
+        Raises:
+            StepError: `global_step` is not an integer of 1 or more.
         """
         started = time.perf_counter()
-        self.global_step = global_step
+        global_step = check_step(global_step)
+        repeated = global_step == self._stepped
+        if repeated and not self._warned_of_repeat:
+            self._warned_of_repeat = True
+            logger.warning("system.step(%d) was called twice: once per optimizer step is enough", global_step)
+        self.global_step = self._stepped = global_step
+        restore_fp32_bias(self.layers)
         row_LR, inputs = self._take(with_inputs=self.switches.router_input)
         self.step_state.update(row_LR, global_step, self.config.veto)
-        self.window_steps += 1
+        self.window_steps += not repeated
         if self.config.beta.law == "balance":
             actuate.balance(self.step_state, self.layers, self.config, self.step_state.row.count(row_LR))
             self.governed = self.beta_moved = True
-        snapshot = self._close_window(global_step, inputs) if global_step % self.config.interval == 0 else None
+        closing = global_step % self.config.interval == 0 and not repeated
+        snapshot = self._close_window(global_step, inputs) if closing else None
         if self.config.beta.law != "none":
             self.step_state.refresh(self.cap)
         self._set_switches()
@@ -205,9 +220,11 @@ class ChronoSystem:
         self.global_step = 0
         self.controller.initialize(run_id=self.run_id)
         self.discard()
+        restore_fp32_bias(self.layers)
         self.step_state.window_LR.zero_()
         self.window_steps = 0
         self.overhead_s = 0.0
+        self._stepped, self._advised = None, False
 
     def switch_beta_on(self) -> None:
         """Let a beta that was set by hand act from the next forward on; a law does this with its first update."""
@@ -428,6 +445,8 @@ class ChronoSystem:
         position = unpack(self._parts(), state["tensors"], state["meta"])
         self.global_step, self.window_steps, self.run_id = position.step, position.window_steps, position.run_id
         self.governed, self.beta_moved = position.governed, position.beta_moved
+        self._stepped = None
+        restore_fp32_bias(self.layers)
         self.controller.initialize(run_id=self.run_id)
         self.step_state.refresh(self.cap)
         self.discard()
@@ -447,30 +466,46 @@ class ChronoSystem:
             return True
         state = self.state_dict()
         state["meta"]["fingerprint"] = self.fingerprint()
-        state["meta"]["topk_disagreement"] = report_disagreement(self.step_state, self.layers)
+        shares = state["meta"]["topk_disagreement"] = self.step_state.topk_disagreement()
+        self._advised = self._advised or advise_of_disagreement(shares, self.layers)
         strict = self.config.checkpoint.strict_save
         # Raising on one rank only would leave the others waiting in their next collective: with several ranks the
         # failure travels with the next step's reduction and is raised by all of them there.
-        written = write_state(directory, state["tensors"], state["meta"], strict=strict and not distributed.active())
+        fault = unloadable(self.step_state, state["tensors"], state["meta"])
+        written = write_state(
+            directory, state["tensors"], state["meta"], fault=fault, strict=strict and not distributed.active()
+        )
         if strict and not written:
             self._failed_save = str(directory)
         return written
 
-    def load(self, directory: str | Path) -> dict[str, Any] | None:
-        """Restore the state in `directory` on every rank. Collective.
+    def load(
+        self, directory: str | Path, *, on_missing: OnMissing = "raise", step: int | None = None
+    ) -> dict[str, Any] | None:
+        """Restore the state in `directory` on every rank, all of it or nothing. Collective.
+
+        Args:
+            directory: a checkpoint, or any directory that ``save_pretrained`` or :meth:`save` wrote to.
+            on_missing: ``"raise"``, or as in ``CheckpointConfig`` (which says what a Trainer's resume does).
+            step: optimizer step that the state must be of; None = any.
 
         Returns:
             The manifest (step, fingerprint, ...); None where there is no state and `on_missing` allows a fresh start.
 
         Raises:
             StateMissingError: nothing there, and `on_missing` does not allow that.
-            StateError: torn, foreign, or of another schema; the message names the file and the way out.
+            StateError: torn, foreign, of another schema or step; the message names the file and the way out.
         """
         found = read_for_all(directory)
         if found is None:
-            missing(self.config, directory, self.governed or bool(torch.count_nonzero(self.step_state.beta_LE)))
+            missing(directory, on_missing, self.governed or bool(torch.count_nonzero(self.step_state.beta_LE)))
             return None
         tensors, meta = found
+        if step is not None and meta["step"] != step:
+            raise StateError(
+                f"{directory} holds chronomoe state of step {meta['step']}, but the run resumes at step {step}; the "
+                "files of two checkpoints are mixed up"
+            )
         self.load_state_dict({"tensors": tensors, "meta": meta})
         return dict(meta)
 
@@ -486,7 +521,7 @@ class ChronoSystem:
             self.save(directory)
 
         def load(models: Any, directory: str) -> None:
-            self.load(directory)
+            self.load(directory, on_missing=self.config.checkpoint.on_missing)
 
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chronomoe_hf.distributed import is_sharded
 from chronomoe_hf.errors import StateMismatchError
+from chronomoe_hf.wrapping.discovery import clean_name
+from chronomoe_hf.wrapping.layer import Layer
 
 SLICE_ELEMENTS = 256  # read at each end of an expert's weight
 WHOLE_BYTES = 32 * 2**20  # a router of 512 experts x 8192 in fp32 is 16 MiB
@@ -99,7 +102,7 @@ def fingerprint(entries: Iterable[tuple[str, Tensor]], sampled: Iterable[tuple[s
 
 
 def _line(tensor: Tensor, whole: bool) -> str:
-    if is_sharded(tensor):
+    if tensor.is_meta or is_sharded(tensor):
         return UNREADABLE
     tensor = tensor.detach()
     digest = hashlib.sha256()
@@ -118,11 +121,6 @@ def _ends(tensor: Tensor) -> list[Tensor]:
     rows = min(weight_EAB.shape[1], max(1, SLICE_ELEMENTS // max(columns, 1)))
     last = weight_EAB.shape[1] - rows, weight_EAB.shape[-1] - columns
     return [weight_EAB[:, :rows, :columns], weight_EAB[:, last[0] :, last[1] :]]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds less than the whole tensor: FSDP2 (DTensor), ZeRO-3 (``ds_shape``), meta."""
-    return tensor.is_meta or hasattr(tensor, "placements") or hasattr(tensor, "ds_shape")
 
 
 def compare_fingerprints(saved: Mapping[str, str], live: Mapping[str, str]) -> list[str]:
@@ -147,3 +145,25 @@ def _own_path(name: str, live: Mapping[str, str]) -> str:
     at = len(parts) - 1 - parts[::-1].index(_EXPERTS)
     shorter = (".".join(parts[:end] + parts[at:]) for end in range(at - 1, 0, -1))
     return next((path for path in shorter if path in live), name)
+
+
+def live_fingerprint(layers: Sequence[Layer]) -> dict[str, str]:
+    """Fingerprint of every router parameter and of a slice of every expert tensor, by name; see ``fingerprint``."""
+    whole: list[tuple[str, Tensor]] = []
+    sampled: list[tuple[str, Tensor]] = []
+    for layer in layers:
+        for name, value in layer.router.named_parameters():
+            whole.append((f"{layer.name}.{clean_name(name)}", value))
+        experts = layer.adapter.experts
+        if experts is not None and experts in layer.parent._modules:
+            path = f"{_parent_name(layer)}{experts}"
+            for name, value in layer.parent.get_submodule(experts).named_parameters():
+                target = whole if value.dim() == 3 else sampled
+                target.append((f"{path}.{clean_name(name)}", value))
+    return fingerprint(whole, sampled)
+
+
+def _parent_name(layer: Layer) -> str:
+    """Path of the module that holds router and experts, ending in a dot unless it is the root."""
+    inside = next(name for name, module in layer.parent.named_modules() if module is layer.router)
+    return layer.name.removesuffix(clean_name(inside))

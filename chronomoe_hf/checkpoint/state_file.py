@@ -108,7 +108,12 @@ def _existing(directory: str | Path) -> _Pair:
 
 
 def write_state(
-    directory: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, strict: bool = False
+    directory: str | Path,
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    *,
+    fault: str | None = None,
+    strict: bool = False,
 ) -> bool:
     """Write the two state files into ``directory/chronomoe`` (created if missing), replacing others at one instant.
 
@@ -119,6 +124,7 @@ def write_state(
             ``{"name", "router_class", "num_experts", "top_k"}``). ``config``, ``controller``, ``fingerprint`` (dicts)
             and ``world_size`` (int) are type-checked; any other key is kept as given. ``schema_version``,
             ``schema_minor``, ``chronomoe_version``, ``versions``, ``files`` and ``tensors`` are filled in here.
+        fault: Why the caller knows that this state could not be loaded again; it is then not written.
         strict: Raise instead of warning when the state cannot be written.
 
     Returns:
@@ -129,6 +135,8 @@ def write_state(
         StateWriteError: With `strict`, naming the directory and the cause.
     """
     try:
+        if fault is not None:
+            raise ValueError(fault)
         payload = _tensor_payload(tensors)
         _commit(Path(directory), payload, render_manifest(_manifest(payload, meta)))
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, StateError) as error:

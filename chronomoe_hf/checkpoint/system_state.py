@@ -6,22 +6,25 @@ room gets its parts from the system and knows no system.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from chronomoe_hf import distributed
-from chronomoe_hf.checkpoint.fingerprint import check_layers, fingerprint
-from chronomoe_hf.checkpoint.state_file import has_state, read_state
+from chronomoe_hf.checkpoint.checks import check_meta, check_tensors
+from chronomoe_hf.checkpoint.fingerprint import check_layers
+from chronomoe_hf.checkpoint.in_force import in_force
+from chronomoe_hf.checkpoint.manifest import WAY_OUT, short
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import Controller
-from chronomoe_hf.errors import ConfigError, StateCorruptError, StateError, StateMissingError
+from chronomoe_hf.errors import ConfigError, StateCorruptError, StateError
+from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import AlertHistory
@@ -98,47 +101,117 @@ def pack(parts: Parts, position: Position) -> tuple[dict[str, Tensor], dict[str,
     return tensors, meta
 
 
+def unloadable(step_state: StepState, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str | None:
+    """Why what :func:`pack` returned could not be loaded again, or None: such a state must not replace a good one."""
+    try:
+        check_meta(meta)
+        check_tensors(tensors, _stacked(step_state), [row["num_experts"] for row in meta["layers"]])
+    except StateCorruptError as error:
+        return str(error).removesuffix(f"; {WAY_OUT}")
+    return None
+
+
+def _stacked(step_state: StepState) -> dict[str, Tensor]:
+    return {name: getattr(step_state, name) for name in step_state.NAMES}
+
+
 def unpack(parts: Parts, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Position:
-    """Restore what :func:`pack` returned into the parts.
+    """Restore what :func:`pack` returned into the parts, as far as the settings in force let it act.
+
+    Everything is checked first; where this raises, nothing has changed. What the settings leave unused, and why, is in
+    ``in_force``; one warning names it.
 
     Returns:
         Where the saved run stood.
 
     Raises:
         StateMismatchError: it belongs to another model, with a table of the differences.
-        StateCorruptError: a part is missing.
+        StateCorruptError: a field or a tensor is missing, or not what it must be.
     """
+    check_meta(meta)
     live = [layer.table_row() for layer in parts.layers]
     pairs = check_layers(meta["layers"], live, parts.config.checkpoint.allow_partial)
-    if "beta_LE" in tensors:  # gain_LE was added in schema 1.1; without it the gains start afresh
-        tensors = {"gain_LE": torch.zeros_like(tensors["beta_LE"]), **tensors}
-    missing = [name for name in parts.step_state.NAMES if name not in tensors]
-    if missing:
-        raise StateCorruptError(f"the saved state lacks {', '.join(missing)}; resume from another checkpoint")
-    _warn_of_other_settings(parts.config, meta.get("config"))
-    window_steps = 0
-    if len(pairs) == len(live) == len(meta["layers"]) and all(old == new for old, new in pairs):
-        parts.step_state.load_state_dict(tensors)
-        parts.controller.load_state_dict(meta["controller"])
-        parts.lifecycle.load_state_dict(meta["lifecycle"])
-        parts.alerts.load_state_dict(meta["alerts"])
-        window_steps = int(meta["window_steps"])
-    else:
-        _load_matching(parts, tensors, pairs)
-    for old, new in pairs:
+    num_experts = [row["num_experts"] for row in meta["layers"]]
+    check_tensors(tensors, _stacked(parts.step_state), num_experts, meta.get("schema_minor", 0))
+    whole = len(pairs) == len(live) == len(meta["layers"]) and all(old == new for old, new in pairs)
+    used = in_force(
+        tensors,
+        meta,
+        pairs,
+        [layer.takes_beta for layer in parts.layers],
+        [layer.handle.lens is not None for layer in parts.layers],
+        parts.config,
+    )
+    lenses = {new: _lens_state(used.tensors, old) for old, new in pairs}
+    _check_parts(parts, meta, lenses, whole)
+    # Checked: from here on nothing raises.
+    window_steps = _load(parts, used.tensors, meta, pairs, whole)
+    for new, saved in lenses.items():
         lens = parts.layers[new].handle.lens
-        prefix = f"lens.{old}."
-        saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         if lens is not None and saved:
             lens.load_state_dict(saved)
+        elif lens is not None:
+            lens.set_scale(0.0)
+    _warn_of_other_settings(parts.config, meta.get("config"), used.unused)
     return Position(
         step=int(meta["step"]),
         window_steps=window_steps,
         run_id=str(meta["run_id"]),
         attempt=int(meta.get("attempt", 0)),
-        governed=bool(meta["governed"]),
-        beta_moved=any(meta["steering"][old] for old, _ in pairs),
+        governed=used.governed,
+        beta_moved=used.beta_moved,
     )
+
+
+def _lens_state(tensors: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+    prefix = f"lens.{layer}."
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _check_parts(parts: Parts, meta: Mapping[str, Any], lenses: Mapping[int, dict[str, Tensor]], whole: bool) -> None:
+    """Load the host state and the lenses into copies: what goes wrong goes wrong there."""
+    for new, saved in lenses.items():
+        lens = parts.layers[new].handle.lens
+        if lens is not None and saved:
+            ChronoLens(lens.d_model, lens.rank, new).load_state_dict(saved)
+    if not whole:
+        return
+    copies: dict[str, Any] = {
+        "controller": copy.copy(parts.controller),
+        "lifecycle": copy.copy(parts.lifecycle),
+        "alerts": parts.alerts.copy(),
+    }
+    for name, part in copies.items():
+        try:
+            part.load_state_dict(copy.deepcopy(meta[name]))
+        except StateError:
+            raise
+        except (ConfigError, TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+            kind = {"controller": "a controller", "lifecycle": "a lifecycle", "alerts": "an alert history"}[name]
+            raise StateCorruptError(
+                f"the saved state's {name} must be what {kind} saves ({short(error)}); {WAY_OUT}"
+            ) from None
+
+
+def _load(
+    parts: Parts, tensors: dict[str, Tensor], meta: Mapping[str, Any], pairs: list[tuple[int, int]], whole: bool
+) -> int:
+    """Write the stacked tensors and, for the whole model, the host state; returns the steps of the open window."""
+    if not whole:
+        _load_matching(parts, tensors, pairs)
+        return 0
+    window_steps = int(meta["window_steps"])
+    live = parts.step_state.window_LR
+    if tensors["window_LR"].shape != live.shape:
+        logger.warning("the open window of %d steps was recorded with other columns; it starts afresh", window_steps)
+        tensors = {**tensors, "window_LR": torch.zeros_like(live, device="cpu")}
+        window_steps = 0
+    parts.step_state.load_state_dict(tensors)
+    parts.step_state.closed_2L.zero_()  # of the run before
+    parts.controller.load_state_dict(meta["controller"])
+    parts.lifecycle.load_state_dict(meta["lifecycle"])
+    parts.alerts.load_state_dict(meta["alerts"])
+    return window_steps
 
 
 def _load_matching(parts: Parts, tensors: dict[str, Tensor], pairs: list[tuple[int, int]]) -> None:
@@ -160,81 +233,41 @@ def _load_matching(parts: Parts, tensors: dict[str, Tensor], pairs: list[tuple[i
     logger.warning("loaded the state of %d of %d layers; the others start fresh", len(pairs), len(parts.layers))
 
 
-def _warn_of_other_settings(live: ChronoConfig, saved: Any) -> None:
-    if not isinstance(saved, dict):
-        return
+def _warn_of_other_settings(live: ChronoConfig, saved: Any, unused: Sequence[str]) -> None:
+    lines = []
     try:
-        before = ChronoConfig.from_dict(saved)
+        before = None if saved is None else ChronoConfig.from_dict(saved)
     except ConfigError:
-        return
-    changed = [name for name in live.differences(before) if not name.startswith(("telemetry.", "checkpoint."))]
-    if changed:
-        warnings.warn(f"resuming with other chronomoe settings than were saved: {', '.join(changed)}", stacklevel=5)
+        before = None
+    if before is not None:
+        other = [name for name in live.differences(before) if not name.startswith(("telemetry.", "checkpoint."))]
+        if other:
+            lines.append(f"resuming with other chronomoe settings than were saved: {', '.join(other)}")
+    if unused:
+        lines.append(f"of the saved chronomoe state these settings left unused: {'; '.join(unused)}")
+    if lines:
+        warnings.warn(". ".join(lines), stacklevel=5)
 
 
-def live_fingerprint(layers: Sequence[Layer]) -> dict[str, str]:
-    """Fingerprint of every router parameter and of a slice of every expert tensor; see ``fingerprint``."""
-    whole: list[tuple[str, Tensor]] = []
-    sampled: list[tuple[str, Tensor]] = []
-    for layer in layers:
-        for name, value in layer.router.named_parameters():
-            whole.append((f"{layer.name}.{name}", value))
-        experts = layer.adapter.experts
-        if experts is not None and experts in layer.parent._modules:
-            for name, value in layer.parent.get_submodule(experts).named_parameters():
-                target = whole if value.dim() == 3 else sampled
-                target.append((f"{layer.name}.{experts}.{name}", value))
-    return fingerprint(whole, sampled)
-
-
-def report_disagreement(step_state: StepState, layers: Sequence[Layer]) -> list[float | None]:
-    """Per layer, the share of tokens that a plain reload of this checkpoint would route otherwise; warns above 1 %."""
-    shares = step_state.topk_disagreement()
-    known = [(share, layer.name) for share, layer in zip(shares, layers, strict=True) if share is not None]
-    if known and max(known)[0] > WARN_ABOVE:
-        worst, name = max(known)
-        logger.warning(
-            "outside chronomoe_hf this checkpoint routes %.1f %% of the tokens of %s to other experts than now; "
-            "keep its folder chronomoe, or unwrap(model, fold=True) before the final save",
-            100.0 * worst,
-            name,
-        )
-    return shares
-
-
-def read_for_all(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The state in `directory`, read by the main process and given to every rank; None where there is none. Collective.
-
-    Raises:
-        StateError: torn, foreign, or of another schema; the message names the file and the way out.
-    """
-    found: Any = None
-    if distributed.is_main():
-        try:
-            found = read_state(directory) if has_state(directory) else None
-        except StateError as error:
-            found = error
-    found = distributed.broadcast_object(found)
-    if isinstance(found, StateError):
-        raise found
-    return None if found is None else (found[0], found[1])
-
-
-def missing(config: ChronoConfig, directory: str | Path, acted: bool) -> None:
-    """There is no state in `directory`: warn, or raise by ``CheckpointConfig.on_missing``.
+def advise_of_disagreement(shares: Sequence[float | None], layers: Sequence[Layer]) -> bool:
+    """Warn if a plain reload of what is saved would route more than 1 % of a layer's tokens otherwise.
 
     Args:
-        config: settings in force.
-        directory: where the state was looked for.
-        acted: the live run has been governed.
+        shares: per layer, from ``StepState.topk_disagreement``.
+        layers: the wrapped layers.
 
-    Raises:
-        StateMissingError: ``on_missing`` is ``"raise"``, or ``"auto"`` and the run has been governed.
+    Returns:
+        Whether it warned. The system says it once a run, and writes the shares into every state.
     """
-    if config.checkpoint.on_missing == "raise" or (config.checkpoint.on_missing == "auto" and acted):
-        raise StateMissingError(
-            f"no chronomoe state in {directory}{', although this run has been governed' if acted else ''}; routing "
-            "would change silently. Resume from a checkpoint that has chronomoe/state.json, or set "
-            "CheckpointConfig(on_missing='fresh') to start with beta = 0"
-        )
-    warnings.warn(f"no chronomoe state in {directory}: starting with fresh statistics and beta = 0", stacklevel=4)
+    known = [(share, layer.name) for share, layer in zip(shares, layers, strict=True) if share is not None]
+    if not known or max(known)[0] <= WARN_ABOVE:
+        return False
+    worst, name = max(known)
+    logger.warning(
+        "outside chronomoe_hf this checkpoint routes %.1f %% of the tokens of %s to other experts than now; keep its "
+        "folder chronomoe and load it with wrap(model, state=directory), or unwrap(model, fold=True) before the final "
+        "save",
+        100.0 * worst,
+        name,
+    )
+    return True

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from chronomoe_hf.errors import StateError
 from chronomoe_hf.system import ChronoSystem
 
 
@@ -34,13 +33,8 @@ def restore(system: ChronoSystem, directory: Path, step: int) -> dict[str, str] 
         The fingerprint of the checkpoint's weights, for :func:`check_weights`; None where there is none.
 
     Raises:
-        StateMissingError, StateCorruptError, StateMismatchError, StateSchemaError: see ``persistence.load``.
+        StateMissingError, StateCorruptError, StateMismatchError, StateSchemaError: see ``ChronoSystem.load``.
         StateError: the state there is of another step.
     """
-    manifest = system.load(directory)
-    if manifest is not None and manifest["step"] != step:
-        raise StateError(
-            f"{directory} holds chronomoe state of step {manifest['step']}, but the Trainer resumes at step {step}; "
-            "the files of two checkpoints are mixed up"
-        )
+    manifest = system.load(directory, on_missing=system.config.checkpoint.on_missing, step=step)
     return None if manifest is None else manifest.get("fingerprint")

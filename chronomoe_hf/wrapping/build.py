@@ -101,7 +101,7 @@ def _make_layer(layer_id: int, found: FoundLayer, window: ForwardScope, width: i
     if refused_beta is not None:
         notes.append(f"no beta: {refused_beta}")
     if native:
-        _keep_native_bias_in_fp32(adapter, router, parent)
+        keep_native_bias_in_fp32(adapter, router, parent)
     state = RouterState(layer_id, num_experts, k_max=config.beta.k_max)
     state.scope = "selection" if config.beta.law == "balance" else config.beta.scope
     if config.beta.law == "balance":
@@ -147,7 +147,7 @@ def _bias(adapter: Adapter, router: nn.Module, parent: nn.Module) -> torch.Tenso
     return bias_E
 
 
-def _keep_native_bias_in_fp32(adapter: Adapter, router: nn.Module, parent: nn.Module) -> None:
+def keep_native_bias_in_fp32(adapter: Adapter, router: nn.Module, parent: nn.Module) -> None:
     """Some families load their bias in bf16, where steps of a thousandth are rounded away: keep it in fp32."""
     bias = _bias(adapter, router, parent)
     for module in (*router.modules(), parent):

@@ -6,7 +6,11 @@ import hashlib
 
 import pytest
 import torch
+from support import moe_zoo
+from support.models import tiny_model
 
+import chronomoe_hf
+from chronomoe_hf import ChronoConfig
 from chronomoe_hf.checkpoint.fingerprint import SLICE_ELEMENTS, check_layers, compare_fingerprints, fingerprint
 from chronomoe_hf.errors import StateMismatchError
 
@@ -159,3 +163,36 @@ def test_names_on_one_side_differ_and_unreadable_weights_do_not() -> None:
 def test_the_device_does_not_matter(dtype) -> None:
     router, experts = torch.randn(4, 16).to(dtype), torch.randn(4, 40, 16).to(dtype)
     assert fingerprint([("r", router.cuda()), ("e", experts.cuda())]) == fingerprint([("r", router), ("e", experts)])
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "hunyuan_v1_moe", "granitemoe", "gpt_oss"])
+def test_every_line_names_a_tensor_of_the_model(family: str) -> None:
+    model = moe_zoo.build(family)
+    names = {name for name, _ in model.named_parameters()}
+    system = chronomoe_hf.system_of(chronomoe_hf.wrap(model, ChronoConfig.observe()))
+    lines = system.fingerprint()
+    assert len(lines) >= 3 * len(system.layers)
+    assert set(lines) <= names, sorted(set(lines) - names)
+
+
+def test_a_mismatch_names_the_tensor_that_is_wrong() -> None:
+    model = tiny_model("mixtral")
+    system = chronomoe_hf.system_of(chronomoe_hf.wrap(model, ChronoConfig.observe()))
+    saved = system.fingerprint()
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.experts.down_proj").add_(1)
+    assert compare_fingerprints(saved, system.fingerprint()) == ["model.layers.1.mlp.experts.down_proj"]
+
+
+def test_names_of_schema_1_stand_for_the_tensors_they_mean() -> None:
+    """It named the experts below the router; also where the router lies deeper."""
+    live = {"m.0.gate.weight": "a", "m.0.experts.up": "b", "m.0.experts.down": "c"}
+    for router in ("gate", "gate.wg"):
+        saved = {"m.0.gate.weight": "a", f"m.0.{router}.experts.up": "b", f"m.0.{router}.experts.down": "c"}
+        assert compare_fingerprints(saved, live) == []
+        assert compare_fingerprints({**saved, f"m.0.{router}.experts.up": "x"}, live) == ["m.0.experts.up"]
+        lacking = {name: line for name, line in saved.items() if not name.endswith("down")}
+        assert compare_fingerprints(lacking, live) == ["m.0.experts.down"]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoSystem
+from chronomoe_hf.checkpoint.fingerprint import compare_fingerprints
 from chronomoe_hf.checkpoint.state_file import read_state, write_state
-from chronomoe_hf.errors import StateCorruptError, StateError, StateMismatchError, StateMissingError
+from chronomoe_hf.errors import StateCorruptError, StateError, StateMismatchError, StateMissingError, StateWriteError
 
 NAN = float("nan")
 
@@ -213,6 +214,51 @@ def test_columns_of_another_version_start_the_open_window_afresh(saved: Path, ca
     assert "open window" in caplog.text
     assert system.window_steps == 0 and not system.step_state.window_LR.any()
     assert torch.equal(system.step_state.beta_LE, tensors["beta_LE"])
+
+
+def test_a_state_that_could_not_be_loaded_is_not_written(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for strict in (False, True):
+        system = governed(lens_config(checkpoint={"strict_save": strict}))
+        system.step_state.ema_CLE[0, 0, 0] = NAN
+        if strict:
+            with pytest.raises(StateWriteError, match=r"ema_CLE must be finite"):
+                system.save(saved)
+        else:
+            assert system.save(saved) is False
+            assert "ema_CLE must be finite" in caplog.text
+        assert read_state(saved)[1]["step"] == 3, "the good state is still there"
+
+
+# ---- golden files of whole systems ----------------------------------------------------------------------------------
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+
+def test_a_system_saved_by_0_1_0_beside_its_weights_steers_as_it_did() -> None:
+    """Written by chronomoe_hf 0.1.0 (schema 1): protect after 5 steps of interval 2, with open lenses."""
+    tensors, meta = read_state(DATA / "state_v1_system")
+    system = chronomoe_hf.system_of(chronomoe_hf.wrap(tiny_model("mixtral"), lens_config(interval=2)))
+    system.load(DATA / "state_v1_system")
+    assert (system.global_step, system.window_steps, system.run_id, system.governed) == (5, 1, "6c3c48ccdec2", True)
+    assert system.lenses[0].scale == 0.2515001097695864 and system.lenses[1].scale == 0.398
+    assert torch.equal(system.step_state.beta_LE, tensors["beta_LE"])
+    expected = [-0.0241, -0.0143, -0.0240, 0.0197, 0.0560, -0.0430, -0.0276, 0.0573]
+    assert system.router_state(0).beta_coeff.tolist() == pytest.approx(expected, abs=1e-4)
+    assert not torch.equal(logits(system), native_logits(system))
+    names, live = dict.fromkeys(meta["fingerprint"], "x"), dict.fromkeys(system.fingerprint(), "x")
+    assert names != live and compare_fingerprints(names, live) == [], "its names of expert tensors are understood"
+
+
+def test_a_system_of_schema_2_comes_back() -> None:
+    """Written by this version: balance after 5 steps of interval 4."""
+    tensors, _ = read_state(DATA / "state_v2_system")
+    system = chronomoe_hf.system_of(chronomoe_hf.wrap(tiny_model("mixtral"), ChronoConfig.balance(interval=4)))
+    system.load(DATA / "state_v2_system")
+    assert (system.global_step, system.window_steps, system.run_id, system.governed) == (5, 1, "d44bca8defb9", True)
+    assert torch.equal(system.step_state.gain_LE, tensors["gain_LE"]) and tensors["gain_LE"].all()
+    expected = [-0.3358, -0.0809, 0.1511, 0.1722, -0.0305, 0.0219, 0.1734, -0.0715]
+    assert system.router_state(0).beta_coeff.tolist() == pytest.approx(expected, abs=1e-4)
+    assert not torch.equal(logits(system), native_logits(system))
 
 
 # ---- a directory without state --------------------------------------------------------------------------------------

@@ -134,3 +134,62 @@ def test_a_bf16_bias_is_kept_in_fp32_so_that_small_steps_are_not_lost(family: st
 
     saved = [v for f in (tmp_path / "after").glob("*.safetensors") for v in load_file(f).values()]
     assert any(v.shape == bias.shape and torch.equal(v.float(), bias) for v in saved), "fp32 must reach the file"
+
+
+def moved_experts(model: Any, steps: int, biases: float = 3.0) -> tuple[Any, int]:
+    """Steps of `balance` from biases of 3 in the first layer: that bias, and how many of its experts moved."""
+    system = chronomoe_hf.system_of(model)
+    layer = system.layers[0]
+    bias = layer.adapter.native_bias(layer.router, layer.parent)
+    bias.data.fill_(biases)
+    start = bias.clone().float()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, steps + 1):
+        model(input_ids=torch.randint(3, 100, (4, 16), generator=generator))
+        system.step(step)
+    bias = layer.adapter.native_bias(layer.router, layer.parent)
+    return bias, int((bias.float() - start).ne(0).sum())
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
+@pytest.mark.parametrize("cast", ["before wrap", "after wrap", "during training"])
+def test_a_bias_that_was_cast_is_brought_back_to_fp32(family: str, cast: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A buffer (DeepSeek) and a parameter (Ernie): in bf16 near 3, steps of 1e-3 round to nothing."""
+    model = moe_zoo.build(family)
+    moe_zoo.randomise(model)
+    config = ChronoConfig.balance(beta=BetaConfig(law="balance", scope="selection", native_rate=1e-3))
+    if cast == "before wrap":
+        model = model.to(torch.bfloat16)
+    chronomoe_hf.wrap(model, config).train()
+    system = chronomoe_hf.system_of(model)
+    layer = system.layers[0]
+    held = [value for name, value in model.named_parameters() if name.endswith("correction_bias")]
+    if cast == "after wrap":
+        model.to(torch.bfloat16)
+        if family == "deepseek_v3":
+            assert layer.adapter.native_bias(layer.router, layer.parent).dtype == torch.bfloat16, "bad test setup"
+        system.begin()
+    elif cast == "during training":
+        model(input_ids=torch.randint(3, 100, (2, 8)))
+        model.to(torch.bfloat16)
+        model(input_ids=torch.randint(3, 100, (2, 8)))
+        system.step(1)
+        system.begin()
+    bias, moved = moved_experts(model, 30)
+    assert bias.dtype == torch.float32
+    assert moved == layer.num_experts, "steps of a thousandth were lost"
+    now = [value for name, value in model.named_parameters() if name.endswith("correction_bias")]
+    assert len(held) == (2 if layer.bias_is_parameter else 0)
+    assert all(a is b for a, b in zip(held, now, strict=True)), "the optimizer holds these very parameters"
+    said = [record.message for record in caplog.records if "was cast to bfloat16 after" in record.message]
+    assert len(said) == (cast != "before wrap"), said
+
+
+def test_a_bias_is_checked_when_a_state_is_loaded(tmp_path: Path) -> None:
+    model = chronomoe_hf.wrap(moe_zoo.build("deepseek_v3"), ChronoConfig.balance(interval=1))
+    system = chronomoe_hf.system_of(model)
+    system.save(tmp_path)
+    model.to(torch.bfloat16)
+    system.load(tmp_path)
+    layer = system.layers[0]
+    assert layer.adapter.native_bias(layer.router, layer.parent).dtype == torch.float32
