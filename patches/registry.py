@@ -6,6 +6,7 @@ Shape suffixes: T tokens, E router classes (experts), K experts chosen per token
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from chronomoe_hf.errors import UnsupportedArchitectureError
-from chronomoe_hf.patches.rules import Rule, Scope, ScoreTopK, Setting, setting
+from chronomoe_hf.patches.rules import Rule, ScoreTopK, Setting, setting
+from chronomoe_hf.router.call import RouterCall
 from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.router.state import Routing
 
@@ -124,51 +126,31 @@ class Adapter:
         """Return the scores of the logits as a distribution, fp32 ``[T, E]``: no native bias, no group limit."""
         return self.rule.distribution(router, logits_TE)
 
-    def reroute(
-        self,
-        router: nn.Module,
-        output: Any,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        """Route again with ``z + beta`` and return the native structure.
+    def reroute(self, router: nn.Module, call: RouterCall) -> Any:
+        """Route again with beta and the lens's shift, and return the native structure.
 
         Args:
             router: the router.
-            output: what the native forward returned for the clean input.
-            z_TE: logits to route with, 2-D.
-            beta_E: fp32 ``[E]`` in logit units, may be zeros.
-            scope: ``"routing"`` (selection and weights) or ``"selection"``.
-            args: positional arguments of the native forward (without ``self``).
-            kwargs: keyword arguments of the native forward.
+            call: the native output and arguments, and what steers; see `RouterCall`.
 
         Returns:
             The native structure: the clean logits object in its place, new weights and ids of native shapes and dtypes.
         """
-        native = output[self.weights_index]
+        native = call.output[self.weights_index]
         weights_TK, index_TK = self.rule.route(
-            router,
-            z_TE,
-            beta_E,
-            scope,
-            k=self.top_k(router),
-            bias_E=self._bias_of_call(router, args, kwargs),
-            dtype=native.dtype,
+            router, call, k=self.top_k(router), bias_E=self._bias_of_call(router, call), dtype=native.dtype
         )
-        parts = list(output)
+        parts = list(call.output)
         parts[self.weights_index] = weights_TK.view(native.shape)
-        parts[self.indices_index] = index_TK.view(output[self.indices_index].shape)
+        parts[self.indices_index] = index_TK.view(call.output[self.indices_index].shape)
         return tuple(parts)
 
-    def _bias_of_call(self, router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    def _bias_of_call(self, router: nn.Module, call: RouterCall) -> Tensor | None:
         """Return the native bias that the native forward used in this call."""
         if self.bias_arg is not None:
             if not setting(router, self.bias_when):
                 return None
-            bias: Tensor | None = kwargs[self.bias_arg] if self.bias_arg in kwargs else args[1]
+            bias: Tensor | None = call.kwargs[self.bias_arg] if self.bias_arg in call.kwargs else call.args[1]
             return bias
         return self.native_bias(router, router)
 
@@ -187,16 +169,7 @@ class Adapter:
 class ObserveOnly(Adapter):
     """A router whose choice cannot be moved; `refuse` says why under ``"beta"``."""
 
-    def reroute(
-        self,
-        router: nn.Module,
-        output: Any,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def reroute(self, router: nn.Module, call: RouterCall) -> Any:
         """Raise UnsupportedArchitectureError with the reason."""
         raise UnsupportedArchitectureError(f"{self.router_class} cannot be steered: {self.refused('beta')}")
 
@@ -283,7 +256,13 @@ def chrono_class(adapter: Adapter, original_class: type[nn.Module]) -> type[nn.M
     chrono = _CHRONO_CLASSES.get(original_class)
     if chrono is None:
         name = f"Chrono{original_class.__name__}"
-        namespace = {"adapter": adapter, "__module__": "chronomoe_hf.patches", "__qualname__": name}
+        first = list(inspect.signature(original_class.forward).parameters)[1]
+        namespace = {
+            "adapter": adapter,
+            "input_name": first,
+            "__module__": "chronomoe_hf.patches",
+            "__qualname__": name,
+        }
         chrono = type(name, (ChronoRouter, *adapter.mixins, original_class), namespace)
         _CHRONO_CLASSES[original_class] = chrono
     return chrono

@@ -17,6 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from chronomoe_hf import patches
 from chronomoe_hf.errors import ContractError, UnsupportedArchitectureError
+from chronomoe_hf.router.call import RouterCall
 from chronomoe_hf.router.forward import ChronoRouter
 
 
@@ -139,7 +140,9 @@ def test_phimoe_without_its_mixin_says_so() -> None:
     call.router.train()
     output, args, kwargs = call.run()
     with pytest.raises(ContractError, match="chrono_class"):
-        call.adapter.reroute(call.router, output, output[0], torch.zeros(output[0].shape[-1]), "routing", args, kwargs)
+        call.adapter.reroute(
+            call.router, RouterCall(output, output[0], torch.zeros(output[0].shape[-1]), "routing", args, kwargs)
+        )
 
 
 def test_a_router_from_outside_can_be_described(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +169,7 @@ def test_a_router_from_outside_can_be_described(monkeypatch: pytest.MonkeyPatch)
     x_TD = torch.randn(40, 16)
     output = router(x_TD)
     logits_TE = patches.probe(adapter, router, output).logits_TE
-    neutral = adapter.reroute(router, output, logits_TE, torch.zeros(6), "routing", (x_TD,), {})
+    neutral = adapter.reroute(router, RouterCall(output, logits_TE, torch.zeros(6), "routing", (x_TD,), {}))
     assert all(torch.equal(ours, native) for ours, native in zip(neutral, output, strict=True))
-    promoted = adapter.reroute(router, output, logits_TE, torch.eye(6)[3] * 100, "routing", (x_TD,), {})
+    promoted = adapter.reroute(router, RouterCall(output, logits_TE, torch.eye(6)[3] * 100, "routing", (x_TD,), {}))
     assert (promoted[2] == 3).any(dim=-1).all() and not (output[2] == 3).any(dim=-1).all()
