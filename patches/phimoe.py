@@ -135,7 +135,7 @@ class PhimoeAdapter(Adapter):
         if state is None:
             raise ContractError(
                 "PhimoeTopKRouter samples its experts in training and its random state was not remembered; "
-                "its class must be chrono_class(adapter, PhimoeTopKRouter)"
+                "its class must be that of a wrapped router (wrapping.class_swap.router_class)"
             )
         _generator(hidden_states.device).set_state(state)
         if router.input_jitter_noise > 0:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chronomoe_hf.distributed import is_sharded
 from chronomoe_hf.errors import StateMismatchError
 
 SLICE_ELEMENTS = 256  # read at each end of an expert's weight
@@ -99,7 +100,7 @@ def fingerprint(entries: Iterable[tuple[str, Tensor]], sampled: Iterable[tuple[s
 
 
 def _line(tensor: Tensor, whole: bool) -> str:
-    if is_sharded(tensor):
+    if tensor.is_meta or is_sharded(tensor):
         return UNREADABLE
     tensor = tensor.detach()
     digest = hashlib.sha256()
@@ -118,11 +119,6 @@ def _ends(tensor: Tensor) -> list[Tensor]:
     rows = min(weight_EAB.shape[1], max(1, SLICE_ELEMENTS // max(columns, 1)))
     last = weight_EAB.shape[1] - rows, weight_EAB.shape[-1] - columns
     return [weight_EAB[:, :rows, :columns], weight_EAB[:, last[0] :, last[1] :]]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds less than the whole tensor: FSDP2 (DTensor), ZeRO-3 (``ds_shape``), meta."""
-    return tensor.is_meta or hasattr(tensor, "placements") or hasattr(tensor, "ds_shape")
 
 
 def compare_fingerprints(saved: Mapping[str, str], live: Mapping[str, str]) -> list[str]:

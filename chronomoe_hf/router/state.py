@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.router.call import RouterCall, Scope
+from chronomoe_hf.router.shared import SharedInParts
 
 HANDLE = "_chrono_handle"
 """Name of the plain attribute through which a wrapped module finds its layer. Never a registered buffer."""
@@ -192,7 +193,7 @@ class RouterState:
 
 
 @dataclass
-class RouterHandle:
+class RouterHandle(SharedInParts):
     """How a router module reaches its slow state; shared with the ChronoSystem, never registered as a submodule."""
 
     state: RouterState
