@@ -86,7 +86,8 @@ def _followed(flag_BS: Tensor) -> Tensor:
 
 
 def _from_ids(tokens_BS: Tensor, pad: PadToken) -> Tensor:
-    text_BS = tokens_BS != pad.token_id
+    assert pad.token_id is not None
+    text_BS = tokens_BS.ne(pad.token_id)
     real_BS = _followed(text_BS) & (text_BS.cumsum(1) > 0)
     wider_BS = real_BS
     if pad.ends:

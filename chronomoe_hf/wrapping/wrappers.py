@@ -93,10 +93,10 @@ def walk(model: nn.Module) -> Iterator[Place]:
         options = alternatives(module) or []
         for number, (_, child) in enumerate(options):
             yield from visit(child, parts, (*above, module), runs and number == 0)
-        for name, child in module._modules.items():
-            if child is not None and not (options and isinstance(child, nn.ModuleDict)):
+        for name, below in module._modules.items():
+            if below is not None and not (options and isinstance(below, nn.ModuleDict)):
                 step = parts if name in INSERTED else (*parts, name)
-                yield from visit(child, step, (*above, module), runs)
+                yield from visit(below, step, (*above, module), runs)
 
     yield from visit(model, (), (), True)
 
