@@ -45,12 +45,9 @@ class InklingAdapter(Adapter):
             if call.shift_TE is not None:
                 lensed_TE = lensed_TE + call.shift_TE
             biased_TE = lensed_TE + call.beta_E
-            index_TK = torch.topk(
-                biased_TE.sigmoid() + self._bias_of_call(router, call).float(),
-                router.top_k,
-                dim=-1,
-                sorted=False,
-            )[1]
+            bias_E = self._bias_of_call(router, call)
+            assert bias_E is not None
+            index_TK = torch.topk(biased_TE.sigmoid() + bias_E.float(), router.top_k, dim=-1, sorted=False)[1]
             chosen_TK = (biased_TE if call.scope == "routing" else lensed_TE).gather(-1, index_TK)
             log_p = F.logsigmoid(torch.cat([chosen_TK, shared_TN], dim=-1))
             weights = torch.exp(log_p - torch.logsumexp(log_p, dim=-1, keepdim=True))

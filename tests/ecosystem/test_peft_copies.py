@@ -190,6 +190,8 @@ def test_layers_that_were_added_after_wrap_are_refused_with_the_way_out() -> Non
     replicated = get_peft_model(model, LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]]))
     with pytest.raises(WrapError, match=r"2 MoE layers.*layers\.2\.mlp\.gate.*unwrap"):
         chronomoe_hf.wrap(replicated)
+    with pytest.raises(WrapError, match="2 MoE layers"):
+        chronomoe_hf.system_of(replicated).begin()  # as at the start of Trainer.train
     chronomoe_hf.wrap(chronomoe_hf.unwrap(replicated), OBSERVE)
     system = chronomoe_hf.system_of(replicated)
     replicated.train()(**tiny.tiny_batch("mixtral"))
