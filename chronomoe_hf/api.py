@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from chronomoe_hf.checkpoint.unloaded import warn_of_unloaded_state
 from chronomoe_hf.config import ChronoConfig
-from chronomoe_hf.errors import (
-    AlreadyWrappedError,
-    ConfigError,
-    NotWrappedError,
-)
-from chronomoe_hf.recording.scope import (
-    SCOPE,
-    Switches,
-    close_scope,
-    open_scope,
-)
+from chronomoe_hf.errors import AlreadyWrappedError, ConfigError, NotWrappedError
+from chronomoe_hf.recording.scope import Switches
+from chronomoe_hf.router.forward import ChronoRouter
+from chronomoe_hf.router.state import HANDLE
 from chronomoe_hf.system import ChronoSystem
-from chronomoe_hf.wrapping.build import build_layers
-from chronomoe_hf.wrapping.class_swap import check_not_sharded, remove_hooks, restore, swap
-from chronomoe_hf.wrapping.discovery import root_of
+from chronomoe_hf.wrapping.build import build_layers, check_layers
+from chronomoe_hf.wrapping.class_swap import add_hooks, check_restorable, remove_hooks, restore, swap
+from chronomoe_hf.wrapping.discovery import clean_name, find_layers, root_of
+from chronomoe_hf.wrapping.native_bias import cast_bias
 from chronomoe_hf.wrapping.owner import SYSTEM, find_system
 from chronomoe_hf.wrapping.save_pretrained import install_save_hook, remove_save_hook
 
 TESTED_VERSIONS = ("5.13.1", "5.16.1", "5.19.0", "5.23.0")
+_PRESETS = ("observe", "protect", "balance", "original")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,6 +53,7 @@ def wrap(model: Model, config: ChronoConfig | None = None, *, state: str | Path 
         NoMoELayersError: nothing routes tokens to experts.
         UnsupportedArchitectureError: every router found is of an unsupported kind; the message says which and why.
         StateError: `state` cannot be loaded.
+        WrapError: MoE layers were added or replaced since it was wrapped, or it holds several wrapped models.
     """
     _check_arguments("wrap", model, config)
     system = find_system(model)
@@ -65,6 +63,7 @@ def wrap(model: Model, config: ChronoConfig | None = None, *, state: str | Path 
                 "this model is already wrapped with another config; call chronomoe_hf.unwrap(model) first "
                 f"(different: {', '.join(system.config.differences(config))})"
             )
+        check_layers(system.model, system.layers)
         install_save_hook(model)  # a wrapper that was added since (PEFT) has a save_pretrained of its own
         if state is not None:
             system.load(state)
@@ -87,14 +86,13 @@ def wrap(model: Model, config: ChronoConfig | None = None, *, state: str | Path 
 
 def _install(root: nn.Module, config: ChronoConfig) -> None:
     switches = Switches()
-    layers, scopes = build_layers(root, config, switches)
-    system = ChronoSystem(root, layers, config, switches)
-    for layer in layers:
-        swap(layer)
-    for owner, scope in scopes.items():
-        owner.__dict__[SCOPE] = scope
-        owner.register_forward_pre_hook(open_scope, with_kwargs=True)
-        owner.register_forward_hook(close_scope, always_call=True)
+    built = build_layers(root, config, switches)
+    system = ChronoSystem(root, built.layers, config, switches)
+    for holder in built.bias_holders:
+        cast_bias(*holder, torch.float32)
+    for module, cls, handle in built.swaps:
+        swap(module, cls, handle)
+    add_hooks(built.scopes, built.decoders)
     root.__dict__[SYSTEM] = system
 
 
@@ -112,22 +110,20 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     """
     _check_arguments("unwrap", model)
     system = system_of(model)
-    for layer in system.layers:
-        for module in filter(None, (layer.router, layer.experts)):
-            check_not_sharded(layer.name, module, "unwrap a model loaded from its checkpoint instead")
+    modules = dict.fromkeys([*model.named_modules(), *system.model.named_modules()])
+    wrapped = {module: clean_name(path) for path, module in modules if HANDLE in module.__dict__}
+    for module, name in wrapped.items():
+        check_restorable(name, module)
     if fold:
         system.fold()
-    for layer in system.layers:
-        layer.adapter.unbind(layer.router)
-        restore(layer.router)
-        if layer.experts is not None:
-            restore(layer.experts)
-    for module in system.model.modules():
-        if module.__dict__.pop(SCOPE, None) is not None:
-            remove_hooks(module)
-    for module in model.modules():
+    _give_biases_their_dtype_back(system)
+    for module in wrapped:
+        if isinstance(module, ChronoRouter):
+            system.layers[module.router_state.layer_id].adapter.unbind(module)
+        restore(module)
+    for _, module in modules:
+        remove_hooks(module)
         remove_save_hook(module)
-    remove_save_hook(system.model)
     system.close_telemetry()
     del system.model.__dict__[SYSTEM]
     for left in list(system.on_unwrap):
@@ -135,11 +131,21 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     return model
 
 
+def _give_biases_their_dtype_back(system: ChronoSystem) -> None:
+    dtypes = {layer.name: layer.native_dtype for layer in system.layers if layer.native_dtype is not None}
+    for found in find_layers(system.model)[0]:
+        for one in (found, *found.copies):
+            bias_E = one.adapter.native_bias(one.router, one.parent)
+            if found.name in dtypes and bias_E is not None and bias_E.dtype == torch.float32:
+                cast_bias(one.adapter, one.router, one.parent, dtypes[found.name])
+
+
 def system_of(model: nn.Module) -> ChronoSystem:
     """The ChronoSystem of a wrapped model, through any wrapper around it.
 
     Raises:
         NotWrappedError: there is none; call ``chronomoe_hf.wrap(model)`` first.
+        WrapError: `model` holds several wrapped models.
     """
     _check_arguments("system_of", model)
     system: ChronoSystem | None = find_system(model)
@@ -160,10 +166,17 @@ def _check_arguments(verb: str, model: Any, config: Any = None) -> None:
             f"{verb}() takes a model (torch.nn.Module) and got a {kind}; load it first, for example with "
             "AutoModelForCausalLM.from_pretrained(...)"
         )
-    if config is not None and not isinstance(config, ChronoConfig):
-        raise ConfigError(
-            f"config is a {type(config).__name__}; give a ChronoConfig, for example ChronoConfig.balance()"
-        )
+    if config is None or isinstance(config, ChronoConfig):
+        return
+    presets = [name for name in _PRESETS if hasattr(ChronoConfig, name)]
+    way_out = f"one of ChronoConfig(), {', '.join(f'ChronoConfig.{name}()' for name in presets)}"
+    if isinstance(config, str) and (close := difflib.get_close_matches(config.lower(), presets, n=1)):
+        way_out = f"did you mean ChronoConfig.{close[0]}()?"
+    elif isinstance(config, dict):
+        way_out = "ChronoConfig.from_dict(...) makes one of a dict"
+    elif getattr(config, "__name__", None) in presets:
+        way_out = f"call it: ChronoConfig.{config.__name__}()"
+    raise ConfigError(f"config is a {type(config).__name__}; give a ChronoConfig: {way_out}")
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -84,6 +86,17 @@ def broadcast_object(value: object) -> object:
 def is_sharded(weight: Tensor) -> bool:
     """Whether this process holds only a part of `weight`: DTensor (FSDP2, tensor parallel), ZeRO-3."""
     return isinstance(weight, DTensor) or hasattr(weight, "ds_id") or hasattr(weight, "ds_shape")
+
+
+def is_sharded_module(module: nn.Module) -> bool:
+    """Whether FSDP2 (``fully_shard``) has made a unit of the module: its class is then mixed into the module's."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and without it there is no such unit
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def whole_shape(weight: Tensor) -> torch.Size:
+    """Shape of the whole weight, also where ZeRO-3 keeps only its shape (``ds_shape``) beside an empty tensor."""
+    return torch.Size(weight.ds_shape) if hasattr(weight, "ds_shape") else weight.shape
 
 
 def full_weight(weight: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot
 from chronomoe_hf.telemetry.from_state import layer_events, window_shares
 from chronomoe_hf.telemetry.records import RunRecords
 from chronomoe_hf.wrapping.bias_check import restore_fp32_bias
+from chronomoe_hf.wrapping.build import check_layers
 from chronomoe_hf.wrapping.fold import FoldReport, fold_layers
 from chronomoe_hf.wrapping.layer import Layer
 
@@ -214,7 +215,11 @@ class ChronoSystem:
 
         Args:
             new_run: draw a run id; False for another start of the same run.
+
+        Raises:
+            WrapError: MoE layers were added to the model or replaced since it was wrapped.
         """
+        check_layers(self.model, self.layers)
         run_id = uuid.uuid4().hex[:12] if new_run else self.run_id
         self.run_id = str(distributed.broadcast_object(run_id))  # every process has drawn its own
         self.global_step = 0

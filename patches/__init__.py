@@ -1,15 +1,9 @@
 """Routers of the supported families: what they return and how they choose, one `Adapter` per router class.
 
-`find(router)` returns the adapter of a router; `chrono_class` the class that a wrapped router gets. Those classes are
-attributes of this module (``chronomoe_hf.patches.ChronoMixtralTopKRouter``), created on first use, so a pickled model
-loads in a fresh process.
+`find(router)` returns the adapter of a router, or says which come close.
 """
 
 from __future__ import annotations
-
-from importlib import import_module
-
-from torch import nn
 
 from chronomoe_hf.patches import (
     deepseek,
@@ -26,9 +20,9 @@ from chronomoe_hf.patches.contract import probe
 from chronomoe_hf.patches.registry import (
     Adapter,
     all_adapters,
-    chrono_class,
     find,
     match,
+    match_class,
     refusal,
     refused_classes,
     register,
@@ -38,9 +32,9 @@ from chronomoe_hf.patches.registry import (
 __all__ = [
     "Adapter",
     "all_adapters",
-    "chrono_class",
     "find",
     "match",
+    "match_class",
     "probe",
     "refusal",
     "refused_classes",
@@ -64,15 +58,3 @@ for _adapters in _FAMILY_FILES:
         register(_adapter)
 for (_module, _class_name), _reason in singletons.REFUSED.items():
     register_refusal(_module, _class_name, _reason)
-
-
-def __getattr__(name: str) -> type[nn.Module]:
-    """Resolve ``Chrono<RouterClass>`` by importing the module that defines the router class (PEP 562)."""
-    for adapter in all_adapters() if name.startswith("Chrono") else ():
-        if adapter.router_class == name.removeprefix("Chrono"):
-            try:
-                original = getattr(import_module(adapter.module), adapter.router_class)
-            except (ImportError, AttributeError) as error:
-                raise AttributeError(f"{name}: {adapter.router_class} is not in the installed transformers") from error
-            return chrono_class(adapter, original)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

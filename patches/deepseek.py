@@ -8,7 +8,7 @@ by a table of token ids and make no choice.
 from __future__ import annotations
 
 from chronomoe_hf.patches.registry import Adapter, ObserveOnly, module_of
-from chronomoe_hf.patches.rules import GroupLimit, Renorm, ScoreTopK
+from chronomoe_hf.patches.rules import EPS20, EPS20_BY_FLAG, GroupLimit, ScoreTopK
 
 V2 = ScoreTopK(
     score="softmax32",
@@ -16,9 +16,8 @@ V2 = ScoreTopK(
     group=GroupLimit(reduce="max", fill=0.0, when=("topk_method", "group_limited_greedy"), fill_weights=True),
     scale="routed_scaling_factor",
 )
-V3_RENORM = Renorm("sum_eps", when="norm_topk_prob", eps=1e-20)
-V3 = ScoreTopK(score="sigmoid", sort=False, renorm=V3_RENORM, group=GroupLimit(), scale="routed_scaling_factor")
-V4 = ScoreTopK(score="@score_fn", sort=False, renorm=Renorm("sum_eps", eps=1e-20), scale="routed_scaling_factor")
+V3 = ScoreTopK(score="sigmoid", sort=False, renorm=EPS20_BY_FLAG, group=GroupLimit(), scale="routed_scaling_factor")
+V4 = ScoreTopK(score="@score_fn", sort=False, renorm=EPS20, scale="routed_scaling_factor")
 
 _V2_ROUTERS = (
     ("deepseek_v2", "DeepseekV2TopkRouter"),
@@ -60,7 +59,7 @@ ADAPTERS = (
         module=module_of("axk2"),
         router_class="AXK2TopkRouter",
         rule=ScoreTopK(
-            score="sigmoid", sort=False, renorm=V3_RENORM, group=GroupLimit(fill=0.0), scale="routed_scaling_factor"
+            score="sigmoid", sort=False, renorm=EPS20_BY_FLAG, group=GroupLimit(fill=0.0), scale="routed_scaling_factor"
         ),
         bias_at="e_score_correction_bias",
     ),
@@ -68,7 +67,7 @@ ADAPTERS = (
         family="beam",
         module=module_of("beam"),
         router_class="BeamTopKRouter",
-        rule=ScoreTopK(score="sigmoid", renorm=V3_RENORM, group=GroupLimit()),
+        rule=ScoreTopK(score="sigmoid", renorm=EPS20_BY_FLAG, group=GroupLimit()),
         bias_at="e_score_correction_bias",
         notes="the routed scaling factor is applied by the block, after the experts",
     ),

@@ -7,7 +7,6 @@ with the same random numbers, so the class of a wrapped router remembers the ran
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import ContractError
 from chronomoe_hf.patches.registry import Adapter, module_of
-from chronomoe_hf.patches.rules import Scope
 from chronomoe_hf.patches.scores import softmax_distribution
+from chronomoe_hf.router.call import RouterCall, input_of, lensed_logits
 
 RNG_STATE = "_chrono_rng_state"
 """Plain attribute of the router that holds the random state from before its last training forward."""
@@ -56,18 +55,16 @@ class SparsemixerRule:
     def route(
         self,
         router: Any,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
+        call: RouterCall,
         *,
         k: int,
         bias_E: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Repeat SparseMixer. Beta is rounded to ``dtype``, that of the logits: the native threshold is taken in it."""
-        clean_TE = z_TE.to(dtype)
-        biased_TE = (z_TE.float() + beta_E).to(dtype)
-        weigh_TE = biased_TE if scope == "routing" else clean_TE
+        lensed_TE = lensed_logits(call)
+        biased_TE = (lensed_TE + call.beta_E).to(dtype)
+        weigh_TE = biased_TE if call.scope == "routing" else lensed_TE.to(dtype)
         multiplier = sys.modules[module_of("phimoe")].PhimoeMultiplier if router.training else None
         jitter = router.router_jitter_noise
         first = _mix(biased_TE, weigh_TE, biased_TE, weigh_TE, jitter, multiplier)
@@ -103,7 +100,7 @@ def _mix(
         gate_TE = choose_TE.masked_fill(far_TE, float("-inf"))
         noise_TE = torch.empty_like(gate_TE, memory_format=torch.legacy_contiguous_format).exponential_().log()
         best_T1 = (gate_TE - noise_TE).max(dim=-1)[1].unsqueeze(-1)
-    # An expert that beta chose may be too far off to take part in the clean weights: it does because it was chosen.
+    # Beta may choose an expert below the clean threshold: a chosen expert always takes part in the weights.
     far_TE = _far(weigh_TE, weigh_all_TE, jitter)[1].scatter(-1, best_T1, False)
     gate_TE = torch.softmax(weigh_TE.masked_fill(far_TE, float("-inf")), dim=-1)
     weight_T1 = gate_TE.gather(-1, best_T1)
@@ -121,22 +118,13 @@ def _mix(
 class PhimoeAdapter(Adapter):
     """Replays the random numbers of the native forward before it chooses again."""
 
-    def reroute(
-        self,
-        router: nn.Module,
-        output: Any,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def reroute(self, router: nn.Module, call: RouterCall) -> Any:
         """See `Adapter.reroute`. Raises ContractError in training when the random state was not remembered."""
         if router.training:
-            self._rewind(router, args[0] if args else kwargs["hidden_states"])
+            self._rewind(router, input_of(call.args, call.kwargs, "hidden_states"))
         # The threshold is taken in the dtype of the logits; under autocast the weights have another one.
-        w_T2, index_T2 = self.rule.route(router, z_TE, beta_E, scope, k=2, bias_E=None, dtype=output[0].dtype)
-        return output[0], w_T2, index_T2
+        w_T2, index_T2 = self.rule.route(router, call, k=2, bias_E=None, dtype=call.output[0].dtype)
+        return call.output[0], w_T2, index_T2
 
     def unbind(self, router: nn.Module) -> None:
         """Forget the random state."""
@@ -147,7 +135,7 @@ class PhimoeAdapter(Adapter):
         if state is None:
             raise ContractError(
                 "PhimoeTopKRouter samples its experts in training and its random state was not remembered; "
-                "its class must be chrono_class(adapter, PhimoeTopKRouter)"
+                "its class must be that of a wrapped router (wrapping.class_swap.router_class)"
             )
         _generator(hidden_states.device).set_state(state)
         if router.input_jitter_noise > 0:

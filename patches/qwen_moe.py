@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from chronomoe_hf.patches.registry import Adapter, module_of
-from chronomoe_hf.patches.rules import Renorm, ScoreTopK
+from chronomoe_hf.patches.rules import SOFTMAX_BY_FLAG, Renorm, ScoreTopK
 
-BY_FLAG = ScoreTopK(score="softmax32", renorm=Renorm("sum", when="norm_topk_prob"))
 ALWAYS = ScoreTopK(score="softmax32", renorm=Renorm("sum"))
 
 _ROUTERS = (
-    ("qwen2_moe", "Qwen2MoeTopKRouter", BY_FLAG),
-    ("qwen3_moe", "Qwen3MoeTopKRouter", BY_FLAG),
-    ("qwen3_next", "Qwen3NextTopKRouter", BY_FLAG),
-    ("qwen4_exp", "Qwen4ExpTextTopKRouter", BY_FLAG),
-    ("qwen3_omni_moe", "Qwen3OmniMoeThinkerTextTopKRouter", BY_FLAG),
-    ("qwen3_omni_moe", "Qwen3OmniMoeTalkerTextTopKRouter", BY_FLAG),
+    ("qwen2_moe", "Qwen2MoeTopKRouter", SOFTMAX_BY_FLAG),
+    ("qwen3_moe", "Qwen3MoeTopKRouter", SOFTMAX_BY_FLAG),
+    ("qwen3_next", "Qwen3NextTopKRouter", SOFTMAX_BY_FLAG),
+    ("qwen4_exp", "Qwen4ExpTextTopKRouter", SOFTMAX_BY_FLAG),
+    ("qwen3_omni_moe", "Qwen3OmniMoeThinkerTextTopKRouter", SOFTMAX_BY_FLAG),
+    ("qwen3_omni_moe", "Qwen3OmniMoeTalkerTextTopKRouter", SOFTMAX_BY_FLAG),
     ("qwen3_omni_moe", "Qwen3OmniMoeTextTopKRouter", ALWAYS),
     ("qwen3_5_moe", "Qwen3_5MoeTopKRouter", ALWAYS),
     ("qwen3_vl_moe", "Qwen3VLMoeTextTopKRouter", ALWAYS),

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from chronomoe_hf.errors import UnsupportedArchitectureError
-from chronomoe_hf.patches.rules import Rule, Scope, ScoreTopK, Setting, setting
-from chronomoe_hf.router.forward import ChronoRouter
+from chronomoe_hf.patches.rules import Rule, ScoreTopK, Setting, setting
+from chronomoe_hf.router.call import RouterCall
 from chronomoe_hf.router.state import Routing
 
 CAPABILITIES = ("observe", "beta", "lens", "coherence", "fold")
@@ -102,17 +102,21 @@ class Adapter:
         bias: Tensor | None = None if self.linear_bias_at is None else setting(router, self.linear_bias_at)
         return bias
 
+    def native_bias_place(self, router: nn.Module, parent: nn.Module) -> tuple[nn.Module, str] | None:
+        """Return the module that holds the native balancing bias and the name there, or None when there is none."""
+        path, start = (self.bias_arg, parent) if self.bias_at is None else (self.bias_at, router)
+        if path is None or not setting(router, self.bias_when):
+            return None
+        way, _, name = path.rpartition(".")
+        return (setting(start, way) if way else start), name
+
     def native_bias(self, router: nn.Module, parent: nn.Module) -> Tensor | None:
         """Return the model's own balancing bias ``[E]`` (shares its storage), or None when this router uses none."""
-        if not setting(router, self.bias_when):
+        place = self.native_bias_place(router, parent)
+        if place is None:
             return None
-        if self.bias_at is not None:
-            bias: Tensor = setting(router, self.bias_at)
-            return bias if bias.dim() == 1 else bias.view(-1)
-        if self.bias_arg is not None:
-            bias = setting(parent, self.bias_arg)
-            return bias
-        return None
+        bias: Tensor = getattr(*place)
+        return bias if bias.dim() == 1 else bias.view(-1)
 
     def read(self, router: nn.Module, output: Any) -> Routing:
         """Read clean logits, chosen ids and capacity drops from the native output, flattened to 2-D."""
@@ -124,51 +128,31 @@ class Adapter:
         """Return the scores of the logits as a distribution, fp32 ``[T, E]``: no native bias, no group limit."""
         return self.rule.distribution(router, logits_TE)
 
-    def reroute(
-        self,
-        router: nn.Module,
-        output: Any,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        """Route again with ``z + beta`` and return the native structure.
+    def reroute(self, router: nn.Module, call: RouterCall) -> Any:
+        """Route again with beta and the lens's shift, and return the native structure.
 
         Args:
             router: the router.
-            output: what the native forward returned for the clean input.
-            z_TE: logits to route with, 2-D.
-            beta_E: fp32 ``[E]`` in logit units, may be zeros.
-            scope: ``"routing"`` (selection and weights) or ``"selection"``.
-            args: positional arguments of the native forward (without ``self``).
-            kwargs: keyword arguments of the native forward.
+            call: the native output and arguments, and what steers; see `RouterCall`.
 
         Returns:
             The native structure: the clean logits object in its place, new weights and ids of native shapes and dtypes.
         """
-        native = output[self.weights_index]
+        native = call.output[self.weights_index]
         weights_TK, index_TK = self.rule.route(
-            router,
-            z_TE,
-            beta_E,
-            scope,
-            k=self.top_k(router),
-            bias_E=self._bias_of_call(router, args, kwargs),
-            dtype=native.dtype,
+            router, call, k=self.top_k(router), bias_E=self._bias_of_call(router, call), dtype=native.dtype
         )
-        parts = list(output)
+        parts = list(call.output)
         parts[self.weights_index] = weights_TK.view(native.shape)
-        parts[self.indices_index] = index_TK.view(output[self.indices_index].shape)
+        parts[self.indices_index] = index_TK.view(call.output[self.indices_index].shape)
         return tuple(parts)
 
-    def _bias_of_call(self, router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    def _bias_of_call(self, router: nn.Module, call: RouterCall) -> Tensor | None:
         """Return the native bias that the native forward used in this call."""
         if self.bias_arg is not None:
             if not setting(router, self.bias_when):
                 return None
-            bias: Tensor | None = kwargs[self.bias_arg] if self.bias_arg in kwargs else args[1]
+            bias: Tensor | None = call.kwargs[self.bias_arg] if self.bias_arg in call.kwargs else call.args[1]
             return bias
         return self.native_bias(router, router)
 
@@ -187,16 +171,7 @@ class Adapter:
 class ObserveOnly(Adapter):
     """A router whose choice cannot be moved; `refuse` says why under ``"beta"``."""
 
-    def reroute(
-        self,
-        router: nn.Module,
-        output: Any,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def reroute(self, router: nn.Module, call: RouterCall) -> Any:
         """Raise UnsupportedArchitectureError with the reason."""
         raise UnsupportedArchitectureError(f"{self.router_class} cannot be steered: {self.refused('beta')}")
 
@@ -208,7 +183,6 @@ def module_of(family: str) -> str:
 
 _ADAPTERS: dict[tuple[str, str], Adapter] = {}
 _REFUSED: dict[tuple[str, str], str] = {}
-_CHRONO_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def register(adapter: Adapter) -> Adapter:
@@ -248,13 +222,15 @@ def all_adapters() -> tuple[Adapter, ...]:
     return tuple(_ADAPTERS.values())
 
 
+def match_class(cls: type) -> Adapter | None:
+    """Return the adapter of a router class (it or any base class, by module and name), or None."""
+    found = (_ADAPTERS.get((base.__module__, base.__name__)) for base in cls.__mro__)
+    return next((adapter for adapter in found if adapter is not None), None)
+
+
 def match(module: nn.Module) -> Adapter | None:
-    """Return the adapter of a router (its class or any base class, by module and name), or None."""
-    for cls in type(module).__mro__:
-        adapter = _ADAPTERS.get((cls.__module__, cls.__name__))
-        if adapter is not None:
-            return adapter
-    return None
+    """Return the adapter of a router, or None."""
+    return match_class(type(module))
 
 
 def find(router: nn.Module) -> Adapter:
@@ -272,18 +248,3 @@ def find(router: nn.Module) -> Adapter:
         f"no adapter describes {cls.__name__} of {cls.__module__}{hint}. "
         "Describe it with chronomoe_hf.patches.register(Adapter(...)); CONTRIBUTING.md shows how."
     )
-
-
-def chrono_class(adapter: Adapter, original_class: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass ``Chrono<Original>`` = (ChronoRouter, *mixins, Original), the same object on every call.
-
-    Its module is ``chronomoe_hf.patches``, whose ``__getattr__`` finds it by name, so that a pickled model loads in a
-    fresh process.
-    """
-    chrono = _CHRONO_CLASSES.get(original_class)
-    if chrono is None:
-        name = f"Chrono{original_class.__name__}"
-        namespace = {"adapter": adapter, "__module__": "chronomoe_hf.patches", "__qualname__": name}
-        chrono = type(name, (ChronoRouter, *adapter.mixins, original_class), namespace)
-        _CHRONO_CLASSES[original_class] = chrono
-    return chrono

@@ -2,8 +2,8 @@
 
 Shape suffixes: T tokens, E router classes (experts), K experts chosen per token, G expert groups.
 
-Both rules take ``z_TE`` (the logits to route with) and ``beta_E`` (fp32, logit units). They are written so that
-``beta_E == 0`` and ``z_TE`` equal to the native logits reproduce the native router bit for bit, values and gradients;
+Both rules take a `RouterCall`: the native logits, beta (fp32, logit units) and what a lens adds. They are written so
+that a beta and a shift of 0 reproduce the native router bit for bit, values and gradients;
 `chronomoe_hf.patches.scores` says how.
 
 Rules: score -> top-k (Shazeer et al. 2017; DeepSeek-V3, arXiv:2412.19437, for bias and group limit) and
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from chronomoe_hf.patches.scores import (
     SCORES,
     ScoreFn,
-    biased_scores,
     normalised_distribution,
     sigmoid_distribution,
     softmax_distribution,
+    steered_scores,
 )
+from chronomoe_hf.router.call import RouterCall, lensed_logits
 
-Scope: TypeAlias = Literal["routing", "selection"]
 Setting: TypeAlias = str | int | float | bool | None
 """A constant, or (str) the dotted path of the router attribute that holds the value."""
 
@@ -105,9 +105,7 @@ class Rule(Protocol):
     def route(
         self,
         router: nn.Module,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
+        call: RouterCall,
         *,
         k: int,
         bias_E: Tensor | None,
@@ -153,16 +151,38 @@ class ScoreTopK:
     def route(
         self,
         router: nn.Module,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
+        call: RouterCall,
         *,
         k: int,
         bias_E: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """See `score_topk`."""
-        return score_topk(self, router, z_TE, beta_E, scope, k=k, bias_E=bias_E, dtype=dtype)
+        """Score -> (+ native bias) -> (group limit) -> top-k -> gather -> renormalise -> scale -> cast.
+
+        Args:
+            router: the native router, for the settings that the rule names.
+            call: logits to route with, beta, the lens's shift and the scope.
+            k: experts per token.
+            bias_E: native bias, ``[E]``, in score units.
+            dtype: dtype of the native weights.
+
+        Returns:
+            ``(weights_TK, index_TK)``.
+        """
+        choice_TE, weight_TE = steered_scores(self.score_fn(router), call, bias_E, fp32=self.score.endswith("32"))
+        if self.group is not None:
+            mask_TE = self.group.mask(router, choice_TE, self.sort)
+            if mask_TE is not None:
+                choice_TE = choice_TE.masked_fill(~mask_TE, self.group.fill)
+                if self.group.fill_weights:
+                    weight_TE = weight_TE.masked_fill(~mask_TE, self.group.fill)
+        index_TK = torch.topk(choice_TE, k, dim=-1, sorted=self.sort)[1]
+        w_TK = weight_TE.gather(-1, index_TK)
+        if self.renorm is not None:
+            w_TK = self.renorm(router, w_TK)
+        if self.scale is not None:
+            w_TK = w_TK * setting(router, self.scale)
+        return w_TK.to(dtype), index_TK
 
     def distribution(self, router: nn.Module, logits_TE: Tensor) -> Tensor:
         """Score distribution without native bias and group limit, fp32 ``[T, E]``, rows summing to 1."""
@@ -171,52 +191,6 @@ class ScoreTopK:
         if self.score in ("sigmoid", "sigmoid32"):
             return sigmoid_distribution(logits_TE)
         return normalised_distribution(self.score_fn(router), logits_TE)
-
-
-def score_topk(
-    rule: ScoreTopK,
-    router: nn.Module,
-    z_TE: Tensor,
-    beta_E: Tensor,
-    scope: Scope,
-    *,
-    k: int,
-    bias_E: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Score -> (+ native bias) -> (group limit) -> top-k -> gather -> renormalise -> scale -> cast.
-
-    Args:
-        rule: the family's parameters.
-        router: the native router, for the settings that the rule names.
-        z_TE: logits to route with, ``[T, E]``.
-        beta_E: fp32 ``[E]`` in logit units, may be zeros.
-        scope: ``"routing"``: choose and weigh with ``z + beta``; ``"selection"``: choose with ``z + beta``, weigh with
-            ``z``.
-        k: experts per token.
-        bias_E: native bias, ``[E]``, in score units.
-        dtype: dtype of the native weights.
-
-    Returns:
-        ``(weights_TK, index_TK)``.
-    """
-    score = rule.score_fn(router)
-    choice_TE, weight_TE = biased_scores(score, z_TE, beta_E, bias_E, fp32=rule.score.endswith("32"))
-    if scope == "selection":
-        weight_TE = score(z_TE)
-    if rule.group is not None:
-        mask_TE = rule.group.mask(router, choice_TE, rule.sort)
-        if mask_TE is not None:
-            choice_TE = choice_TE.masked_fill(~mask_TE, rule.group.fill)
-            if rule.group.fill_weights:
-                weight_TE = weight_TE.masked_fill(~mask_TE, rule.group.fill)
-    index_TK = torch.topk(choice_TE, k, dim=-1, sorted=rule.sort)[1]
-    w_TK = weight_TE.gather(-1, index_TK)
-    if rule.renorm is not None:
-        w_TK = rule.renorm(router, w_TK)
-    if rule.scale is not None:
-        w_TK = w_TK * setting(router, rule.scale)
-    return w_TK.to(dtype), index_TK
 
 
 @dataclass(frozen=True)
@@ -244,48 +218,38 @@ class TopKSquash:
     def route(
         self,
         router: nn.Module,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
+        call: RouterCall,
         *,
         k: int,
         bias_E: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """See `topk_squash`."""
-        return topk_squash(self, router, z_TE, beta_E, scope, k=k, bias_E=bias_E, dtype=dtype)
+        """(Logits + native bias) -> top-k -> squash the chosen logits -> renormalise -> divide.
+
+        Arguments as in `ScoreTopK.route`. The native bias is in logit units here, and is not part of the weights.
+        """
+        lensed_TE = lensed_logits(call)
+        biased_TE = lensed_TE + call.beta_E
+        index_TK = torch.topk(biased_TE if bias_E is None else biased_TE + bias_E, k, dim=-1)[1]
+        chosen_TK = (biased_TE if call.scope == "routing" else lensed_TE).gather(-1, index_TK)
+        if self.squash_name(router) == "softmax":
+            w_TK = F.softmax(chosen_TK, dim=-1).to(dtype)
+        else:
+            w_TK = chosen_TK.sigmoid().to(dtype)
+            if self.renorm is not None:
+                w_TK = self.renorm(router, w_TK)
+        return (w_TK if self.divisor is None else w_TK / setting(router, self.divisor)), index_TK
 
     def distribution(self, router: nn.Module, logits_TE: Tensor) -> Tensor:
         """The squash over *all* experts (sigmoid: normalised), fp32 ``[T, E]``, rows summing to 1."""
         return (softmax_distribution if self.squash_name(router) == "softmax" else sigmoid_distribution)(logits_TE)
 
 
-def topk_squash(
-    rule: TopKSquash,
-    router: nn.Module,
-    z_TE: Tensor,
-    beta_E: Tensor,
-    scope: Scope,
-    *,
-    k: int,
-    bias_E: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """(Logits + native bias) -> top-k -> squash the chosen logits -> renormalise -> divide.
+SOFTMAX_BY_FLAG = ScoreTopK(score="softmax32", renorm=Renorm("sum", when="norm_topk_prob"))
+"""Softmax in fp32, top-k, renormalised where the router says so: Qwen, OLMoE and many more."""
 
-    Arguments as in `score_topk`. The native bias is in logit units here, and is not part of the weights.
-    """
-    clean_TE = z_TE.float()
-    biased_TE = clean_TE + beta_E
-    index_TK = torch.topk(biased_TE if bias_E is None else biased_TE + bias_E, k, dim=-1)[1]
-    chosen_TK = (biased_TE if scope == "routing" else clean_TE).gather(-1, index_TK)
-    if rule.squash_name(router) == "softmax":
-        return _divided(rule, router, F.softmax(chosen_TK, dim=-1).to(dtype)), index_TK
-    w_TK = chosen_TK.sigmoid().to(dtype)
-    if rule.renorm is not None:
-        w_TK = rule.renorm(router, w_TK)
-    return _divided(rule, router, w_TK), index_TK
+EPS20 = Renorm("sum_eps", eps=1e-20)
+"""Divided by the sum plus 1e-20."""
 
-
-def _divided(rule: TopKSquash, router: nn.Module, w_TK: Tensor) -> Tensor:
-    return w_TK if rule.divisor is None else w_TK / setting(router, rule.divisor)
+EPS20_BY_FLAG = Renorm("sum_eps", when="norm_topk_prob", eps=1e-20)
+"""The same where the router says so: DeepSeek-V3 and its relatives."""

@@ -7,7 +7,7 @@ Scores of ``z + beta`` must be those of ``z``, bit for bit and with the same gra
 * beta is added in fp32, because a bf16 sum would swallow a small beta;
 * where a family scores in the dtype of its logits, the native score is kept and only the *difference* that beta makes
   is added in fp32: ``score(z) + (score(z.float() + beta) - score(z.float()))``. The bracket is exactly zero, and so is
-  its gradient, at ``beta == 0``.
+  its gradient, at ``beta == 0``. What an open lens adds to the logits is treated alike: a shift of 0 changes nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from chronomoe_hf.router.call import RouterCall, lensed_logits
 
 ScoreFn: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -64,25 +66,28 @@ def normalised_distribution(score: ScoreFn, logits_TE: Tensor) -> Tensor:
     return torch.where(total_T1 > 0, score_TE / total_T1.clamp_min(torch.finfo(torch.float).tiny), uniform_TE)
 
 
-def biased_scores(
-    score: ScoreFn, z_TE: Tensor, beta_E: Tensor, bias_E: Tensor | None, *, fp32: bool
-) -> tuple[Tensor, Tensor]:
-    """Scores of ``z + beta``: what is ranked (with the native bias) and what is weighed.
+def steered_scores(score: ScoreFn, call: RouterCall, bias_E: Tensor | None, *, fp32: bool) -> tuple[Tensor, Tensor]:
+    """Scores of the steered logits: what is ranked (with the native bias) and what is weighed.
 
     Args:
         score: the family's score function.
-        z_TE: logits, any float dtype.
-        beta_E: fp32 ``[E]``, logit units.
+        call: logits, beta, the lens's shift and the scope.
         bias_E: the native balancing bias in score units, or None.
         fp32: the score is computed in fp32 whatever the dtype of the logits.
 
     Returns:
         ``(choice_TE, weight_TE)``; ``choice_TE`` is fp32, ``weight_TE`` has the dtype of the native scores.
     """
+    z_TE, lensed_TE = call.logits_TE, lensed_logits(call)
     if fp32 or z_TE.dtype == torch.float:
-        score_TE = score(z_TE.float() + beta_E)
-        return (score_TE if bias_E is None else score_TE + bias_E), score_TE
-    native_TE, z32_TE = score(z_TE), z_TE.float()
-    delta_TE = score(z32_TE + beta_E) - score(z32_TE)
-    choice_TE = native_TE if bias_E is None else native_TE + bias_E
-    return choice_TE.float() + delta_TE, (native_TE.float() + delta_TE).to(native_TE.dtype)
+        score_TE = score(lensed_TE + call.beta_E)
+        weight_TE = score_TE if call.scope == "routing" else score(lensed_TE)
+        return (score_TE if bias_E is None else score_TE + bias_E), weight_TE
+    native_TE, native32_TE = score(z_TE), score(z_TE.float())
+    delta_TE = score(lensed_TE + call.beta_E) - native32_TE
+    choice_TE = (native_TE if bias_E is None else native_TE + bias_E).float() + delta_TE
+    if call.scope == "selection":
+        if call.shift_TE is None:
+            return choice_TE, native_TE
+        delta_TE = score(lensed_TE) - native32_TE
+    return choice_TE, (native_TE.float() + delta_TE).to(native_TE.dtype)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from chronomoe_hf.patches.registry import Adapter, module_of
-from chronomoe_hf.patches.rules import Renorm, ScoreTopK
+from chronomoe_hf.patches.rules import EPS20, Renorm, ScoreTopK
 
 ESB = "e_score_correction_bias"
-EPS20 = Renorm("sum_eps", eps=1e-20)
 HUNYUAN_V3 = ScoreTopK(score="sigmoid", sort=False, renorm=EPS20, scale="router_scaling_factor")
 MINIMAX_M2 = ScoreTopK(score="sigmoid32", sort=False, renorm=Renorm("sum"))
 

@@ -7,7 +7,6 @@ Shape suffixes: T tokens, E router classes, K experts per token, N shared expert
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import ContractError
 from chronomoe_hf.patches.registry import Adapter, ObserveOnly, module_of
-from chronomoe_hf.patches.rules import Renorm, Scope, ScoreTopK
+from chronomoe_hf.patches.rules import Renorm, ScoreTopK
+from chronomoe_hf.router.call import RouterCall, input_of
 from chronomoe_hf.router.state import Routing
 
 TOP_K = "_chrono_top_k"
@@ -33,38 +33,27 @@ class InklingAdapter(Adapter):
         rows_ED: Tensor = router.weight[: router.num_experts]
         return rows_ED
 
-    def reroute(
-        self,
-        router: Any,
-        output: Any,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def reroute(self, router: Any, call: RouterCall) -> Any:
         """Choose by sigmoid plus bias, weigh against the shared experts, whose logits beta does not touch."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        dtype = output[1].dtype
+        hidden = input_of(call.args, call.kwargs, "hidden_states")
+        logits_TE, dtype = call.output[0], call.output[1].dtype
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             # The same product as in the native forward: a product of the shared rows alone may round differently.
             full_TE = F.linear(hidden.reshape(-1, router.hidden_dim).float(), router.weight.float())
             routed_TE, shared_TN = full_TE.split((router.num_experts, router.n_shared_experts), dim=-1)
-            # What a lens added to the native logits, on top of the product: zero without one, and so is its gradient.
-            clean_TE = routed_TE + (z_TE.float() - output[0])
-            biased_TE = clean_TE + beta_E
-            index_TK = torch.topk(
-                biased_TE.sigmoid() + self._bias_of_call(router, args, kwargs).float(),
-                router.top_k,
-                dim=-1,
-                sorted=False,
-            )[1]
-            chosen_TK = (biased_TE if scope == "routing" else clean_TE).gather(-1, index_TK)
+            lensed_TE = routed_TE + (call.logits_TE.float() - logits_TE)  # zero, but where experts are masked
+            if call.shift_TE is not None:
+                lensed_TE = lensed_TE + call.shift_TE
+            biased_TE = lensed_TE + call.beta_E
+            bias_E = self._bias_of_call(router, call)
+            assert bias_E is not None
+            index_TK = torch.topk(biased_TE.sigmoid() + bias_E.float(), router.top_k, dim=-1, sorted=False)[1]
+            chosen_TK = (biased_TE if call.scope == "routing" else lensed_TE).gather(-1, index_TK)
             log_p = F.logsigmoid(torch.cat([chosen_TK, shared_TN], dim=-1))
             weights = torch.exp(log_p - torch.logsumexp(log_p, dim=-1, keepdim=True))
             weights = (weights * router.route_scale * router.global_scale.float()).to(dtype)
         shared = weights[..., -router.n_shared_experts :].contiguous()
-        return output[0], weights[..., : router.top_k].contiguous(), index_TK, shared
+        return logits_TE, weights[..., : router.top_k].contiguous(), index_TK, shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +69,11 @@ class ZayaAdapter(Adapter):
         skip = router.num_router_classes - 1
         return Routing(logits, index_TK.masked_fill(weights_TK.detach() == 0, skip), None)
 
-    def reroute(
-        self,
-        router: Any,
-        output: Any,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def reroute(self, router: Any, call: RouterCall) -> Any:
         """Choose among all classes, then mask the skip class as the native router does."""
-        _, weights_TK, _, states = parts = super().reroute(router, output, z_TE, beta_E, scope, args, kwargs)
-        skipped_TK = parts[2] == router.num_router_classes - 1
-        return output[0], weights_TK.masked_fill(skipped_TK, 0), parts[2].masked_fill(skipped_TK, 0), states
+        logits, weights_TK, index_TK, states = super().reroute(router, call)
+        skipped_TK = index_TK == router.num_router_classes - 1
+        return logits, weights_TK.masked_fill(skipped_TK, 0), index_TK.masked_fill(skipped_TK, 0), states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,21 +85,12 @@ class GemmaAdapter(Adapter):
         prob_TE, _, index_TK = output
         return Routing(prob_TE.clamp_min(torch.finfo(prob_TE.dtype).tiny).log(), index_TK, None)
 
-    def reroute(
-        self,
-        router: Any,
-        output: Any,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def reroute(self, router: Any, call: RouterCall) -> Any:
         """Move the native probabilities by what beta changes: exact at beta = 0 although the logits are gone."""
-        prob_TE = output[0]
-        biased_TE = prob_TE + (F.softmax(z_TE + beta_E, dim=-1) - F.softmax(z_TE, dim=-1))
+        prob_TE, z_TE = call.output[0], call.logits_TE
+        biased_TE = prob_TE + (F.softmax(z_TE + call.beta_E, dim=-1) - F.softmax(z_TE, dim=-1))
         index_TK = torch.topk(biased_TE, self.top_k(router), dim=-1)[1]
-        w_TK = (biased_TE if scope == "routing" else prob_TE).gather(-1, index_TK)
+        w_TK = (biased_TE if call.scope == "routing" else prob_TE).gather(-1, index_TK)
         w_TK = w_TK / w_TK.sum(dim=-1, keepdim=True)
         return prob_TE, w_TK * router.per_expert_scale[index_TK], index_TK
 

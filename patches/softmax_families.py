@@ -7,15 +7,14 @@ groups), Mistral Large 4 (fp32, groups), LongCat (native bias, identity experts)
 from __future__ import annotations
 
 from chronomoe_hf.patches.registry import Adapter, module_of
-from chronomoe_hf.patches.rules import GroupLimit, Renorm, ScoreTopK
+from chronomoe_hf.patches.rules import EPS20, EPS20_BY_FLAG, SOFTMAX_BY_FLAG, GroupLimit, Renorm, ScoreTopK
 
-BY_FLAG = ScoreTopK(score="softmax32", renorm=Renorm("sum", when="norm_topk_prob"))
 GROUPS = GroupLimit(reduce="top2", fill=0.0)
 
 ADAPTERS = (
-    Adapter(family="olmoe", module=module_of("olmoe"), router_class="OlmoeTopKRouter", rule=BY_FLAG),
-    Adapter(family="flex_olmo", module=module_of("flex_olmo"), router_class="FlexOlmoTopKRouter", rule=BY_FLAG),
-    Adapter(family="mellum", module=module_of("mellum"), router_class="MellumTopKRouter", rule=BY_FLAG),
+    Adapter(family="olmoe", module=module_of("olmoe"), router_class="OlmoeTopKRouter", rule=SOFTMAX_BY_FLAG),
+    Adapter(family="flex_olmo", module=module_of("flex_olmo"), router_class="FlexOlmoTopKRouter", rule=SOFTMAX_BY_FLAG),
+    Adapter(family="mellum", module=module_of("mellum"), router_class="MellumTopKRouter", rule=SOFTMAX_BY_FLAG),
     Adapter(
         family="jamba", module=module_of("jamba"), router_class="JambaTopKRouter", rule=ScoreTopK(score="softmax32")
     ),
@@ -33,7 +32,7 @@ ADAPTERS = (
         rule=ScoreTopK(
             score="softmax",
             sort=False,
-            renorm=Renorm("sum_eps", when="norm_topk_prob", eps=1e-20),
+            renorm=EPS20_BY_FLAG,
             group=GROUPS,
             scale="routed_scaling_factor",
         ),
@@ -45,7 +44,7 @@ ADAPTERS = (
         rule=ScoreTopK(
             score="softmax",
             sort=False,
-            renorm=Renorm("sum_eps", eps=1e-20),
+            renorm=EPS20,
             group=GROUPS,
             scale="routed_scaling_factor",
         ),

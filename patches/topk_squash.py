@@ -6,15 +6,15 @@ Shape suffixes: T tokens, E experts, K experts per token, N = T * K assignments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from chronomoe_hf.patches.registry import Adapter, module_of
-from chronomoe_hf.patches.rules import Renorm, Scope, TopKSquash
+from chronomoe_hf.patches.rules import Renorm, TopKSquash
+from chronomoe_hf.router.call import RouterCall, lensed_logits
 from chronomoe_hf.router.state import Routing
 
 SOFTMAX = TopKSquash("softmax")
@@ -35,22 +35,13 @@ class JetMoeAdapter(Adapter):
         index_N = torch.empty_like(order_N).scatter_(0, order_N, expert_N)
         return Routing(logits_TE, index_N.view(-1, self.top_k(router)), None)
 
-    def reroute(
-        self,
-        router: nn.Module,
-        output: Any,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def reroute(self, router: nn.Module, call: RouterCall) -> Any:
         """Choose with ``z + beta`` and sort the dispatch as the native router does."""
-        k = self.top_k(router)
-        gates_TK, index_TK = self.rule.route(router, z_TE, beta_E, scope, k=k, bias_E=None, dtype=output[2].dtype)
+        k, logits_TE = self.top_k(router), call.output[4]
+        gates_TK, index_TK = self.rule.route(router, call, k=k, bias_E=None, dtype=call.output[2].dtype)
         order_N = index_TK.flatten().sort(0)[1]
-        expert_size = torch.bincount(index_TK.flatten(), minlength=z_TE.shape[-1]).tolist()
-        return order_N, order_N.div(k, rounding_mode="trunc"), gates_TK.flatten()[order_N], expert_size, output[4]
+        expert_size = torch.bincount(index_TK.flatten(), minlength=logits_TE.shape[-1]).tolist()
+        return order_N, order_N.div(k, rounding_mode="trunc"), gates_TK.flatten()[order_N], expert_size, logits_TE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,23 +53,14 @@ class Llama4Adapter(Adapter):
         score_TE, logits_TE = output
         return Routing(logits_TE, torch.topk(score_TE.detach(), self.top_k(router), dim=-1)[1], None)
 
-    def reroute(
-        self,
-        router: nn.Module,
-        output: Any,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Scope,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def reroute(self, router: nn.Module, call: RouterCall) -> Any:
         """Choose with ``z + beta`` and scatter the sigmoid of the chosen logits into a dense matrix."""
-        score_TE, logits_TE = output
-        clean_TE = z_TE.float()
-        biased_TE = clean_TE + beta_E
+        score_TE, logits_TE = call.output
+        lensed_TE = lensed_logits(call)
+        biased_TE = lensed_TE + call.beta_E
         index_TK = torch.topk(biased_TE, self.top_k(router), dim=-1)[1]
-        chosen_TK = (biased_TE if scope == "routing" else clean_TE).gather(-1, index_TK)
-        dense_TE = torch.full_like(clean_TE, float("-inf")).scatter(-1, index_TK, chosen_TK)
+        chosen_TK = (biased_TE if call.scope == "routing" else lensed_TE).gather(-1, index_TK)
+        dense_TE = torch.full_like(lensed_TE, float("-inf")).scatter(-1, index_TK, chosen_TK)
         return torch.sigmoid(dense_TE).to(score_TE.dtype), logits_TE
 
 

@@ -23,6 +23,8 @@ from chronomoe_hf.lifecycle.live import match_layers
 from chronomoe_hf.lifecycle.plan import PrunePlan
 from chronomoe_hf.patches import Adapter, find
 from chronomoe_hf.patches.singletons import GemmaAdapter
+from chronomoe_hf.router.call import RouterCall, input_of
+from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.router.state import HANDLE, RouterHandle
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
@@ -150,7 +152,7 @@ def _choose_again(router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     for mask in stack:
         mask.calls += 1
     adapter = find(router)
-    z_TE = adapter.read(router, output).logits_TE
+    z_TE, shift_TE = adapter.read(router, output).logits_TE, None
     dropped_E = _union(router, torch.zeros(z_TE.shape[-1], dtype=torch.bool)).to(z_TE.device)
     beta_E = torch.zeros(z_TE.shape[-1], device=z_TE.device)
     scope: Any = "routing"
@@ -159,15 +161,16 @@ def _choose_again(router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         if handle.state.beta_on:
             beta_E, scope = handle.state.beta_applied.to(z_TE.device), handle.state.scope
         if handle.lens_open and handle.lens is not None:
-            flat = args[0].reshape(-1, args[0].shape[-1])
-            z_TE = z_TE.float() + handle.lens.logit_shift(flat, adapter.weight(router))
+            assert isinstance(router, ChronoRouter)
+            hidden = input_of(args, kwargs, router.input_name)
+            shift_TE = handle.lens.logit_shift(hidden.reshape(-1, hidden.shape[-1]), adapter.weight(router))
     with_mask = _masked_adapter(adapter, dropped_E)
     z_TE = z_TE.masked_fill(dropped_E, float("-inf"))
     native = output
     if isinstance(adapter, GemmaAdapter):
         # The family hands on probabilities: those of the survivors, which its renormalisation brings back to sum 1.
         output = (output[0].masked_fill(dropped_E, 0.0), *output[1:])
-    again = list(with_mask.reroute(router, output, z_TE, beta_E, scope, args, kwargs))
+    again = list(with_mask.reroute(router, RouterCall(output, z_TE, beta_E, scope, args, kwargs, shift_TE)))
     if adapter.logits_index is not None:
         again[adapter.logits_index] = native[adapter.logits_index]
     return type(native)(again) if isinstance(native, list) else tuple(again)
@@ -176,8 +179,8 @@ def _choose_again(router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 class _MaskedBias:
     """Mixin of an adapter whose native bias is -inf where a mask drops experts."""
 
-    def _bias_of_call(self, router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        bias_E: Tensor | None = super()._bias_of_call(router, args, kwargs)  # type: ignore[misc]
+    def _bias_of_call(self, router: nn.Module, call: RouterCall) -> Tensor | None:
+        bias_E: Tensor | None = super()._bias_of_call(router, call)  # type: ignore[misc]
         if bias_E is None:
             return None
         dropped_E: Tensor = self.__dict__["dropped_E"]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.live import Batch, forward_arguments
 from chronomoe_hf.lifecycle.masking import mask_experts
-from chronomoe_hf.recording.scope import forward_parameters, real_tokens
+from chronomoe_hf.recording.padding import PadToken, real_tokens
+from chronomoe_hf.recording.scope import forward_parameters
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 
@@ -84,8 +85,7 @@ class _Tap:
 
     def _owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(forward_parameters(module), args, strict=False)) | kwargs
-        pad = getattr(getattr(module, "config", None), "pad_token_id", None)
-        self.real_T = real_tokens(named, pad if isinstance(pad, int) else None)
+        self.real_T, _ = real_tokens(named, PadToken.of(getattr(module, "config", None)))
 
     def _experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, index, gate = [*args, *kwargs.values()][:3]

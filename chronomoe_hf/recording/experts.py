@@ -10,14 +10,14 @@ Shape suffixes: T tokens, K experts per token, D width, S tokens read, A = T * K
 
 from __future__ import annotations
 
-import sys
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from chronomoe_hf.patches import all_adapters
 from chronomoe_hf.recording.scope import TokenSample, sample_tokens
 from chronomoe_hf.recording.sums import ExpertRows, LayerRecorder
 from chronomoe_hf.router.state import HANDLE
@@ -78,7 +78,8 @@ class ChronoExperts(nn.Module):
         num_k = index_TK.shape[1]
         index_SK = index_TK[sample.position_S]
         hidden_AD = hidden_TD[sample.position_S].repeat_interleave(num_k, 0)
-        rows_AD = self._unweighted(hidden_AD, index_SK.reshape(-1, 1))
+        with _without_dropout(self):
+            rows_AD = self._unweighted(hidden_AD, index_SK.reshape(-1, 1))
         _record(recorder, rows_AD.view(-1, num_k, rows_AD.shape[-1]), weight_TK, index_TK, sample)
 
     def _unweighted(self, hidden_AD: Tensor, index_A1: Tensor) -> Tensor:
@@ -130,6 +131,19 @@ class ChronoSwitchExperts(nn.Module):
             index_T1 = mask_TE.argmax(-1, keepdim=True)
             _read_single(recorder, output, index_T1, routing_weights, mask_TE.sum(-1, keepdim=True) > 0)
         return output
+
+
+@contextlib.contextmanager
+def _without_dropout(experts: nn.Module) -> Iterator[None]:
+    """A second run must draw no random numbers: what follows in the forward would draw others."""
+    training = [module for module in experts.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _sample(recorder: LayerRecorder, index_TK: Tensor, limit: int | None) -> TokenSample:
@@ -196,26 +210,11 @@ _MIXINS: dict[str, type[nn.Module]] = {
     "longcat": ChronoLongcatExperts,
     "switch": ChronoSwitchExperts,
 }
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def chrono_experts_class(reader: str, original_class: type[nn.Module]) -> type[nn.Module] | None:
-    """The class ``Chrono<Original>`` for an experts module, or None where no reader exists for it.
-
-    Args:
-        reader: the adapter's ``experts_call``.
-        original_class: class of the experts module.
-    """
-    mixin = _MIXINS.get(reader)
-    if mixin is None:
-        return None
-    if issubclass(original_class, mixin):
-        return original_class  # a part of a model that is wrapped already
-    if original_class not in _CLASSES:
-        name = f"Chrono{original_class.__name__}"
-        space = {"__module__": __name__, "__qualname__": name}
-        _CLASSES[original_class] = type(name, (mixin, original_class), space)
-    return _CLASSES[original_class]
+def experts_mixin(experts_call: str) -> type[nn.Module] | None:
+    """The mixin that reads experts which are called in this way (the adapter's ``experts_call``), or None."""
+    return _MIXINS.get(experts_call)
 
 
 def reading_mode(experts: nn.Module, reader: str, top_k: int) -> str:
@@ -229,17 +228,3 @@ def reading_mode(experts: nn.Module, reader: str, top_k: int) -> str:
     config: Any = experts.config
     tapped = config._experts_implementation in _TAPPED and hasattr(experts, "has_post_expert_norm")
     return "rows" if tapped else "replay"
-
-
-def __getattr__(name: str) -> type[nn.Module]:
-    """Find ``Chrono<ExpertsClass>`` for pickle: by then the module of the model's own class is imported (PEP 562)."""
-    if name.startswith("Chrono"):
-        for module_name, module in list(sys.modules.items()):
-            if module_name.startswith("transformers.models.") and ".modeling_" in module_name:
-                original = vars(module).get(name.removeprefix("Chrono"))
-                if isinstance(original, type) and original.__module__ == module_name:
-                    reader = next((a.experts_call for a in all_adapters() if a.module == module_name), "none")
-                    chrono = chrono_experts_class(reader, original)
-                    if chrono is not None:
-                        return chrono
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,8 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from chronomoe_hf.recording.padding import DECODER_LABELS, PadToken, real_tokens
+from chronomoe_hf.router.shared import SharedInParts
+
 Mode = Literal["off", "train", "eval"]
 SCOPE = "_chrono_scope"
+DECODER = "_chrono_decoder"
+"""Name of the plain attribute of an encoder-decoder model that holds the scope of its decoder."""
 
 
 @dataclass
@@ -33,7 +38,7 @@ class Switches:
     any_steering: bool = False
 
 
-class ForwardScope:
+class ForwardScope(SharedInParts):
     """Whether the running forward counts, and which of its rows are real tokens.
 
     One window belongs to each innermost PreTrainedModel that owns routers. Its pre-hook opens it, its
@@ -41,19 +46,24 @@ class ForwardScope:
     the owner), evaluation, generation and no-grad forwards in training mode are all left out.
     """
 
-    def __init__(self, switches: Switches, parameters: tuple[str, ...], pad_token_id: int | None) -> None:
+    def __init__(self, switches: Switches, parameters: tuple[str, ...], pad: PadToken) -> None:
         self.switches = switches
         self.parameters = parameters
-        self.pad_token_id = pad_token_id
+        self.pad = pad
         self.mode: Mode = "off"
         self.mask_T: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.note: str | None = None
 
     def open(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide the mode and read the padding mask from the owner's arguments."""
         self.mode = self._mode(training)
         if self.mode != "off":
             named = dict(zip(self.parameters, args, strict=False)) | kwargs
-            self.mask_T = real_tokens(named, self.pad_token_id)
+            if self.labels is not None:
+                named[DECODER_LABELS] = self.labels
+            self.mask_T, note = real_tokens(named, self.pad)
+            self.note = note or self.note
 
     def _mode(self, training: bool) -> Mode:
         if training:
@@ -73,7 +83,12 @@ class ForwardScope:
     def rows(self, num_rows: int) -> Tensor | None:
         """Real-token mask for a router that sees `num_rows` rows, or None where all rows count as real."""
         mask_T = self.mask_T
-        return mask_T if mask_T is not None and mask_T.shape[0] == num_rows else None
+        if mask_T is not None and mask_T.shape[0] != num_rows:
+            self.note = (
+                f"padding is counted as real tokens: the router sees {num_rows} rows, the mask has {mask_T.shape[0]}"
+            )
+            return None
+        return mask_T
 
 
 def open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -86,44 +101,20 @@ def close_scope(module: nn.Module, args: Any, output: Any) -> None:
     module.__dict__[SCOPE].close()
 
 
+def open_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an encoder-decoder model: shows its labels to the scope of the decoder."""
+    named = dict(zip(forward_parameters(module), args, strict=False)) | kwargs
+    module.__dict__[DECODER].labels = named.get("labels")
+
+
+def close_decoder(module: nn.Module, args: Any, output: Any) -> None:
+    """Always-called forward hook of an encoder-decoder model."""
+    module.__dict__[DECODER].labels = None
+
+
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
     """Names of the positional parameters of the module's class-level forward."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def real_tokens(named: dict[str, Any], pad_token_id: int | None) -> Tensor | None:
-    """Which rows of a flattened batch are real tokens, from the arguments of a decoder.
-
-    A 2-D ``attention_mask`` wins; while generating it is wider than the rows, and its last columns are theirs.
-    Without one, a padding-free batch (one row, explicit ``position_ids``) marks its tail of padding by zeros.
-
-    Args:
-        named: the forward's arguments by name.
-        pad_token_id: settles whether a trailing zero position is padding or a one-token document.
-
-    Returns:
-        bool ``(B * S,)``, or None where every row is real (or the mask cannot be aligned with the rows).
-    """
-    tokens = named.get("input_ids")
-    shaped = tokens if isinstance(tokens, Tensor) else named.get("inputs_embeds")
-    if not isinstance(shaped, Tensor) or shaped.dim() < 2:
-        return None
-    batch, length = shaped.shape[0], shaped.shape[1]
-    mask = named.get("attention_mask")
-    if isinstance(mask, Tensor):
-        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
-            return None
-        return (mask[:, mask.shape[1] - length :] != 0).reshape(-1)
-    positions = named.get("position_ids")
-    if mask is not None or not isinstance(positions, Tensor) or batch != 1 or length < 2:
-        return None
-    if positions.shape != (1, length):
-        return None
-    advanced_T = (positions[0] != 0).flip(0).cumsum(0).flip(0) > 0
-    if isinstance(tokens, Tensor) and pad_token_id is not None:
-        return advanced_T | (tokens[0] != pad_token_id)
-    # Without token ids the first trailing zero is read as a one-token document only if it stands alone.
-    return advanced_T | ((~advanced_T).sum() == 1)
 
 
 def sample_tokens(mask_T: Tensor | None, num_rows: int, limit: int | None, device: torch.device) -> TokenSample:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.metrics import js, overlap_only, top1_flip
+from chronomoe_hf.router.call import RouterCall, input_of
 from chronomoe_hf.router.state import HANDLE, RouterHandle, RouterRule, RouterState
 
 
@@ -22,6 +23,8 @@ class ChronoRouter(nn.Module):
     """
 
     adapter: ClassVar[RouterRule]
+    input_name: ClassVar[str]
+    """Name of the first parameter of the native forward: some blocks pass the hidden states by name."""
 
     @property
     def router_state(self) -> RouterState:
@@ -44,19 +47,20 @@ class ChronoRouter(nn.Module):
         routing = adapter.read(self, output)
         disagreement = differs_T = None
         if state.beta_on or lens_open:
-            clean_TE = z_TE = routing.logits_TE
-            beta_E = state.beta_applied.to(z_TE.device)
+            clean_TE, shift_TE = routing.logits_TE, None
             if lens_open:
                 assert lens is not None
-                z_TE = z_TE.float() + lens.logit_shift(_flat(args[0]), adapter.weight(self))
-            output = adapter.reroute(self, output, z_TE, beta_E, state.scope, args, kwargs)
+                hidden = input_of(args, kwargs, self.input_name)
+                shift_TE = lens.logit_shift(_flat(hidden), adapter.weight(self)).float()
+            beta_E = state.beta_applied.to(clean_TE.device)
+            output = adapter.reroute(self, RouterCall(output, clean_TE, beta_E, state.scope, args, kwargs, shift_TE))
             if recording:
                 native, routing = routing, adapter.read(self, output)
                 differs_T = experts_differ(native.index_TK, routing.index_TK)
                 if state.beta_on:
                     disagreement = measure_disagreement(self, clean_TE.detach(), state.beta_full)
         if recording:
-            handle.recorder.router_input(args[0])
+            handle.recorder.router_input(input_of(args, kwargs, self.input_name))
             handle.recorder.routing(routing, self._distribution, disagreement, differs_T)
         return output
 

@@ -5,15 +5,16 @@ Shape suffixes: L layers, E experts, T tokens, K experts per token, D router inp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.lens.lens import ChronoLens
+from chronomoe_hf.router.call import RouterCall, Scope
+from chronomoe_hf.router.shared import SharedInParts
 
 HANDLE = "_chrono_handle"
 """Name of the plain attribute through which a wrapped module finds its layer. Never a registered buffer."""
@@ -45,17 +46,8 @@ class RouterRule(Protocol):
     def distribution(self, router: nn.Module, logits_TE: Tensor) -> Tensor:
         """The family's scores of logits as a distribution, fp32 ``(T, E)``."""
 
-    def reroute(
-        self,
-        router: nn.Module,
-        output: Any,
-        z_TE: Tensor,
-        beta_E: Tensor,
-        scope: Literal["routing", "selection"],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        """Choose again with ``z + beta``; the native structure."""
+    def reroute(self, router: nn.Module, call: RouterCall) -> Any:
+        """Choose again with what steers; the native structure."""
 
 
 class Recorder(Protocol):
@@ -129,7 +121,7 @@ class RouterState:
     beta_full: Tensor = _NEUTRAL
     beta_applied: Tensor = _NEUTRAL
     logit_std_updates: Tensor = _NEUTRAL
-    scope: Literal["routing", "selection"] = "routing"
+    scope: Scope = "routing"
     beta_on: bool = False
 
     def __post_init__(self) -> None:
@@ -201,7 +193,7 @@ class RouterState:
 
 
 @dataclass
-class RouterHandle:
+class RouterHandle(SharedInParts):
     """How a router module reaches its slow state; shared with the ChronoSystem, never registered as a submodule."""
 
     state: RouterState

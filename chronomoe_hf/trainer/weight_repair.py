@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from chronomoe_hf import distributed
 from chronomoe_hf.checkpoint.fingerprint import UNREADABLE, compare_fingerprints
-from chronomoe_hf.distributed import is_sharded
 from chronomoe_hf.errors import (
     StateCorruptError,
     StateError,
@@ -165,7 +164,7 @@ def _copy_if_different(name: str, value: Tensor, live: Mapping[str, Tensor], rep
 
 
 def _refuse_unrepairable(model: PreTrainedModel) -> None:
-    sharded = [name for name, parameter in model.named_parameters() if parameter.is_meta or is_sharded(parameter)]
+    sharded = [name for name, value in model.named_parameters() if value.is_meta or distributed.is_sharded(value)]
     if sharded:
         raise StateError(
             f"{len(sharded)} parameters are not whole on this process (first: {sharded[0]}): FSDP and DeepSpeed "

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from chronomoe_hf import distributed
-from chronomoe_hf.wrapping.build import keep_native_bias_in_fp32
 from chronomoe_hf.wrapping.layer import Layer
+from chronomoe_hf.wrapping.native_bias import cast_bias
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -31,7 +31,7 @@ def restore_fp32_bias(layers: Sequence[Layer]) -> list[str]:
         bias_E = layer.adapter.native_bias(layer.router, layer.parent) if layer.native_bias else None
         if bias_E is not None and bias_E.dtype != torch.float32 and not distributed.is_sharded(bias_E):
             cast[layer.name] = bias_E.dtype
-            keep_native_bias_in_fp32(layer.adapter, layer.router, layer.parent)
+            cast_bias(layer.adapter, layer.router, layer.parent, torch.float32)
     if cast:
         logger.warning(
             "the correction bias of %s was cast to %s after the model was wrapped, where the balance law cannot move "

@@ -1,35 +1,55 @@
-"""Making layers: what is found becomes Layers with state, lens and recorder. Nothing of the model is changed here but
-the dtype of a correction bias that balance will update.
-"""
+"""Making layers: what is found becomes Layers with state, lens and recorder. Nothing of the model is changed here."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from chronomoe_hf import distributed
 from chronomoe_hf.config import ChronoConfig
-from chronomoe_hf.errors import AlreadyWrappedError, NoMoELayersError, UnsupportedArchitectureError
+from chronomoe_hf.errors import AlreadyWrappedError, NoMoELayersError, UnsupportedArchitectureError, WrapError
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.patches import Adapter, probe
+from chronomoe_hf.recording.padding import PadToken
 from chronomoe_hf.recording.scope import ForwardScope, Switches, forward_parameters
 from chronomoe_hf.recording.sums import Accumulators, LayerRecorder
 from chronomoe_hf.router.state import HANDLE, RouterHandle, RouterState
-from chronomoe_hf.wrapping.class_swap import check_swappable
-from chronomoe_hf.wrapping.discovery import FoundLayer, find_layers
-from chronomoe_hf.wrapping.layer import Layer, is_parameter
+from chronomoe_hf.wrapping.class_swap import check_swappable, experts_class, router_class
+from chronomoe_hf.wrapping.discovery import FoundLayer, Modules, find_layers
+from chronomoe_hf.wrapping.layer import Layer
+from chronomoe_hf.wrapping.native_bias import bias_dtype
 
 logger = logging.getLogger("chronomoe_hf")
 
 
-def build_layers(
-    root: nn.Module, config: ChronoConfig, switches: Switches
-) -> tuple[list[Layer], dict[nn.Module, ForwardScope]]:
-    """Every MoE layer of `root` that can be wrapped, and the forward scope of each of their owners.
+@dataclass(frozen=True)
+class Built:
+    """What wrapping a model adds to it, made and checked before the model is changed.
+
+    Args:
+        layers: one for each MoE layer.
+        scopes: owner of routers -> the scope of its forwards; copies that PEFT holds of an owner share one.
+        decoders: encoder-decoder model -> the scope of its decoder, which needs the model's labels.
+        swaps: (module, its wrapped class, handle) of every router and experts module, copies included.
+        bias_holders: (adapter, router, parent) of every native bias that the balance law moves in fp32.
+    """
+
+    layers: list[Layer]
+    scopes: dict[nn.Module, ForwardScope]
+    decoders: dict[nn.Module, ForwardScope]
+    swaps: list[tuple[nn.Module, type[nn.Module], RouterHandle]]
+    bias_holders: list[tuple[Adapter, nn.Module, nn.Module]]
+
+
+def build_layers(root: nn.Module, config: ChronoConfig, switches: Switches) -> Built:
+    """Everything that wrapping `root` needs; `root` is not changed.
 
     Args:
         root: the model that will own the system.
@@ -37,27 +57,52 @@ def build_layers(
         switches: shared by all scopes.
 
     Raises:
-        NoMoELayersError, UnsupportedArchitectureError, AlreadyWrappedError, WrapError: see ``wrap``. Everything is
-            checked before anything is changed.
+        NoMoELayersError, UnsupportedArchitectureError, AlreadyWrappedError, WrapError: see ``wrap``.
     """
     found = discover(root)
-    for layer in found:  # all of them before the first change: a refused model is left as it was
-        for module in (layer.router, layer.experts if layer.unreadable is None else None):
-            if module is not None:
-                check_swappable(layer.name, module)
+    for layer in found:
+        for _, module, _ in layer.modules():
+            check_swappable(layer.name, module)
     width = max(layer.adapter.num_experts(layer.router) for layer in found)
     scopes: dict[nn.Module, ForwardScope] = {}
-    layers = []
+    built = Built([], scopes, {}, [], [])
     for layer_id, layer in enumerate(found):
-        if layer.owner not in scopes:
-            scopes[layer.owner] = ForwardScope(switches, forward_parameters(layer.owner), _pad_token_id(layer.owner))
-        layers.append(_make_layer(layer_id, layer, scopes[layer.owner], width, config))
-    if not any(layer.can_steer for layer in layers):
+        scope = scopes.get(layer.owner)
+        if scope is None:
+            scope = ForwardScope(switches, forward_parameters(layer.owner), PadToken.of(_config_of(layer.owner)))
+        for one in (layer, *layer.copies):
+            scopes.setdefault(one.owner, scope)
+        made = _make_layer(root, layer_id, layer, scope, width, config)
+        built.layers.append(made)
+        if made.native_bias:
+            built.bias_holders.extend((one.adapter, one.router, one.parent) for one in (layer, *layer.copies))
+        for one, module, routes in layer.modules():
+            if routes or made.reads_experts:
+                cls = type(module)
+                chrono = router_class(one.adapter, cls) if routes else experts_class(one.adapter.experts_call, cls)
+                built.swaps.append((module, chrono, made.handle))
+    if not any(layer.can_steer for layer in built.layers):
         raise UnsupportedArchitectureError(
-            f"no layer of {type(root).__name__} can be governed: {layers[0].name}: {layers[0].notes[0]}; "
+            f"no layer of {type(root).__name__} can be governed: {built.layers[0].name}: {built.layers[0].known[0]}; "
             "use ChronoConfig.observe()"
         )
-    return layers, scopes
+    built.decoders.update(_decoders(root, scopes))
+    return built
+
+
+def _config_of(module: nn.Module) -> Any:
+    return getattr(module, "config", None)
+
+
+def _decoders(root: nn.Module, scopes: dict[nn.Module, ForwardScope]) -> dict[nn.Module, ForwardScope]:
+    """Models that are given labels and shift them into the input of a decoder with routers."""
+    found = {}
+    for module in root.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module.config, "is_encoder_decoder", False):
+            decoder = module.get_decoder()
+            if decoder in scopes and decoder is not module and "labels" in forward_parameters(module):
+                found[module] = scopes[decoder]
+    return found
 
 
 def discover(model: nn.Module) -> list[FoundLayer]:
@@ -74,6 +119,10 @@ def discover(model: nn.Module) -> list[FoundLayer]:
             f"{type(model).__name__} has no MoE layer that chronomoe_hf knows "
             f"(searched {sum(1 for _ in model.modules())} modules); is this the model you meant to wrap?"
         )
+    if any(not layer.name for layer in found):
+        raise WrapError(
+            f"{type(model).__name__} is a router; wrap the model that holds it (experts and padding are beside it)"
+        )
     if any(HANDLE in layer.router.__dict__ for layer in found):
         raise AlreadyWrappedError(
             f"this {type(model).__name__} is part of a wrapped model; use that one, or chronomoe_hf.unwrap it first"
@@ -83,15 +132,30 @@ def discover(model: nn.Module) -> list[FoundLayer]:
     return found
 
 
-def _pad_token_id(owner: nn.Module) -> int | None:
-    config = getattr(owner, "config", None)
-    pad = getattr(config, "pad_token_id", None)
-    return pad if isinstance(pad, int) else None
+def check_layers(root: nn.Module, layers: list[Layer]) -> None:
+    """Check that every MoE layer that runs now is one of those that were wrapped.
+
+    Copies that PEFT makes of a wrapped layer and runs in its place are; layers that were added or rebuilt are not.
+
+    Raises:
+        WrapError: it is not; names the layers and the way out.
+    """
+    known = {layer.name: layer.handle for layer in layers}
+    found = find_layers(root)[0]
+    strange = [one.name for one in found if one.router.__dict__.get(HANDLE) is not known.get(one.name, root)]
+    if strange:
+        raise WrapError(
+            f"{len(strange)} MoE layers are not those that were wrapped (first: {strange[0]}): layers were added or "
+            "replaced since. Call chronomoe_hf.unwrap(model), then chronomoe_hf.wrap(model) again"
+        )
 
 
-def _make_layer(layer_id: int, found: FoundLayer, window: ForwardScope, width: int, config: ChronoConfig) -> Layer:
-    name, router, adapter, parent = found.name, found.router, found.adapter, found.parent
-    adapter.bind(router, parent)
+def _make_layer(
+    root: nn.Module, layer_id: int, found: FoundLayer, window: ForwardScope, width: int, config: ChronoConfig
+) -> Layer:
+    router, adapter, parent = found.router, found.adapter, found.parent
+    for one in (found, *found.copies):
+        adapter.bind(one.router, one.parent)
     _probe(adapter, router, parent)
     num_experts = adapter.num_experts(router)
     notes = []
@@ -100,8 +164,6 @@ def _make_layer(layer_id: int, found: FoundLayer, window: ForwardScope, width: i
     refused_beta = adapter.refused("beta") if config.beta.law != "none" and not native else None
     if refused_beta is not None:
         notes.append(f"no beta: {refused_beta}")
-    if native:
-        keep_native_bias_in_fp32(adapter, router, parent)
     state = RouterState(layer_id, num_experts, k_max=config.beta.k_max)
     state.scope = "selection" if config.beta.law == "balance" else config.beta.scope
     if config.beta.law == "balance":
@@ -112,7 +174,7 @@ def _make_layer(layer_id: int, found: FoundLayer, window: ForwardScope, width: i
             notes.append(f"no lens: {reason}")
         else:
             handle.lens = ChronoLens(
-                d_model=_input_width(adapter, router),
+                d_model=int(distributed.whole_shape(adapter.weight(router))[-1]),
                 rank=1,
                 layer_id=layer_id,
                 train_router=config.lens.train_router,
@@ -123,40 +185,24 @@ def _make_layer(layer_id: int, found: FoundLayer, window: ForwardScope, width: i
     if config.coherence.enabled and found.unreadable is not None:
         notes.append(f"no coherence: {found.unreadable}")
     readable = config.coherence.enabled and found.unreadable is None
+    place = adapter.native_bias_place(router, parent) if native else None
     return Layer(
         layer_id=layer_id,
-        name=name,
+        name=found.name,
         adapter=adapter,
-        router=router,
-        experts=found.experts if readable else None,
-        parent=parent,
+        root=root,
+        wrapped=Modules(router, parent, found.experts),
         num_experts=num_experts,
         top_k=adapter.top_k(router),
         handle=handle,
         recorder=recorder,
+        reads_experts=readable,
         native_bias=native,
-        bias_is_parameter=native and is_parameter(_bias(adapter, router, parent), router, parent),
+        native_dtype=bias_dtype(adapter, router, parent) if native else None,
+        bias_is_parameter=place is not None and place[1] in place[0]._parameters,
         can_steer=refused_beta is None,
-        notes=notes,
+        known=notes,
     )
-
-
-def _bias(adapter: Adapter, router: nn.Module, parent: nn.Module) -> torch.Tensor:
-    bias_E = adapter.native_bias(router, parent)
-    assert bias_E is not None
-    return bias_E
-
-
-def keep_native_bias_in_fp32(adapter: Adapter, router: nn.Module, parent: nn.Module) -> None:
-    """Some families load their bias in bf16, where steps of a thousandth are rounded away: keep it in fp32."""
-    bias = _bias(adapter, router, parent)
-    for module in (*router.modules(), parent):
-        for name, value in [*module._buffers.items(), *module._parameters.items()]:
-            if value is not None and value.data_ptr() == bias.data_ptr() and value.dtype != torch.float32:
-                if name in module._buffers:
-                    module._buffers[name] = value.float()
-                else:
-                    value.data = value.data.float()
 
 
 def _probe(adapter: Adapter, router: nn.Module, parent: nn.Module) -> None:
@@ -192,10 +238,3 @@ def _first_that_runs(router: nn.Module, inputs: tuple[torch.Tensor, ...], extra:
         with torch.no_grad(), contextlib.suppress(TypeError, RuntimeError, ValueError, IndexError, AttributeError):
             return router(hidden, *extra)
     return None
-
-
-def _input_width(adapter: Adapter, router: nn.Module) -> int:
-    weight = adapter.weight(router)
-    # Under an active ZeRO-3 config the weight is empty at wrap time; DeepSpeed keeps its shape beside it.
-    shape = weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape
-    return int(shape[-1])

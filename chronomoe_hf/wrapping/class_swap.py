@@ -1,38 +1,116 @@
 """Putting the wrapped classes on a model's routers and experts, and taking them off again.
 
-Swapping the class of an instance keeps its parameters, hooks, state_dict keys and place in the model as they are.
+Swapping the class of an instance keeps its parameters, hooks, state_dict keys and place in the model as they are. Every
+wrapped class is made here, once for each native class; a pickled module names the native class and the mixins, from
+which a fresh process makes the class again.
 """
 
 from __future__ import annotations
 
+import copyreg
+import inspect
 import types
+from typing import Any
 
 from torch import nn
 
+from chronomoe_hf import distributed
 from chronomoe_hf.errors import WrapError
-from chronomoe_hf.patches import chrono_class
-from chronomoe_hf.recording.experts import chrono_experts_class
-from chronomoe_hf.recording.scope import close_scope, open_scope
-from chronomoe_hf.router.state import HANDLE
-from chronomoe_hf.wrapping.layer import Layer
+from chronomoe_hf.patches import Adapter, match_class
+from chronomoe_hf.recording.experts import experts_mixin
+from chronomoe_hf.recording.scope import (
+    DECODER,
+    SCOPE,
+    ForwardScope,
+    close_decoder,
+    close_scope,
+    open_decoder,
+    open_scope,
+)
+from chronomoe_hf.router.forward import ChronoRouter
+from chronomoe_hf.router.state import HANDLE, RouterHandle
+
+Mixins = tuple[type[nn.Module], ...]
+
+_CLASSES: dict[tuple[Mixins, type[nn.Module]], type[nn.Module]] = {}
+_NATIVE = "chrono_native_class"
+_HOOKS = (open_scope, close_scope, open_decoder, close_decoder)
 
 
-def swap(layer: Layer) -> None:
-    """Give the layer's router, and its experts where they are read, their wrapped classes."""
-    swaps = [(layer.router, chrono_class(layer.adapter, type(layer.router)))]
-    if layer.experts is not None:
-        chrono = chrono_experts_class(layer.adapter.experts_call, type(layer.experts))
-        assert chrono is not None, "experts without a reader are dropped when the layer is made"
-        swaps.append((layer.experts, chrono))
-    for module, chrono in swaps:
-        module.__class__ = chrono
-        module.__dict__[HANDLE] = layer.handle
-        _rebind_hooked_forward(module)
+# ---- classes -------------------------------------------------------------------------------------------------------
+
+
+def router_class(adapter: Adapter, native: type[nn.Module]) -> type[nn.Module]:
+    """The class ``Chrono<Native>`` = (ChronoRouter, the adapter's mixins, native) of a wrapped router, always the same.
+
+    Args:
+        adapter: the facts of the router's class.
+        native: class of the router.
+    """
+    return _class_of((ChronoRouter, *adapter.mixins), native)
+
+
+def experts_class(experts_call: str, native: type[nn.Module]) -> type[nn.Module]:
+    """The class ``Chrono<Native>`` of wrapped experts.
+
+    Args:
+        experts_call: the adapter's ``experts_call``; one that has a reader.
+        native: class of the experts.
+    """
+    mixin = experts_mixin(experts_call)
+    assert mixin is not None, "experts without a reader are not wrapped"
+    return _class_of((mixin,), native)
+
+
+def _class_of(mixins: Mixins, native: type[nn.Module]) -> type[nn.Module]:
+    if issubclass(native, mixins[0]):
+        return native
+    made = _CLASSES.get((mixins, native))
+    if made is None:
+        space: dict[str, Any] = {"__module__": __name__, "__reduce_ex__": _reduce_ex, _NATIVE: native}
+        if mixins[0] is ChronoRouter:
+            space["adapter"] = match_class(native)
+            space["input_name"] = list(inspect.signature(native.forward).parameters)[1]
+        made = type(f"Chrono{native.__name__}", (*mixins, native), space)
+        _CLASSES[(mixins, native)] = made
+    return made
+
+
+def _reduce_ex(self: Any, protocol: Any) -> Any:
+    """How an instance is pickled and copied: its class is made again from parts that can be imported."""
+    cls = type(self)
+    reduced = getattr(cls, _NATIVE).__reduce_ex__(self, max(2, int(protocol)))
+    if _NATIVE not in cls.__dict__ or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        return reduced  # a class that someone else made from ours, or one that pickles in its own way
+    mixins = cls.__bases__[:-1]
+    return (_empty, (mixins, cls.__bases__[-1]), *reduced[2:])
+
+
+def _empty(mixins: Mixins, native: type[nn.Module]) -> nn.Module:
+    cls = _class_of(mixins, native)
+    return cls.__new__(cls)
+
+
+# ---- putting on and taking off -------------------------------------------------------------------------------------
+
+
+def swap(module: nn.Module, cls: type[nn.Module], handle: RouterHandle) -> None:
+    """Give a router or experts module its wrapped class."""
+    module.__class__ = cls
+    module.__dict__[HANDLE] = handle
+    _rebind_hooked_forward(module)
+
+
+def restore(module: nn.Module) -> None:
+    """Give a wrapped module its native class again; `check_restorable` first."""
+    module.__class__ = getattr(type(module), _NATIVE)
+    del module.__dict__[HANDLE]
+    _rebind_hooked_forward(module)
 
 
 def check_swappable(name: str, module: nn.Module) -> None:
     """Raise WrapError where a swapped class would be bypassed or would break the module."""
-    check_not_sharded(name, module, "call chronomoe_hf.wrap(model) before accelerator.prepare")
+    _check_not_sharded(name, module, "call chronomoe_hf.wrap(model) before accelerator.prepare")
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
         raise WrapError(
             f"{name}: something replaced forward on this instance, which would bypass the wrapped router; "
@@ -40,10 +118,17 @@ def check_swappable(name: str, module: nn.Module) -> None:
         )
 
 
-def check_not_sharded(name: str, module: nn.Module, way_out: str) -> None:
-    """Raise WrapError, with the way out, for a module that FSDP has sharded by itself."""
+def check_restorable(name: str, module: nn.Module) -> None:
+    """Raise WrapError, with the way out, where the native class cannot be put back."""
+    way_out = "unwrap a model loaded from its checkpoint instead"
+    _check_not_sharded(name, module, way_out)
+    if _NATIVE not in type(module).__dict__:
+        raise WrapError(f"{name}: something gave it the class {type(module).__name__} after it was wrapped; {way_out}")
+
+
+def _check_not_sharded(name: str, module: nn.Module, way_out: str) -> None:
     # fully_shard mixes its own class into the module's; swapping that class would take the sharding logic out.
-    if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+    if distributed.is_sharded_module(module):
         raise WrapError(f"{name}: {type(module).__name__} is sharded by FSDP; {way_out}")
 
 
@@ -53,22 +138,24 @@ def _rebind_hooked_forward(module: nn.Module) -> None:
         module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
-def restore(module: nn.Module) -> None:
-    """Give a wrapped module its native class again."""
-    chrono = type(module)
-    module.__class__ = next(cls for cls in chrono.__mro__ if cls.__module__ != chrono.__module__ and not _is_mixin(cls))
-    del module.__dict__[HANDLE]
-    _rebind_hooked_forward(module)
-
-
-def _is_mixin(cls: type) -> bool:
-    return cls.__module__.startswith("chronomoe_hf.")
+def add_hooks(scopes: dict[nn.Module, ForwardScope], decoders: dict[nn.Module, ForwardScope]) -> None:
+    """Open and close each scope around the forward of its owner; give the scope of a decoder its labels."""
+    for owner, scope in scopes.items():
+        owner.__dict__[SCOPE] = scope
+        owner.register_forward_pre_hook(open_scope, with_kwargs=True)
+        owner.register_forward_hook(close_scope, always_call=True)
+    for model, scope in decoders.items():
+        model.__dict__[DECODER] = scope
+        model.register_forward_pre_hook(open_decoder, with_kwargs=True)
+        model.register_forward_hook(close_decoder, always_call=True)
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """Remove the hooks of a recording window."""
-    for registry, hook in ((module._forward_pre_hooks, open_scope), (module._forward_hooks, close_scope)):
-        for key in [key for key, value in registry.items() if value is hook]:
+    """Undo `add_hooks` on one module."""
+    module.__dict__.pop(SCOPE, None)
+    module.__dict__.pop(DECODER, None)
+    for registry in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, value in registry.items() if value in _HOOKS]:
             del registry[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_always_called.pop(key, None)

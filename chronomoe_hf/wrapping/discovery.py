@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from chronomoe_hf.patches import Adapter, match, refusal
-from chronomoe_hf.recording.experts import chrono_experts_class
-
-_WRAPPER_PREFIXES = ("_orig_mod", "base_model", "module", "_checkpoint_wrapped_module", "base_layer")
+from chronomoe_hf.recording.experts import experts_mixin
+from chronomoe_hf.wrapping.wrappers import Place, leaves, locate, walk
+from chronomoe_hf.wrapping.wrappers import clean_name as clean_name
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class FoundLayer:
         owner: innermost PreTrainedModel around the router: its forward opens the recording window.
         experts: the module that computes the experts, or None.
         unreadable: why expert outputs cannot be read, or None.
+        experts_copies: copies of the experts that another adapter of PEFT runs.
+        copies: copies of the whole layer (router, or the block around it) that another adapter of PEFT runs.
     """
 
     name: str
@@ -34,6 +36,17 @@ class FoundLayer:
     owner: nn.Module
     experts: nn.Module | None
     unreadable: str | None
+    experts_copies: tuple[nn.Module, ...] = ()
+    copies: tuple[FoundLayer, ...] = ()
+
+    def modules(self) -> list[tuple[FoundLayer, nn.Module, bool]]:
+        """(layer or copy, module, whether it is a router) of all that gets another class when wrapped."""
+        out = []
+        for layer in (self, *self.copies):
+            out.append((layer, layer.router, True))
+            if layer.experts is not None and layer.unreadable is None:
+                out += [(layer, experts, False) for experts in (layer.experts, *layer.experts_copies)]
+        return list({id(module): (layer, module, routes) for layer, module, routes in out}.values())
 
 
 @dataclass(frozen=True)
@@ -48,34 +61,49 @@ class RefusedLayer:
         return f"{self.name}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class Modules:
+    """The modules of a layer that run now: another adapter may be active than when the model was wrapped."""
+
+    router: nn.Module
+    parent: nn.Module
+    experts: nn.Module | None = field(default=None)
+
+
 def root_of(model: nn.Module) -> nn.Module:
     """The outermost PreTrainedModel inside the wrappers around it (PEFT, torch.compile, DDP), where there is just one.
 
     State that lives there survives the wrappers, and layers are called the same with and without them.
     """
-    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    if inner and sum(isinstance(module, PreTrainedModel) for module in inner[0].modules()) == len(inner):
-        return inner[0]
+    found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if found and sum(isinstance(module, PreTrainedModel) for module in found[0].modules()) == len(found):
+        return found[0]
     return model
 
 
 def find_layers(model: nn.Module) -> tuple[list[FoundLayer], list[RefusedLayer]]:
     """Every MoE layer of `model`, in module order: what can be wrapped, and what is refused by name."""
     found: list[FoundLayer] = []
-    refused: list[RefusedLayer] = []
+    copies: dict[str, list[FoundLayer]] = {}
+    refused: dict[str, RefusedLayer] = {}
     declared = declared_routers(model)
-    for path, module in model.named_modules():
-        name, class_name, adapter = clean_name(path), type(module).__name__, match(module)
+    for place in walk(model):
+        name, module, adapter = place.name, place.module, match(place.module)
+        class_name = type(module).__name__
         reason = refusal(module) if adapter is None else adapter.refused("observe")
         if adapter is None and reason is None and _is_declared(name, module, declared):
             # jetmoe records its attention blocks, whose inner router has an adapter: then nothing is left alone.
-            if not any(match(inner) for inner in module.modules()):
+            if not any(match(inside) for inside in module.modules()):
                 reason = f"{class_name} has no adapter in this version of chronomoe_hf"
         if reason is not None:
-            refused.append(RefusedLayer(name, class_name, reason))
+            refused.setdefault(name, RefusedLayer(name, class_name, reason))
         elif adapter is not None:
-            found.append(_found(model, path, module, adapter))
-    return found, refused
+            layer = _found(model, place, adapter)
+            if place.runs:
+                found.append(layer)
+            else:
+                copies.setdefault(name, []).append(layer)
+    return [replace(layer, copies=tuple(copies.get(layer.name, ()))) for layer in found], list(refused.values())
 
 
 def declared_routers(model: nn.Module) -> list[tuple[type, str | None]]:
@@ -99,28 +127,53 @@ def _is_declared(name: str, module: nn.Module, declared: list[tuple[type, str | 
     return any(isinstance(module, cls) and (part is None or part in name) for cls, part in declared)
 
 
-def clean_name(path: str) -> str:
-    """`path` without the names that PEFT, torch.compile, DDP and FSDP insert."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPER_PREFIXES)
+def running_modules(root: nn.Module, name: str, adapter: Adapter) -> Modules | None:
+    """The modules that a layer's forward goes through now, or None: the model no longer has a layer of that name.
 
-
-def _found(model: nn.Module, path: str, router: nn.Module, adapter: Adapter) -> FoundLayer:
-    above: list[nn.Module] = [model]
-    for part in path.split(".")[:-1]:
-        above.append(getattr(above[-1], part))
-    owner = next((module for module in reversed(above) if isinstance(module, PreTrainedModel)), model)
-    parent = next((m for m in reversed(above) if adapter.experts in m._modules), above[-1])
-    experts = _experts_module(parent, adapter)
-    return FoundLayer(clean_name(path), router, adapter, parent, owner, experts, _unreadable(experts, adapter))
-
-
-def _experts_module(parent: nn.Module, adapter: Adapter) -> nn.Module | None:
-    if adapter.experts is None:
+    Args:
+        root: the model that was searched.
+        name: the layer's name, see `FoundLayer`.
+        adapter: the facts of its router's class.
+    """
+    way = locate(root, name)
+    if way is None:
         return None
-    module = parent.get_submodule(adapter.experts)
-    while "base_layer" in module._modules:  # PEFT parameter wrappers call through to this module
-        module = module.get_submodule("base_layer")
-    return module
+    router = next((leaf for leaf in leaves(way[-1])[:1] if match(leaf) is not None), None)
+    if router is None:
+        return None
+    parent = _block_of(way[:-1], adapter)
+    experts = _experts_modules(parent, adapter)
+    return Modules(router, parent, experts[0] if experts else None)
+
+
+def _found(model: nn.Module, place: Place, adapter: Adapter) -> FoundLayer:
+    above = place.above or (model,)
+    owner = next((module for module in reversed(above) if isinstance(module, PreTrainedModel)), model)
+    parent = _block_of(above, adapter)
+    experts = _experts_modules(parent, adapter)
+    first = experts[0] if experts else None
+    return FoundLayer(
+        name=place.name,
+        router=place.module,
+        adapter=adapter,
+        parent=parent,
+        owner=owner,
+        experts=first,
+        unreadable=_unreadable(first, adapter),
+        experts_copies=tuple(experts[1:]),
+    )
+
+
+def _block_of(above: tuple[nn.Module, ...], adapter: Adapter) -> nn.Module:
+    """The module that holds router and experts."""
+    return next((module for module in reversed(above) if adapter.experts in module._modules), above[-1])
+
+
+def _experts_modules(parent: nn.Module, adapter: Adapter) -> list[nn.Module]:
+    """The module that computes the experts, inside PEFT's wrappers, and its copies."""
+    if adapter.experts is None or adapter.experts not in parent._modules:
+        return []
+    return leaves(parent.get_submodule(adapter.experts))
 
 
 def _unreadable(experts: nn.Module | None, adapter: Adapter) -> str | None:
@@ -129,7 +182,7 @@ def _unreadable(experts: nn.Module | None, adapter: Adapter) -> str | None:
         return refused
     if experts is None:
         return f"the experts of {adapter.family} cannot be reached"
-    if chrono_experts_class(adapter.experts_call, type(experts)) is None:
+    if experts_mixin(adapter.experts_call) is None:
         return f"no reader for the experts of {adapter.family} ({adapter.experts_call})"
     if "forward" in experts.__dict__ and "_old_forward" not in experts.__dict__:
         return "the experts' forward was replaced on the instance (expert or tensor parallel)"

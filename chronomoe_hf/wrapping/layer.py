@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,42 +13,84 @@ from chronomoe_hf.config import BetaConfig
 from chronomoe_hf.patches import Adapter
 from chronomoe_hf.recording.sums import LayerRecorder
 from chronomoe_hf.router.state import RouterHandle
+from chronomoe_hf.wrapping.discovery import Modules, running_modules
 
 
 @dataclass
 class Layer:
     """One wrapped MoE layer.
 
+    Its modules are looked up by name whenever they are asked for: PEFT may put copies in their place and switch
+    between them.
+
     Args:
         layer_id: position, 0-based, in module order.
         name: module path of the router, without wrapper prefixes.
         adapter: the family's facts.
-        router: the wrapped router module.
-        experts: the wrapped experts module, or None.
-        parent: the module that owns the native bias where the router does not.
+        root: the model that owns the system, in which the name is looked up.
+        wrapped: the modules that ran when the model was wrapped.
         num_experts, top_k: E and k.
         handle: what the router points to.
         recorder: the layer's accumulators.
+        reads_experts: expert outputs are read.
         native_bias: the model's own correction bias, when the balance law updates that instead of beta.
         bias_is_parameter: that bias is a parameter (which FSDP2 and ZeRO-3 shard) and not a buffer.
+        native_dtype: dtype of that bias before it was kept in fp32, where that differs.
         can_steer: beta may act here; False for a layer that can only be observed.
-        notes: what is not supported on this layer, in plain words.
+        known: what is not supported on this layer, in plain words.
     """
 
     layer_id: int
     name: str
     adapter: Adapter
-    router: nn.Module
-    experts: nn.Module | None
-    parent: nn.Module
+    root: nn.Module
+    wrapped: Modules
     num_experts: int
     top_k: int
     handle: RouterHandle
     recorder: LayerRecorder
+    reads_experts: bool = True
     native_bias: bool = False
     bias_is_parameter: bool = False
+    native_dtype: torch.dtype | None = None
     can_steer: bool = True
-    notes: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._share()
+
+    def _share(self) -> None:
+        self.handle.root = self.recorder.window.root = weakref.ref(self.root)
+
+    @property
+    def modules(self) -> Modules:
+        """Router, block and experts that a forward goes through now."""
+        return running_modules(self.root, self.name, self.adapter) or self.wrapped
+
+    @property
+    def router(self) -> nn.Module:
+        """The router that runs now."""
+        return self.modules.router
+
+    @property
+    def parent(self) -> nn.Module:
+        """The block that holds it; it owns the native bias where the router does not."""
+        return self.modules.parent
+
+    @property
+    def experts(self) -> nn.Module | None:
+        """The experts that run now, or None where their outputs are not read."""
+        return self.modules.experts if self.reads_experts else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not supported on this layer, and what could not be told of the batches seen, in plain words."""
+        seen = self.recorder.window.note
+        return [*self.known, *([] if seen is None else [seen])]
 
     @property
     def takes_beta(self) -> bool:
@@ -75,7 +118,8 @@ class Layer:
             step_E: step of the law in units of the rate, from ``StepState.apply_balance``.
             beta: the rate.
         """
-        bias_E = self.adapter.native_bias(self.router, self.parent)
+        modules = self.modules
+        bias_E = self.adapter.native_bias(modules.router, modules.parent)
         assert bias_E is not None
         if beta.native_rate is not None:
             step_E = step_E * beta.native_rate
@@ -84,9 +128,3 @@ class Layer:
             step_E = step_E * (beta.rate * slope * self.handle.state.logit_std_ema.double())
         with torch.no_grad():
             bias_E.add_((step_E - step_E.mean()).to(device=bias_E.device, dtype=bias_E.dtype))
-
-
-def is_parameter(bias_E: Tensor, router: nn.Module, parent: nn.Module) -> bool:
-    """Whether a native correction bias is a parameter of the router or its parent, and not a buffer."""
-    parameters = (*router.parameters(), *parent.parameters(recurse=False))
-    return bias_E.numel() == 0 or any(value.data_ptr() == bias_E.data_ptr() for value in parameters)

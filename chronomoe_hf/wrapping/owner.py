@@ -6,14 +6,22 @@ from typing import Any
 
 from torch import nn
 
+from chronomoe_hf.errors import WrapError
+
 SYSTEM = "_chrono_system"
 """Name of the plain attribute of the wrapped root that holds its ChronoSystem."""
 
 
 def find_system(model: nn.Module) -> Any:
-    """The ChronoSystem of `model` or of anything inside it (PEFT, DDP, torch.compile wrappers), or None."""
-    for module in model.modules():
-        system = module.__dict__.get(SYSTEM)
-        if system is not None:
-            return system
-    return None
+    """The ChronoSystem of `model` or of anything inside it (PEFT, DDP, torch.compile wrappers), or None.
+
+    Raises:
+        WrapError: `model` holds several wrapped models.
+    """
+    owners = [(name, module) for name, module in model.named_modules() if SYSTEM in module.__dict__]
+    if len(owners) > 1:
+        names = ", ".join(f"{name or 'itself'} ({type(module).__name__})" for name, module in owners)
+        raise WrapError(
+            f"this {type(model).__name__} holds {len(owners)} wrapped models: {names}; give one of them instead"
+        )
+    return owners[0][1].__dict__[SYSTEM] if owners else None

@@ -5,6 +5,8 @@ A model is built on the meta device, so neither its weights nor the memory for t
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,8 @@ def inspect_model(model_or_path: str) -> ModelSupport:
 
 
 def _load_config(model_or_path: str) -> PreTrainedConfig:
-    if not model_or_path.strip() or len(model_or_path) > MAX_NAME or not model_or_path.isprintable():
+    named = isinstance(model_or_path, str) and model_or_path.strip() and len(model_or_path) <= MAX_NAME
+    if not named or not model_or_path.isprintable():
         raise WrapError(f"a model is named by a directory or a Hub name of 1 to {MAX_NAME} printable characters")
     path = Path(model_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -126,12 +129,11 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
     """
     failures = []
     for name in [*_model_classes(config), *AUTO_CLASSES]:
-        builder = getattr(transformers, name, None)
-        if builder is None or (name in AUTO_CLASSES and type(config) not in builder._model_mapping):
+        make = _builder(name, config)
+        if make is None:
             continue
         try:
             with torch.device("meta"):
-                make = builder.from_config if name in AUTO_CLASSES else builder
                 model: nn.Module = make(config)
             return model
         except Exception as error:  # numbers of a stranger's config.json end in any error when a model is built of them
@@ -141,15 +143,24 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
 
 
 def _model_classes(config: PreTrainedConfig) -> list[str]:
-    """The model classes of Transformers that the config names; anything else in that list is not called."""
+    """The class names that the config lists; what else stands there is not looked at."""
     named = config.architectures if isinstance(config.architectures, list | tuple) else []
-    found = []
-    for name in named:
-        if isinstance(name, str) and name.isidentifier() and not name.startswith("Auto"):
-            candidate = getattr(transformers, name, None)
-            if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
-                found.append(name)
-    return found
+    return [name for name in named if isinstance(name, str) and name.isidentifier() and name not in AUTO_CLASSES]
+
+
+def _builder(name: str, config: PreTrainedConfig) -> Callable[[PreTrainedConfig], nn.Module] | None:
+    """What makes a model of `config`: a model class of Transformers for such a config, or a listed Auto class."""
+    try:
+        found = getattr(transformers, name, None)
+    except (ImportError, RuntimeError):  # the class needs a library that is not installed
+        return None
+    if name in AUTO_CLASSES and found is not None and type(config) in found._model_mapping:
+        # False, not None: None asks at the terminal whether code that came with the weights may run.
+        return functools.partial(found.from_config, trust_remote_code=False)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        of: type | None = getattr(found, "config_class", None)
+        return found if of is not None and isinstance(config, of) else None
+    return None
 
 
 def _require_possible(layer: FoundLayer, num_experts: int, top_k: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from chronomoe_hf import patches
 from chronomoe_hf.errors import UnsupportedArchitectureError
+from chronomoe_hf.router.call import RouterCall
 
 SCOPES = ("routing", "selection")
 
@@ -61,10 +62,12 @@ def assert_neutral_is_exact(call: Call) -> None:
     output, args, kwargs = call.run()
     routing = patches.probe(call.adapter, call.router, output)
     for scope in SCOPES:
-        steered = call.adapter.reroute(call.router, output, routing.logits_TE, zeros(call), scope, args, kwargs)
-        assert same(steered, output), (call.adapter.router_class, scope)
-        if call.adapter.logits_index is not None:
-            assert steered[call.adapter.logits_index] is output[call.adapter.logits_index], "clean logits were replaced"
+        for shift in (None, torch.zeros(routing.logits_TE.shape)):  # no lens, and one at scale 0 in a compiled graph
+            steer = RouterCall(output, routing.logits_TE, zeros(call), scope, args, kwargs, shift)
+            steered = call.adapter.reroute(call.router, steer)
+            assert same(steered, output), (call.adapter.router_class, scope)
+            at = call.adapter.logits_index
+            assert at is None or steered[at] is output[at], "clean logits were replaced"
 
 
 @pytest.mark.parametrize("family", ROUTED)
@@ -93,13 +96,16 @@ def test_neutral_steering_is_exact_under_autocast(family: str) -> None:
 
 @pytest.mark.parametrize("family", ROUTED)
 def test_open_lens_keeps_shapes_and_dtypes_in_bf16(family: str, tmp_path: Path) -> None:
-    """With a lens open the logits arrive in fp32; what the block gets must not change its type."""
+    """What an open lens adds is fp32; what the block gets must not change its type."""
     for call in can_steer(calls_bf16(family, tmp_path)):
         output, args, kwargs = call.run()
         routing = call.adapter.read(call.router, output)
         beta_E = torch.linspace(-0.3, 0.3, call.adapter.num_experts(call.router))
+        shift = torch.linspace(-0.5, 0.5, routing.logits_TE.numel()).view(routing.logits_TE.shape)
         for scope in SCOPES:
-            steered = call.adapter.reroute(call.router, output, routing.logits_TE.float(), beta_E, scope, args, kwargs)
+            steered = call.adapter.reroute(
+                call.router, RouterCall(output, routing.logits_TE, beta_E, scope, args, kwargs, shift)
+            )
             patches.probe(call.adapter, call.router, steered)
             for ours, native in zip(steered, output, strict=True):
                 if isinstance(native, Tensor):
@@ -131,7 +137,9 @@ def gradients(call: Call, weights_at: int, scope: Any) -> list[Tensor | None]:
     output = call.router(*args, **kwargs)
     if scope is not None:
         routing = call.adapter.read(call.router, output)
-        output = call.adapter.reroute(call.router, output, routing.logits_TE, zeros(call), scope, args, kwargs)
+        output = call.adapter.reroute(
+            call.router, RouterCall(output, routing.logits_TE, zeros(call), scope, args, kwargs)
+        )
     weights = output[weights_at]
     projection = torch.randn(weights.shape, generator=torch.Generator().manual_seed(3))
     return list(torch.autograd.grad((weights * projection).sum(), wanted, allow_unused=True))
@@ -186,7 +194,9 @@ def test_beta_moves_tokens_to_the_promoted_expert(family: str) -> None:
             for scope in SCOPES:
                 beta_E = zeros(call)
                 beta_E[expert] = 3.0
-                steered = call.adapter.reroute(call.router, output, routing.logits_TE, beta_E, scope, args, kwargs)
+                steered = call.adapter.reroute(
+                    call.router, RouterCall(output, routing.logits_TE, beta_E, scope, args, kwargs)
+                )
                 after = counted(call.adapter.read(call.router, steered))
                 assert after[expert] >= before[expert], (expert, scope)
                 if routing.kept_TK is None:
@@ -206,8 +216,8 @@ def test_scope_selection_keeps_the_weights_of_unmoved_tokens(family: str) -> Non
         logits_TE = call.adapter.read(call.router, output).logits_TE
         beta_E = torch.linspace(-0.05, 0.05, logits_TE.shape[-1])
         parts = (call.adapter.weights_index, call.adapter.indices_index)
-        selected = call.adapter.reroute(call.router, output, logits_TE, beta_E, "selection", args, kwargs)
-        routed = call.adapter.reroute(call.router, output, logits_TE, beta_E, "routing", args, kwargs)
+        selected = call.adapter.reroute(call.router, RouterCall(output, logits_TE, beta_E, "selection", args, kwargs))
+        routed = call.adapter.reroute(call.router, RouterCall(output, logits_TE, beta_E, "routing", args, kwargs))
         same_T = (selected[parts[1]] == output[parts[1]]).all(dim=-1)
         assert same_T.any(), "beta moved every token"
         assert torch.equal(selected[parts[0]][same_T], output[parts[0]][same_T])
@@ -305,7 +315,7 @@ def test_refused_routers_say_why() -> None:
         output, args, kwargs = call.run()
         logits_TE = call.adapter.read(call.router, output).logits_TE
         with pytest.raises(UnsupportedArchitectureError, match=call.adapter.router_class):
-            call.adapter.reroute(call.router, output, logits_TE, zeros(call), "routing", args, kwargs)
+            call.adapter.reroute(call.router, RouterCall(output, logits_TE, zeros(call), "routing", args, kwargs))
 
 
 def test_data_names_real_classes() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf import patches
 from chronomoe_hf.patches.registry import Adapter, module_of
+from chronomoe_hf.router.call import RouterCall
 
 TOKENS, WIDTH, SEEDS = 16, 24, range(6)
 
@@ -220,7 +221,7 @@ def test_rule_equals_its_definition(family: str, seed: int) -> None:
     o.k, o.bias = config.num_experts_per_tok, [0.0] * config.num_experts if bias is None else bias.tolist()
     for scope in ("routing", "selection"):
         for beta_E in (torch.zeros(config.num_experts), torch.randn(config.num_experts)):
-            steered = adapter.reroute(router, output, logits_TE, beta_E, scope, args, {})
+            steered = adapter.reroute(router, RouterCall(output, logits_TE, beta_E, scope, args, {}))
             for token, z in enumerate(logits_TE.tolist()):
                 expected = define(z, beta_E.tolist(), scope, o)
                 got = dict(zip(steered[2][token].tolist(), steered[1][token].tolist(), strict=True))
@@ -235,7 +236,9 @@ def test_neutral_steering_is_exact_in_bf16(family: str, seed: int) -> None:
     output, args = call(adapter, router, parent, torch.randn(TOKENS * 8, WIDTH).to(torch.bfloat16))
     logits_TE = patches.probe(adapter, router, output).logits_TE
     for scope in ("routing", "selection"):
-        steered = adapter.reroute(router, output, logits_TE, torch.zeros(logits_TE.shape[-1]), scope, args, {})
+        steered = adapter.reroute(
+            router, RouterCall(output, logits_TE, torch.zeros(logits_TE.shape[-1]), scope, args, {})
+        )
         for ours, theirs in zip(steered, output, strict=True):
             assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
 
@@ -256,7 +259,7 @@ def test_a_small_beta_survives_bf16_logits(family: str) -> None:
     for expert in range(8):
         beta_E = torch.zeros(8)
         beta_E[expert] = 1e-3
-        steered = adapter.reroute(router, output, output[0], beta_E, "routing", args, {})
+        steered = adapter.reroute(router, RouterCall(output, output[0], beta_E, "routing", args, {}))
         assert steered[2].flatten().tolist() == [expert] * TOKENS
 
 
@@ -271,11 +274,15 @@ def test_switch_capacity_is_per_sequence_and_expert(capacity: int) -> None:
         x_BSD = torch.randn(3, 10, WIDTH).to(dtype)
         output = router(x_BSD)
         routing = patches.probe(adapter, router, output)
-        neutral = adapter.reroute(router, output, routing.logits_TE, torch.zeros(4), "routing", (x_BSD,), {})
+        neutral = adapter.reroute(
+            router, RouterCall(output, routing.logits_TE, torch.zeros(4), "routing", (x_BSD,), {})
+        )
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(neutral, output, strict=True))
         for scope in ("routing", "selection"):
             beta_E = torch.tensor([1.0, -0.5, 0.0, 0.2])
-            mask_BSE, weight_BS1, _ = adapter.reroute(router, output, routing.logits_TE, beta_E, scope, (x_BSD,), {})
+            mask_BSE, weight_BS1, _ = adapter.reroute(
+                router, RouterCall(output, routing.logits_TE, beta_E, scope, (x_BSD,), {})
+            )
             for sequence in range(3):
                 used = [0] * 4
                 for position in range(10):
@@ -308,7 +315,7 @@ def test_phimoe_replays_its_sampling(noise: float, scope: Any) -> None:
     x_TD = torch.randn(64, WIDTH)
     output = router(x_TD.clone())
     after = torch.get_rng_state()
-    steered = adapter.reroute(router, output, output[0], torch.zeros(8), scope, (x_TD,), {})
+    steered = adapter.reroute(router, RouterCall(output, output[0], torch.zeros(8), scope, (x_TD,), {}))
     assert all(torch.equal(a, b) for a, b in zip(steered, output, strict=True))
     assert torch.equal(torch.get_rng_state(), after), "steering left another random state behind"
     again = router(x_TD.clone())

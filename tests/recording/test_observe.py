@@ -14,7 +14,7 @@ from support.oracles import Recount, naive_phi, train_step
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.config import CoherenceConfig
-from chronomoe_hf.recording.scope import real_tokens, sample_tokens
+from chronomoe_hf.recording.scope import sample_tokens
 
 FIRST_CLASS = sorted(tiny.FAMILIES)
 EXACT = CoherenceConfig(max_tokens=None)
@@ -202,36 +202,7 @@ def test_a_row_cap_reads_fewer_rows_says_so_and_stays_close(backend: str) -> Non
     assert total[0] == pytest.approx(total[1], rel=0.15)
 
 
-# ---- masks and samples -------------------------------------------------------------------------------------------
-
-
-def flags(text: str) -> torch.Tensor:
-    return torch.tensor([c == "1" for c in text])
-
-
-def test_real_tokens_reads_masks() -> None:
-    ids = torch.ones(2, 3, dtype=torch.long)
-    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
-    assert torch.equal(real_tokens({"input_ids": ids, "attention_mask": mask}, 0), flags("110011"))
-    wide = torch.cat([torch.zeros(2, 4), mask], dim=1)
-    assert torch.equal(real_tokens({"input_ids": ids, "attention_mask": wide}, 0), flags("110011"))
-    assert torch.equal(real_tokens({"inputs_embeds": torch.zeros(2, 3, 8), "attention_mask": mask}, 0), flags("110011"))
-    assert real_tokens({"input_ids": ids}, 0) is None
-    assert real_tokens({"input_ids": ids, "attention_mask": torch.ones(2, 1, 3, 3)}, 0) is None
-    assert real_tokens({"input_ids": ids, "attention_mask": mask[:, :2]}, 0) is None
-
-
-def test_real_tokens_reads_padding_free_batches() -> None:
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 0]])
-    padded = torch.tensor([[5, 6, 7, 8, 9, 3, 3, 3]])
-    assert torch.equal(real_tokens({"input_ids": padded, "position_ids": positions}, 3), flags("11111000"))
-    # The first trailing zero may be a one-token document: its token id tells.
-    document = torch.tensor([[5, 6, 7, 8, 9, 4, 3, 3]])
-    assert torch.equal(real_tokens({"input_ids": document, "position_ids": positions}, 3), flags("11111100"))
-    plain = torch.arange(8)[None]
-    assert torch.equal(real_tokens({"input_ids": padded, "position_ids": plain}, 3), flags("11111111"))
-    embeds = torch.zeros(1, 8, 4)
-    assert torch.equal(real_tokens({"inputs_embeds": embeds, "position_ids": positions}, None), flags("11111000"))
+# ---- samples -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("real", [0, 1, 5, 8, 9, 40])

@@ -1,0 +1,150 @@
+"""Which rows of a batch are real tokens, from what a forward is given, without a host read.
+
+Rules, the first that applies:
+
+1. an ``attention_mask``: 2-D; or 4-D (3-D), bool or additive, reduced to its keys where that is unambiguous;
+2. the labels of an encoder-decoder model, for its decoder: what follows a row's last label is padding. A padded row
+   then counts as many tokens as the same row alone would;
+3. a padding-free batch (one row, explicit ``position_ids``) marks its tail of padding by zeros;
+4. token ids with a known ``pad_token_id``: the runs of it before and after a row's text are padding, one inside the
+   text is not. Where the pad token also begins or ends texts, the one next to the text is the text's own.
+
+Shape suffixes: B batch, S sequence, T = B * S router rows, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+DECODER_LABELS = "chrono_decoder_labels"
+"""Name under which a decoder's scope finds the labels, which only the model around the decoder is given."""
+
+
+@dataclass(frozen=True)
+class PadToken:
+    """The padding token of a model.
+
+    Args:
+        token_id: its id; None = unknown.
+        begins: it also begins texts (``bos_token_id``, or ``decoder_start_token_id`` as in T5).
+        ends: it also ends them (``eos_token_id``: the usual choice for models without a pad token).
+    """
+
+    token_id: int | None = None
+    begins: bool = False
+    ends: bool = False
+
+    @classmethod
+    def of(cls, config: Any) -> PadToken:
+        """Read off a model's config, or unknown where it names none."""
+        pad = getattr(config, "pad_token_id", None)
+        if not isinstance(pad, int):
+            return cls()
+        begin = (getattr(config, "bos_token_id", None), getattr(config, "decoder_start_token_id", None))
+        end = getattr(config, "eos_token_id", None)
+        return cls(pad, pad in begin, pad in end if isinstance(end, list | tuple) else pad == end)
+
+
+def real_tokens(named: Mapping[str, Any], pad: PadToken) -> tuple[Tensor | None, str | None]:
+    """Which rows of a flattened batch are real tokens, by the rules at the top of this file.
+
+    Args:
+        named: arguments of the forward of the module that owns the routers, by name.
+        pad: the model's padding token.
+
+    Returns:
+        bool ``(B * S,)``, or None where every row counts as real; and why padding may be among them, or None.
+    """
+    tokens = named.get("input_ids")
+    shaped = tokens if isinstance(tokens, Tensor) else named.get("inputs_embeds")
+    if not isinstance(shaped, Tensor) or shaped.dim() < 2:
+        return None, None
+    batch, length = shaped.shape[0], shaped.shape[1]
+    mask = named.get("attention_mask")
+    if mask is not None:
+        return _from_mask(mask, batch, length)
+    labels = named.get(DECODER_LABELS)
+    if isinstance(labels, Tensor) and labels.shape == (batch, length):
+        return _followed(labels != IGNORED).reshape(-1), None
+    positions = named.get("position_ids")
+    if isinstance(positions, Tensor) and batch == 1 and length > 1 and positions.shape == (1, length):
+        return _from_positions(positions[0], tokens, pad.token_id), None
+    if isinstance(tokens, Tensor) and tokens.dim() == 2 and pad.token_id is not None:
+        return _from_ids(tokens, pad).reshape(-1), None
+    return None, None
+
+
+def _followed(flag_BS: Tensor) -> Tensor:
+    """Where the flag is set here or later in the row."""
+    return flag_BS.flip(1).cumsum(1).flip(1) > 0
+
+
+def _from_ids(tokens_BS: Tensor, pad: PadToken) -> Tensor:
+    assert pad.token_id is not None
+    text_BS = tokens_BS.ne(pad.token_id)
+    real_BS = _followed(text_BS) & (text_BS.cumsum(1) > 0)
+    wider_BS = real_BS
+    if pad.ends:
+        wider_BS = wider_BS | torch.nn.functional.pad(real_BS, (1, 0))[:, :-1]
+    if pad.begins:
+        wider_BS = wider_BS | torch.nn.functional.pad(real_BS, (0, 1))[:, 1:]
+    return wider_BS
+
+
+def _from_positions(position_S: Tensor, tokens: Any, pad_token_id: int | None) -> Tensor:
+    """The tail of zero positions is padding; the pad token settles whether a single one is a one-token document."""
+    advanced_S = (position_S != 0).flip(0).cumsum(0).flip(0) > 0
+    if isinstance(tokens, Tensor) and pad_token_id is not None:
+        return advanced_S | (tokens[0] != pad_token_id)
+    # Without token ids the first trailing zero is read as a one-token document only if it stands alone.
+    return advanced_S | ((~advanced_S).sum() == 1)
+
+
+def _from_mask(mask: Any, batch: int, length: int) -> tuple[Tensor | None, str | None]:
+    if isinstance(mask, Mapping):  # one mask for each kind of attention: padding is the same in all
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if mask is None:
+            return None, None
+    if not isinstance(mask, Tensor):
+        return None, _counted(f"a mask of type {type(mask).__name__}")
+    if mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= length:
+        return (mask[:, mask.shape[1] - length :] != 0).reshape(-1), None  # while generating, the last are the rows'
+    if mask.dim() in (3, 4) and mask.shape[0] in (1, batch) and mask.shape[-1] == length:
+        mask_BSK = mask if mask.dim() == 3 else mask[:, 0]
+        if mask_BSK.shape[1] == 1:  # the same keys for every row
+            return _seen(mask_BSK[:, 0].expand(batch, length)).reshape(-1), None
+        if mask_BSK.shape[1] == length:
+            return _attended(_seen(mask_BSK.expand(batch, length, length))).reshape(-1), None
+    return None, _counted(f"a mask of shape {tuple(mask.shape)} for {batch} rows of {length} tokens")
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """Where a mask lets a token through: bool, or additive with very negative numbers where it does not."""
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+
+
+def _attended(seen_BSK: Tensor) -> Tensor:
+    """Real tokens of a square mask: a token attends to itself, unless it is padding.
+
+    A padded row that would attend to nothing is often opened to every key (SDPA cannot take an empty row). Such a row
+    counts as real only if rows that are not open attend to it, if all rows are open (no mask at all), or if it is the
+    last, which sees everything in a causal mask.
+    """
+    own_BS = seen_BSK.diagonal(dim1=1, dim2=2)
+    open_BS = seen_BSK.all(-1)
+    asked_BS = (seen_BSK & ~open_BS[:, :, None]).any(1)
+    last_S = torch.arange(open_BS.shape[1], device=open_BS.device) == open_BS.shape[1] - 1
+    return own_BS & (~open_BS | asked_BS | open_BS.all(-1, keepdim=True) | last_S)
+
+
+def _counted(what: str) -> str:
+    return (
+        f"padding is counted as real tokens: {what} does not say which rows are padding; pass a 2-D attention_mask "
+        "(batch, length)"
+    )
