@@ -1,4 +1,4 @@
-"""Runs of one Trainer or one directory: each has its own id and logs every window, and a resume finds its checkpoint."""
+"""Runs of one Trainer or one directory: each has its id and logs every window, and a resume finds its checkpoint."""
 
 from __future__ import annotations
 
