@@ -21,6 +21,7 @@ PRE_COLLAPSE = "PRE_COLLAPSE"
 COLLAPSE_CONFIRMED = "COLLAPSE_CONFIRMED"
 DRIFT = "DRIFT"
 NOT_OBSERVED = "NOT_OBSERVED"
+UNOBSERVED = "not observed: "  # begins the note of an event that says why its layer was not called
 NON_FINITE = "NON_FINITE"
 RESUME_MISMATCH = "RESUME_MISMATCH"
 KINDS = (PRE_COLLAPSE, COLLAPSE_CONFIRMED, DRIFT, NOT_OBSERVED, NON_FINITE, RESUME_MISMATCH)
@@ -176,11 +177,17 @@ def evaluate(
     return sorted((edge for edge in edges if edge is not None), key=lambda edge: edge.layer_id or 0)
 
 
+def _cause(layer: LayerSnapshot) -> str:
+    """Why a layer was not observed, where its events say so."""
+    known = [note.removeprefix(UNOBSERVED) for note in layer.notes if note.startswith(UNOBSERVED)]
+    return ": ".join(["the router was never called in the window", *known[:1]])
+
+
 def _layer_edges(layer: LayerSnapshot, step: int, history: AlertHistory, config: AlertConfig) -> list[Alert | None]:
     """Edges of one layer."""
     bad = layer.nonfinite_tokens
     detail = f"{bad} tokens with NaN or infinite router logits, excluded from every statistic" if bad else ""
-    unseen = "the router was never called in the window" if not layer.observed else ""
+    unseen = _cause(layer) if not layer.observed else ""
     edges = [
         history.observe(NOT_OBSERVED, layer.layer_id, step, holds=not layer.observed, detail=unseen),
         history.observe(NON_FINITE, layer.layer_id, step, holds=bad > 0, detail=detail),

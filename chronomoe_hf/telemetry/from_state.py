@@ -10,7 +10,9 @@ import numpy as np
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.step_state import Row
 from chronomoe_hf.telemetry import RoutingEvent
+from chronomoe_hf.telemetry.alerts import UNOBSERVED
 from chronomoe_hf.wrapping.layer import Layer
+from chronomoe_hf.wrapping.unobserved import why_unobserved
 
 
 def _ratio(above: Any, below: Any) -> list[float | None]:
@@ -44,6 +46,7 @@ def layer_events(
         config: settings in force; they say what was measured.
         lens_spread: of the layers whose router inputs were read in this window's last step.
     """
+    others_ran = any(row.meta(window, "calls") > 0 for window in host["window"])
     return [
         RoutingEvent.from_router_output(
             run_id=run_id,
@@ -55,7 +58,7 @@ def layer_events(
             n_experts=layer.num_experts,
             top_k=layer.top_k,
             window_steps=window_steps,
-            notes=[*layer.notes, *_unread(row, host["window"][layer.layer_id], layer, config)],
+            notes=[*layer.notes, *_remarks(row, host["window"][layer.layer_id], layer, config, others_ran)],
             **_window_fields(row, host["window"][layer.layer_id], layer, config),
             **(_state_fields(host, layer, config) if "tokens" in host else {}),
             lens_spread=(lens_spread or {}).get(layer.layer_id),
@@ -78,6 +81,13 @@ def window_shares(layers: Sequence[Layer], row: Row, host: Mapping[str, Any]) ->
         if total := float(count_E.sum()):
             shares[layer.layer_id] = [float(count) / total for count in count_E]
     return shares
+
+
+def _remarks(row: Row, window: Any, layer: Layer, config: ChronoConfig, others_ran: bool) -> list[str]:
+    """What is to be said of this window of the layer."""
+    if row.meta(window, "calls") == 0:
+        return [UNOBSERVED + why_unobserved(layer, others_ran)]
+    return _unread(row, window, layer, config)
 
 
 def _unread(row: Row, window: Any, layer: Layer, config: ChronoConfig) -> list[str]:

@@ -252,11 +252,11 @@ class ChronoCallback(TrainerCallback):
         self._new_run = True
         try:
             yield
-        except BaseException:  # KeyboardInterrupt too: what was recorded so far stays, the half step is dropped
-            self._broken_off()
+        except BaseException as error:  # KeyboardInterrupt too: what was recorded stays, the half step is dropped
+            self._broken_off(whole=not isinstance(error, ChronoError))
             raise
 
-    def _broken_off(self) -> None:
+    def _broken_off(self, whole: bool) -> None:
         system = self.system
         if system is None:
             return
@@ -265,7 +265,7 @@ class ChronoCallback(TrainerCallback):
             if scope is not None:
                 scope.close()  # torch calls no always_call hook for a KeyboardInterrupt
         system.discard()
-        with contextlib.suppress(ChronoError):
+        if whole:  # after an error of our own the open window may lack a part
             system.close_window()
         system.close_telemetry()
 

@@ -35,10 +35,10 @@ class PolicyPasses:
         self._depth = 0
         self._other_adapter_on = False
         model = trainer.model
-        self.adapter = getattr(model, "active_adapter", None) if hasattr(model, "peft_config") else None
+        self.adapter = getattr(model, "active_adapter", None)
         self.replaced.replace(trainer, "_prepare_inputs", self._prepare_inputs)
         self.replaced.replace(model, "generate", self._apart)
-        if hasattr(model, "peft_config"):
+        if isinstance(self.adapter, str) and hasattr(model, "disable_adapter"):  # a PeftModel
             self.replaced.replace(model, "disable_adapter", self._adapters_off)
             self.replaced.replace(model, "set_adapter", self._other_adapter)
 

@@ -55,6 +55,51 @@ def test_failures_reach_every_rank(tmp_path: Path, launch: Callable[..., Any]) -
     assert float(leader[1]["tensors"]["lens.0.scale"]) == leader[0]["decisions"][0]["scale"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["plain", "fsdp"])
+def test_a_fault_in_the_host_part_of_one_rank_hangs_and_parts_nobody(
+    engine: str, tmp_path: Path, launch: Callable[..., Any]
+) -> None:
+    """The window closes at step 4 with lenses open, so that under FSDP2 every rank gathers router weights there."""
+    arguments = {"max_steps": 6}
+    faults = {"other": ("break host", 4), "main": ("break main host", 4)}
+    jobs = [
+        Job(output_dir=str(tmp_path / name), engine=engine, config=GOVERN, fault=fault, arguments=arguments)
+        for name, fault in faults.items()
+    ]
+    raising = {**GOVERN, "telemetry": {"on_error": "raise"}}
+    jobs += [
+        Job(
+            output_dir=str(tmp_path / f"{name} raises"), engine=engine, config=raising, fault=fault, arguments=arguments
+        )
+        for name, fault in faults.items()
+    ]
+    jobs.append(Job(output_dir=str(tmp_path / "sound"), engine=engine, config=GOVERN, arguments=arguments))
+    launched = launch(jobs)
+    other, main, other_raises, main_raises, sound = launched.results
+    for ranks in (other, main, sound):
+        for name, value in ranks[0]["tensors"].items():
+            assert torch.equal(value, ranks[1]["tensors"][name]), name
+        assert ranks[0]["meta"]["step"] == ranks[1]["meta"]["step"] == 6
+    scale = sound[0]["tensors"]["lens.0.scale"]
+    assert float(scale) > 0.0, "bad test setup: no lens was open"
+    # Where the deciding process is sound, nothing is lost but the other's own view of the window.
+    for name, value in sound[0]["tensors"].items():
+        assert torch.equal(value, other[0]["tensors"][name]), name
+    assert not torch.equal(main[0]["tensors"]["beta_LE"], sound[0]["tensors"]["beta_LE"]) or not torch.equal(
+        main[0]["tensors"]["lens.0.scale"], scale
+    ), "the window that was lost decided something"
+    steps = {
+        name: [record["step"] for record in later_records(tmp_path / name)["snapshots"]] for name in ("other", "main")
+    }
+    assert steps == {"other": [2, 4, 6], "main": [2, 6]}
+    words = "step 4: chronomoe_hf failed to evaluate a window on 1 of 2 processes"
+    for rank in (*other_raises, *main_raises):
+        assert rank["error"] == "ChronoError" and words in rank["message"]
+    assert launched.output.count(f"{words}; see the traceback in that process's log; training goes on") == 4
+    assert launched.output.count("ZeroDivisionError: a mistake of ours on rank") == 4
+
+
 ODD: dict[str, Any] = {
     # 13 rows are 4 batches a rank, the last ones filled up by repetition: they count as often as they train.
     "uneven": {"examples": 13, "arguments": {"max_steps": 6}},

@@ -192,7 +192,37 @@ class CorruptScale(Fault):
             chronomoe_hf.system_of(model).controller.layer_state(0).harm_backoff = 0.5
 
 
-FAULTS: dict[str, type[Fault]] = {"kill": Kill, "corrupt beta": CorruptBeta, "corrupt scale": CorruptScale}
+class BreakHost(Fault):
+    """The host part of the next closing window raises, once, on one rank."""
+
+    rank = 1
+
+    def happen(self, model: nn.Module, rank: int) -> None:
+        if rank != self.rank:
+            return
+        controller = chronomoe_hf.system_of(model).controller
+        decide = controller.decide
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            controller.decide = decide  # type: ignore[method-assign]
+            raise ZeroDivisionError(f"a mistake of ours on rank {rank}")
+
+        controller.decide = fail  # type: ignore[method-assign]
+
+
+class BreakMainHost(BreakHost):
+    """The same on the process that decides and writes."""
+
+    rank = 0
+
+
+FAULTS: dict[str, type[Fault]] = {
+    "kill": Kill,
+    "corrupt beta": CorruptBeta,
+    "corrupt scale": CorruptScale,
+    "break host": BreakHost,
+    "break main host": BreakMainHost,
+}
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

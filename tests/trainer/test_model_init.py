@@ -200,4 +200,4 @@ def test_a_pruned_trial_closes_its_files(tmp_path: Path) -> None:
     records, _ = read_jsonl(tmp_path / "chronomoe" / "snapshots.jsonl")
     runs = list(dict.fromkeys(record["run_id"] for record in records))
     assert [[r["step"] for r in records if r["run_id"] == run] for run in runs] == [[2, 3], [2, 4]]
-    assert callback.system is not None and callback.system.writer is None
+    assert callback.system is not None and callback.system.records.writer is None
