@@ -53,12 +53,9 @@ class InklingAdapter(Adapter):
             # What a lens added to the native logits, on top of the product: zero without one, and so is its gradient.
             clean_TE = routed_TE + (z_TE.float() - output[0])
             biased_TE = clean_TE + beta_E
-            index_TK = torch.topk(
-                biased_TE.sigmoid() + self._bias_of_call(router, args, kwargs).float(),
-                router.top_k,
-                dim=-1,
-                sorted=False,
-            )[1]
+            bias_E = self._bias_of_call(router, args, kwargs)
+            assert bias_E is not None
+            index_TK = torch.topk(biased_TE.sigmoid() + bias_E.float(), router.top_k, dim=-1, sorted=False)[1]
             chosen_TK = (biased_TE if scope == "routing" else clean_TE).gather(-1, index_TK)
             log_p = F.logsigmoid(torch.cat([chosen_TK, shared_TN], dim=-1))
             weights = torch.exp(log_p - torch.logsumexp(log_p, dim=-1, keepdim=True))

@@ -321,8 +321,9 @@ def _check_model(
         arguments = forward_arguments(model, batch, logits=True)
         full_BSV = logits_of(model, arguments)
         mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
-        fits = isinstance(mask, Tensor) and mask.shape == full_BSV.shape[:2]
-        real_BS = mask.bool().to(full_BSV.device) if fits else full_BSV.new_ones(full_BSV.shape[:2], dtype=torch.bool)
+        real_BS = full_BSV.new_ones(full_BSV.shape[:2], dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.shape == real_BS.shape:
+            real_BS = mask.bool().to(full_BSV.device)
         tokens += int(real_BS.sum())
         with mask_experts(layers, drops):
             sums[0] += _kl(full_BSV, logits_of(model, arguments), real_BS)
