@@ -96,14 +96,14 @@ def test_leaving_a_loader_early_leaves_no_trace_of_it() -> None:
     accelerator = Accelerator(cpu=True)
     rows = [{"input_ids": torch.tensor([index])} for index in range(10)]
     loader = accelerator.prepare(DataLoader(rows, batch_size=2, shuffle=True))  # type: ignore[arg-type]
-    state = torch.get_rng_state()
+    state, open_before = torch.get_rng_state(), accelerator.gradient_state.dataloader_references
     with untouched_randomness():
         batches = first_batches(loader, 2)
     assert len(batches) == 2 and torch.equal(torch.get_rng_state(), state)
-    assert accelerator.gradient_state.active_dataloader is None
+    assert accelerator.gradient_state.dataloader_references == open_before
     with untouched_randomness():
         assert len(first_batches(loader, 99)) == 5
-    assert accelerator.gradient_state.active_dataloader is None
+    assert accelerator.gradient_state.dataloader_references == open_before
 
 
 def test_confirmed_cases_are_measured_alone() -> None:
