@@ -50,12 +50,13 @@ class Shape:
     law: str = "observe"
 
 
-# e8 and e32 have the sizes, text and pretraining of benchmarks/balance.py; k of pretraining is kept.
+# e8 and e32 have the sizes and the text of benchmarks/balance.py, e8 its pretraining too; k of pretraining is kept.
+_SHORT = {"pretrain_steps": 200, "steps": 100, "batch": 8}
 SHAPES = {
     "e8": Shape(arch="mixtral", size=SIZES["e8k2"]),
-    "e32": Shape(arch="mixtral", size=SIZES["e32k4"]),
-    "qwen3": Shape(arch="qwen3_moe", size=ModelSize(intermediate=64, experts=24, top_k=4), pretrain_steps=300),
-    "deepseek": Shape(arch="deepseek_v3", size=ModelSize(intermediate=64, experts=32, top_k=4), pretrain_steps=300),
+    "e32": Shape(arch="mixtral", size=SIZES["e32k4"], **_SHORT),
+    "qwen3": Shape(arch="qwen3_moe", size=ModelSize(intermediate=64, experts=24, top_k=4), **_SHORT),
+    "deepseek": Shape(arch="deepseek_v3", size=ModelSize(intermediate=64, experts=32, top_k=4), **_SHORT),
     "quick": Shape(
         arch="mixtral",
         size=ModelSize(layers=2, hidden=32, intermediate=32, heads=4, experts=8, top_k=2, vocab=512, length=64),

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from chronomoe_hf.config.base import ConfigBase, between, positive
+from chronomoe_hf.config.base import ConfigBase, between, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,11 @@ class LifecycleConfig(ConfigBase):
         coherence_tokens: tokens seen before low coherence can be judged.
         after_step: optimizer step before which low observability is not judged.
         confirmations: consecutive evaluations before a candidate is confirmed.
+        measure: at every Trainer evaluation, measure on its batches what pruning to `keep` would cost. Costs
+            3 + `measure_controls` forwards of `measure_batches` batches; changes no weight and no loss.
+        keep: fraction of the experts that the measured plan keeps.
+        measure_batches: evaluation batches read per rank.
+        measure_controls: random plans of the same size measured beside it.
     """
 
     enabled: bool = True
@@ -84,6 +89,10 @@ class LifecycleConfig(ConfigBase):
     coherence_tokens: int = 1000
     after_step: int = 1000
     confirmations: int = 3
+    measure: bool = False
+    keep: float = 0.75
+    measure_batches: int = 16
+    measure_controls: int = 3
 
     def _check(self) -> None:
         for name in ("prune_threshold", "starvation_threshold"):
@@ -93,6 +102,9 @@ class LifecycleConfig(ConfigBase):
         for name in ("min_tokens", "coherence_tokens", "after_step"):
             between(f"lifecycle.{name}", getattr(self, name), 0, math.inf)
         positive("lifecycle.confirmations", self.confirmations)
+        require(0.0 < self.keep < 1.0, f"lifecycle.keep must be in (0, 1), got {self.keep}")
+        positive("lifecycle.measure_batches", self.measure_batches)
+        between("lifecycle.measure_controls", self.measure_controls, 0, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,10 +187,10 @@ class Evidence:
                 raise EvidenceError(
                     f"{name} must be one of {', '.join(VECTORS)} with {len(self.layers)} layers, got {len(rows)}"
                 )
-        layers = [
-            dataclasses.replace(layer, **{name: tuple(rows[index]) for name, rows in vectors.items()})
-            for index, layer in enumerate(self.layers)
-        ]
+        layers = []
+        for index, layer in enumerate(self.layers):
+            changed: dict[str, Any] = {name: tuple(rows[index]) for name, rows in vectors.items()}
+            layers.append(dataclasses.replace(layer, **changed))
         return dataclasses.replace(self, layers=tuple(layers))
 
     def to_dict(self) -> dict[str, Any]:

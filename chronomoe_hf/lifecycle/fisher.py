@@ -1,9 +1,9 @@
 """Fisher scores in training: the squared gradient of the loss by every routing weight, times the weight, squared.
 
-The mixture is ``m = sum_e g_e y_e``, so ``g_e dL/dg_e = <dL/dm, g_e y_e>``: what the loss would move by, to first order,
-if the expert's part went. The sum of its squares over tokens ranks experts about as well as their contribution does
-(benchmarks/results/prune_quality.md), and needs no expert output. It costs one hook per layer and micro-batch, and is
-opt-in.
+The mixture is ``m = sum_e g_e y_e``, so ``g_e dL/dg_e = <dL/dm, g_e y_e>``: what the loss would move by, to first
+order, if the expert's part went. The sum of its squares over tokens ranks experts about as well as their contribution
+does (benchmarks/results/prune_quality.md), and needs no expert output. It costs one hook per layer and micro-batch, and
+is opt-in.
 
 Shape suffixes: E experts, T tokens, K experts per token.
 """

@@ -112,6 +112,12 @@ def input_device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model under ``torch.compile``: a graph that was compiled before does not see hooks put on later."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
 def as_batches(batches: Iterable[Batch], what: str) -> list[Batch]:
     """The batches as a list, checked.
 
@@ -150,3 +156,19 @@ def forward_arguments(model: nn.Module, batch: Batch, *, logits: bool) -> Batch:
     if not logits and "logits_to_keep" in names:
         out["logits_to_keep"] = 1
     return on_device(out, input_device(root))
+
+
+def logits_of(model: nn.Module, arguments: Batch) -> Tensor:
+    """Next-token logits of a forward, ``(B, S, V)``.
+
+    Raises:
+        LifecycleError: the model has no language-model head.
+    """
+    output = model(**arguments)
+    logits: Tensor | None = getattr(output, "logits", None)
+    if logits is None or logits.dim() != 3:
+        raise LifecycleError(
+            f"{type(model).__name__} gives no next-token logits; load it with its language-model head "
+            "(AutoModelForCausalLM)"
+        )
+    return logits

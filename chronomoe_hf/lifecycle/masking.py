@@ -10,7 +10,6 @@ Shape suffixes: E experts, T tokens.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -187,13 +186,14 @@ class _MaskedBias:
         return bias_E.masked_fill(dropped_E.view(bias_E.shape), float("-inf"))
 
 
-@functools.cache
-def _masked_class(adapter_class: type[Adapter]) -> type[Adapter]:
-    return type(f"Masked{adapter_class.__name__}", (_MaskedBias, adapter_class), {})
+_MASKED_CLASSES: dict[type, type[Adapter]] = {}
 
 
 def _masked_adapter(adapter: Adapter, dropped_E: Tensor) -> Adapter:
-    names = adapter.__dataclass_fields__
-    out = _masked_class(type(adapter))(**{name: getattr(adapter, name) for name in names})
+    """The same adapter, whose native bias is -inf for dropped experts."""
+    kind = type(adapter)
+    if kind not in _MASKED_CLASSES:
+        _MASKED_CLASSES[kind] = type(f"Masked{kind.__name__}", (_MaskedBias, kind), {})
+    out = _MASKED_CLASSES[kind](**{name: getattr(adapter, name) for name in adapter.__dataclass_fields__})
     out.__dict__["dropped_E"] = dropped_E
     return out

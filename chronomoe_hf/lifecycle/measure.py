@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import LifecycleError, PlanError
 from chronomoe_hf.lifecycle.effect import Effect, MaskEffect
-from chronomoe_hf.lifecycle.live import Batch, as_batches, forward_arguments, match_layers, quiet
+from chronomoe_hf.lifecycle.live import Batch, as_batches, forward_arguments, logits_of, match_layers, quiet, uncompiled
 from chronomoe_hf.lifecycle.masking import ExpertMask, mask_experts
 from chronomoe_hf.lifecycle.plan import PrunePlan
 from chronomoe_hf.lifecycle.planner import random_plan, worst_plan
@@ -108,7 +108,7 @@ def _run(
     model: nn.Module, layers: Sequence[FoundLayer], drops: Sequence[Sequence[tuple[int, ...]]], batches: list[Batch]
 ) -> list[list[float]]:
     """Sums of the full model, then of every set of dropped experts, over all batches and ranks."""
-    inner = getattr(model, "_orig_mod", model)  # a compiled graph would not see the masks
+    inner = uncompiled(model)
     shift = 0 if getattr(getattr(root_of(model), "config", None), "is_encoder_decoder", False) else 1
     total: Tensor | None = None
     with quiet(model):
@@ -139,7 +139,7 @@ def _tensors(batch: Batch) -> Iterable[Tensor]:
 
 
 def _logits(model: nn.Module, arguments: Batch, shift: int) -> Tensor:
-    logits_BSV: Tensor = model(**arguments).logits
+    logits_BSV = logits_of(model, arguments)
     return logits_BSV[:, : logits_BSV.shape[1] - shift]
 
 

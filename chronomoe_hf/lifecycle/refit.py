@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.least_squares import Block, solve_blocks
-from chronomoe_hf.lifecycle.live import Batch, as_batches, forward_arguments, match_layers, quiet
+from chronomoe_hf.lifecycle.live import Batch, as_batches, forward_arguments, logits_of, match_layers, quiet, uncompiled
 from chronomoe_hf.lifecycle.masking import mask_experts
 from chronomoe_hf.lifecycle.plan import PrunePlan
 from chronomoe_hf.lifecycle.projections import OutputProjections
@@ -143,6 +143,7 @@ def refit(
         raise LifecycleError("refit runs in one process; refit the saved model, or on one rank before training")
     if not 0.0 < held_out < 1.0:
         raise LifecycleError(f"held_out must be in (0, 1), got {held_out}")
+    model = uncompiled(model)
     layers = match_layers(model, plan.specs)
     cut = [index for index, layer in enumerate(plan.layers) if layer.dropped]
     projections = {index: OutputProjections(layers[index]) for index in cut}
@@ -318,16 +319,17 @@ def _check_model(
     sums, tokens = [0.0, 0.0], 0
     for batch in batches:
         arguments = forward_arguments(model, batch, logits=True)
-        full_BSV = model(**arguments).logits
+        full_BSV = logits_of(model, arguments)
         mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
-        fits = isinstance(mask, Tensor) and mask.shape == full_BSV.shape[:2]
-        real_BS = mask.bool().to(full_BSV.device) if fits else full_BSV.new_ones(full_BSV.shape[:2], dtype=torch.bool)
+        real_BS = full_BSV.new_ones(full_BSV.shape[:2], dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.shape == real_BS.shape:
+            real_BS = mask.bool().to(full_BSV.device)
         tokens += int(real_BS.sum())
         with mask_experts(layers, drops):
-            sums[0] += _kl(full_BSV, model(**arguments).logits, real_BS)
+            sums[0] += _kl(full_BSV, logits_of(model, arguments), real_BS)
             _exchange(stored)
             try:
-                sums[1] += _kl(full_BSV, model(**arguments).logits, real_BS)
+                sums[1] += _kl(full_BSV, logits_of(model, arguments), real_BS)
             finally:
                 _exchange(stored)
     if not all(value == value and abs(value) != float("inf") for value in sums):

@@ -105,6 +105,10 @@ class _Tap:
                 module.forward(*args, **kwargs)
         except _StopError:
             return
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise LifecycleError(
+                f"{self.layer.name}: the forward of its block cannot be repeated, so it cannot be refitted ({error})"
+            ) from error
         finally:
             self.repeating = False
         raise LifecycleError(f"{self.layer.name}: its block did not call its experts; the layer cannot be sampled")

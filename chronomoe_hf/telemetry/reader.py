@@ -22,7 +22,15 @@ logger = logging.getLogger("chronomoe_hf")
 DIRECTORY = "chronomoe"
 MANIFEST = "run_manifest.json"
 ATTEMPTS = "attempts"
-KINDS = ("routing_events", "snapshots", "control_decisions", "lifecycle_decisions", "alerts", ATTEMPTS)
+KINDS = (
+    "routing_events",
+    "snapshots",
+    "control_decisions",
+    "lifecycle_decisions",
+    "lifecycle_effects",
+    "alerts",
+    ATTEMPTS,
+)
 MAX_LINE_BYTES = 16 * 2**20  # a longer line is garbage; it is skipped without being held in memory
 
 

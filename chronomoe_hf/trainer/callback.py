@@ -18,6 +18,7 @@ from chronomoe_hf.api import system_of, unwrap, wrap
 from chronomoe_hf.checkpoint.state_file import has_state
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError, WrapError
+from chronomoe_hf.lifecycle.in_run import measure_dry_run
 from chronomoe_hf.recording.scope import SCOPE
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.trainer.evaluation import recording_policy
@@ -196,6 +197,13 @@ class ChronoCallback(TrainerCallback):
         if "train_runtime" in logs:  # the last entry of a run
             self._close_last_window(self.system)
         self._log.merge(self.system, logs, state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """With ``LifecycleConfig(measure=True)``: what the plan of the moment would cost, on the same batches."""
+        system, batches = self.system, kwargs.get("eval_dataloader")
+        if system is not None and system.config.lifecycle.measure and batches is not None:
+            model = kwargs["model"] if self.hooks is None else self.hooks.trainer.model_wrapped
+            measure_dry_run(system, model, batches)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

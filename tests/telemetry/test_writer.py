@@ -315,6 +315,7 @@ def test_a_broken_manifest_is_no_manifest(tmp_path):
         "snapshots",
         "control_decisions",
         "lifecycle_decisions",
+        "lifecycle_effects",
         "alerts",
         "attempts",
     }

@@ -1,0 +1,116 @@
+"""The cuts of the pruning benchmark: every rank at every size, one-shot and refitted, on two halves of held-out text.
+
+Legend: N blocks of text, S positions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _prune_job import SHAPES, Subject, subject
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.lifecycle import PrunePlan, masked, measure, plan_prune, random_plan, refit, worst_plan
+
+CUTS = (0.125, 0.25, 0.5)
+RANKS = ("contribution", "reap", "frequency", "fisher", "phi")
+REFITTED = ("contribution", "reap")
+REFITTED_HALF = (*REFITTED, "frequency", "fisher", "random 0")  # at half of the experts
+CONTROLS = 5
+HELD_OUT = 192  # blocks, half of them predicts, half realises
+CALIBRATION = 172  # training blocks; a quarter of them only checks the refit
+Row = dict[str, Any]
+
+
+@torch.no_grad()
+def losses(model: PreTrainedModel, tokens_NS: Tensor, batch: int = 16) -> Tensor:
+    """Mean cross-entropy of every block, nats per token, float64 ``(N,)``."""
+    out = []
+    for block_BS in tokens_NS.split(batch):
+        logits = model(input_ids=block_BS).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), block_BS[:, 1:].flatten(), reduction="none")
+        out.append(loss.view(len(block_BS), -1).double().mean(-1))
+    return torch.cat(out)
+
+
+def rise(loss_N: Tensor, dense_N: Tensor) -> Row:
+    """Mean paired rise with its standard error over blocks: all, and the two halves (even and odd blocks)."""
+    delta_N = loss_N - dense_N
+    row: Row = {}
+    for name, part in (("", delta_N), ("_predicted", delta_N[::2]), ("_realised", delta_N[1::2])):
+        row[f"rise{name}"] = float(part.mean())
+        row[f"error{name}"] = float(part.std() / math.sqrt(len(part)))
+    return row
+
+
+def chunks(tokens_NS: Tensor, batch: int = 16) -> list[dict[str, Tensor]]:
+    """Blocks as batches of a language model."""
+    return [{"input_ids": block, "labels": block} for block in tokens_NS.split(batch)]
+
+
+def held_out(sub: Subject) -> Tensor:
+    """Blocks spread evenly over the held-out documents."""
+    step = max(1, len(sub.valid_NS) // HELD_OUT)
+    return sub.valid_NS[::step][:HELD_OUT]
+
+
+def calibration(sub: Subject, seed: int) -> list[dict[str, Tensor]]:
+    """Training blocks for the refit, without labels."""
+    order_N = torch.randperm(len(sub.train_NS), generator=torch.Generator().manual_seed(1000 + seed))
+    blocks_NS = sub.train_NS[order_N[:CALIBRATION]]
+    return [{"input_ids": block} for block in blocks_NS.split(8)]
+
+
+def plans(sub: Subject, cut: float) -> dict[str, PrunePlan]:
+    """Every rank's plan at one size, and the controls; empty where no such plan exists."""
+    try:
+        found = {rank: plan_prune(sub.evidence, keep=1.0 - cut, rank=rank) for rank in RANKS}
+    except LifecycleError:
+        return {}
+    base = found["contribution"]
+    for index in range(CONTROLS):
+        found[f"random {index}"] = random_plan(base, 100 + index)
+    found["worst"] = worst_plan(base)
+    return found
+
+
+def run(name: str, seed: int) -> list[Row]:
+    """All rows of one shape and seed."""
+    sub = subject(SHAPES[name], seed)
+    text_NS = held_out(sub)
+    dense_N = losses(sub.model, text_NS)
+    rows: list[Row] = []
+    for cut in CUTS:
+        for rank, plan in plans(sub, cut).items():
+            common = {"shape": name, "seed": seed, "cut": cut, "rank": rank, "num_kept": plan.num_kept}
+            common["dense_loss"] = float(dense_N.mean())
+            with masked(sub.model, plan):
+                rows.append({**common, "refit": False, **rise(losses(sub.model, text_NS), dense_N)})
+            if rank == "contribution":
+                rows[-1]["measure"] = measure(sub.model, plan, chunks(text_NS[::2]), controls=CONTROLS).to_record()
+            if rank in (REFITTED_HALF if cut == 0.5 else REFITTED):
+                rows.append({**common, "refit": True, **_refitted(sub, plan, text_NS, dense_N, seed)})
+            print(name, seed, cut, rank, *(f"{row['rise']:.4f}" for row in rows[-2:]), flush=True)
+    return rows
+
+
+def _refitted(sub: Subject, plan: PrunePlan, text_NS: Tensor, dense_N: Tensor, seed: int) -> Row:
+    started = time.perf_counter()
+    report = refit(sub.model, plan, calibration(sub, seed))
+    seconds = time.perf_counter() - started
+    with masked(sub.model, plan):
+        row = rise(losses(sub.model, text_NS), dense_N)
+    applied = report.applied
+    report.undo()
+    return {
+        **row,
+        "applied": applied,
+        "seconds": seconds,
+        "layer_error": [[layer.error_before, layer.error_after] for layer in report.layers],
+    }

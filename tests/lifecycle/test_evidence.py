@@ -1,0 +1,178 @@
+"""Evidence from a live system and from its records: the same numbers, recounted here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import models
+
+import chronomoe_hf
+from chronomoe_hf import ChronoConfig
+from chronomoe_hf.errors import EvidenceError
+from chronomoe_hf.lifecycle import Evidence, plan_prune
+from chronomoe_hf.lifecycle.fisher import FisherSums
+
+INTERVAL = 2
+
+
+def trained(output_dir: Path | None, steps: int = 5, **config: Any) -> Any:
+    """A few recorded steps on padded batches; weights do not move, so that a recount can repeat them."""
+    model = chronomoe_hf.wrap(models.tiny_model("mixtral"), ChronoConfig.observe(interval=INTERVAL, **config))
+    system = chronomoe_hf.system_of(model)
+    system.begin()
+    if output_dir is not None:
+        system.open_telemetry(output_dir)
+    for step in range(1, steps + 1):
+        model(**models.tiny_batch("mixtral", seed=step, padded=True)).loss.backward()
+        system.step(step)
+    return model, system
+
+
+def recount(steps: list[int]) -> tuple[list[list[int]], list[list[float]]]:
+    """Assignments and sum of gate * |output| per layer and expert over real tokens, expert by expert."""
+    model = models.tiny_model("mixtral", train=False)
+    counts = [[0] * 8 for _ in range(2)]
+    contribution = [[0.0] * 8 for _ in range(2)]
+    for step in steps:
+        batch = models.tiny_batch("mixtral", seed=step, padded=True)
+        real = batch["attention_mask"].reshape(-1).bool()
+        for index, block in enumerate(layer.mlp for layer in model.model.layers):
+
+            def look(module: Any, args: Any, index: int = index, real: Any = real) -> None:
+                hidden, chosen, gate = args
+                for token in real.nonzero().flatten().tolist():
+                    for slot in range(chosen.shape[1]):
+                        expert = int(chosen[token, slot])
+                        up = hidden[token] @ module.gate_up_proj[expert].T
+                        inner = module.act_fn(up[:32]) * up[32:]
+                        size = float((module.down_proj[expert] @ inner).norm())
+                        counts[index][expert] += 1
+                        contribution[index][expert] += float(gate[token, slot]) * size
+
+            block.experts.register_forward_pre_hook(look)
+        with torch.no_grad():
+            model(**batch)
+        for layer in model.model.layers:
+            layer.mlp.experts._forward_pre_hooks.clear()
+    return counts, contribution
+
+
+def test_records_and_system_give_what_a_recount_gives(tmp_path: Path) -> None:
+    _, system = trained(tmp_path)
+    live = Evidence.from_system(system)  # the window of steps 3 and 4, and the open one of step 5
+    counts, contribution = recount([3, 4, 5])
+    assert [list(layer.counts) for layer in live.layers] == counts
+    for layer, expected in zip(live.layers, contribution, strict=True):
+        assert layer.contribution == pytest.approx(expected, rel=1e-5)
+        means = [total / count for total, count in zip(expected, layer.counts, strict=True)]
+        assert layer.saliency == pytest.approx(means, rel=1e-5)
+    system.close_window()
+    stored = Evidence.from_directory(tmp_path)
+    assert [list(layer.counts) for layer in stored.layers] == recount([1, 2, 3, 4, 5])[0]
+    assert (stored.source.first_step, stored.source.last_step) == (1, 5)
+    newest = Evidence.from_directory(tmp_path / "chronomoe", windows=2)
+    assert [layer.counts for layer in newest.layers] == [layer.counts for layer in live.layers]
+    assert (newest.source.first_step, newest.source.last_step) == (3, 5)
+    for ours, theirs in zip(newest.layers, live.layers, strict=True):
+        assert ours.contribution == pytest.approx(theirs.contribution, rel=1e-6)
+        assert ours.saliency == pytest.approx(theirs.saliency, rel=1e-6)
+        assert ours.spec == theirs.spec
+    assert stored.source.run_id == system.run_id and stored.source.rows_read == sum(map(sum, counts)) + sum(
+        map(sum, recount([1, 2])[0])
+    )
+
+
+def test_json_round_trip_is_exact_and_strict(tmp_path: Path) -> None:
+    _, system = trained(None)
+    known = Evidence.from_system(system).with_vectors(fisher=[[0.5] * 8, [None] * 8])
+    assert Evidence.load(known.save(tmp_path / "evidence.json")) == known
+    data = known.to_dict()
+    for change in (
+        {"format": "x"},
+        {"schema": 9},
+        {"layers": []},
+        {"layers": [{**data["layers"][0], "counts": [1]}]},
+        {"layers": [{**data["layers"][0], "phi_slow": ["x"] * 8}]},
+        {"more": 1},
+    ):
+        with pytest.raises(EvidenceError):
+            Evidence.from_dict(json.loads(json.dumps({**data, **change})))
+    with pytest.raises(EvidenceError, match="must be one of"):
+        known.with_vectors(luck=[[0.0] * 8] * 2)
+
+
+def test_a_balanced_run_says_so_and_its_frequencies_are_refused(tmp_path: Path) -> None:
+    model = chronomoe_hf.wrap(models.tiny_model("mixtral"), ChronoConfig.balance(interval=1))
+    system = chronomoe_hf.system_of(model)
+    system.begin()
+    system.open_telemetry(tmp_path)
+    model(**models.tiny_batch("mixtral")).loss.backward()
+    system.step(1)
+    for known in (Evidence.from_directory(tmp_path), Evidence.from_system(system)):
+        assert known.source.beta_law == "balance"
+        with pytest.raises(EvidenceError, match="after balancing"):
+            plan_prune(known, keep=0.5, rank="frequency")
+
+
+def test_directories_without_evidence_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvidenceError, match=r"run_manifest\.json is missing"):
+        Evidence.from_directory(tmp_path)
+    _, system = trained(tmp_path, steps=1)
+    with pytest.raises(EvidenceError, match=r"routing_events\.jsonl is missing or empty"):
+        Evidence.from_directory(tmp_path)
+    system.close_window()
+    assert Evidence.from_directory(tmp_path).source.last_step == 1
+    with pytest.raises(EvidenceError, match="no records of mode 'EVAL'"):
+        Evidence.from_directory(tmp_path, mode="EVAL")
+    with pytest.raises(EvidenceError, match="windows"):
+        Evidence.from_directory(tmp_path, windows=0)
+    manifest = tmp_path / "chronomoe" / "run_manifest.json"
+    data = json.loads(manifest.read_text())
+    for layer in data["layers"]:
+        del layer["num_groups"]
+    manifest.write_text(json.dumps(data))
+    with pytest.raises(EvidenceError, match="older version"):
+        Evidence.from_directory(tmp_path)
+
+
+def test_a_system_that_has_seen_nothing_has_no_evidence() -> None:
+    model = chronomoe_hf.wrap(models.tiny_model("mixtral"), ChronoConfig.observe())
+    with pytest.raises(EvidenceError, match="no token yet"):
+        Evidence.from_system(chronomoe_hf.system_of(model))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "switch_transformers"])
+def test_fisher_sums_are_squared_gradients_of_the_routing_weights(family: str) -> None:
+    model = models.tiny_model(family)
+    blocks = [m for m in model.modules() if type(m).__name__.endswith("Experts")]
+    seen: list[tuple[int, Any, Any]] = []
+
+    def keep(index: int) -> Any:
+        def look(module: Any, args: Any) -> None:
+            args[2].retain_grad()
+            seen.append((index, args[1], args[2]))
+
+        return look
+
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(keep(index))
+    with FisherSums(model) as sums:
+        for step in range(2):
+            model(**models.tiny_batch(family, seed=step)).loss.backward()
+    model(**models.tiny_batch(family, seed=9)).loss.backward()  # outside: not counted
+    expected = [[0.0] * 8 for _ in blocks]
+    for index, chosen, gate in seen[: 2 * len(blocks)]:
+        for token in range(gate.shape[0]):
+            for slot in range(gate.shape[1]):
+                one_hot = family == "switch_transformers"
+                if one_hot and not bool(chosen[token].any()):
+                    continue
+                expert = int(chosen[token].argmax() if one_hot else chosen[token, slot])
+                expected[index][expert] += float((gate[token, slot] * gate.grad[token, slot]).detach()) ** 2
+    assert len(seen) == 3 * len(blocks)
+    for ours, theirs in zip(sums.scores(), expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-14) and sum(theirs) > 0

@@ -1,0 +1,281 @@
+"""refit: the normal equations of a real layer, what it refuses, and that nothing else moves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import models, moe_zoo
+from support.plans import digest, keeping
+
+import chronomoe_hf
+from chronomoe_hf import ChronoConfig
+from chronomoe_hf.errors import LifecycleError, PlanMismatchError
+from chronomoe_hf.lifecycle import layer_specs, masked, measure, refit
+
+KEPT = [[0, 2, 3, 5, 7], [1, 2, 4, 6, 7]]
+NOT_REFITTED = {
+    "jetmoe": "cannot be reached",
+    "diffusion_gemma": "cannot be repeated",
+    "dbrx": "one flattened weight",
+    "deepseek_v4": "cannot be masked",
+    "nllb_moe": "cannot be reached",
+    "llama4": "scales the input",
+    "longcat_flash": "identities",
+    "zaya": "no down_proj of shape",
+    "muse_spark": "are not its output projection",
+    "ernie4_5_vl_moe": "called 0 times",  # text alone does not call the experts of images
+}
+
+
+def smooth(**fields: Any) -> Any:
+    """A tiny Mixtral with decisive routers, whose other weights are small enough for layers to be near-linear."""
+    model = models.tiny_model("mixtral", train=False, initializer_range=0.05, **fields)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.mul_(10.0)
+    return model
+
+
+def batches(count: int = 6, *, length: int = 64, padded: bool = True) -> list[dict[str, Any]]:
+    made = [models.tiny_batch("mixtral", seed=50 + i, batch=8, length=length, padded=padded) for i in range(count)]
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in made]
+
+
+def layer_inputs(model: Any, index: int, made: list[dict[str, Any]]) -> np.ndarray:
+    """What the experts of a layer read for real tokens."""
+    rows: list[torch.Tensor] = []
+    handle = model.model.layers[index].mlp.experts.register_forward_pre_hook(lambda m, args: rows.append(args[0]))
+    real = []
+    with torch.no_grad():
+        for batch in made:
+            model(**batch)
+            real.append(batch["attention_mask"].reshape(-1).bool())
+    handle.remove()
+    return torch.cat([row[mask] for row, mask in zip(rows, real, strict=True)]).double().numpy()
+
+
+def routed(router: Any, hidden: np.ndarray, kept: list[int]) -> np.ndarray:
+    """Dense weights (tokens, experts) of a softmax router that has only the experts `kept`."""
+    z = hidden @ router.weight.detach().double().numpy().T
+    z[:, [e for e in range(z.shape[1]) if e not in kept]] = -np.inf
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    weights = np.zeros_like(p)
+    for token, row in enumerate(p):
+        best = np.argsort(row)[-router.top_k :]
+        weights[token, best] = row[best] / row[best].sum()
+    return weights
+
+
+def activations(experts: Any, hidden: np.ndarray, expert: int) -> np.ndarray:
+    up = hidden @ experts.gate_up_proj[expert].detach().double().numpy().T
+    gate, value = np.split(up, 2, axis=-1)
+    return gate / (1.0 + np.exp(-gate)) * value
+
+
+def test_refit_solves_the_normal_equations_of_the_layer() -> None:
+    """Every kept projection of both layers, from the definition, in one joint solve."""
+    model = smooth()
+    before = copy.deepcopy(model)
+    made = batches()
+    report = refit(model, keeping(model, KEPT), made, ridge=0.05, sweeps=400, held_out=0.2)
+    assert report.applied and report.kl_after < report.kl_before
+    assert all(layer.error_after < layer.error_before for layer in report.layers)
+    for index, kept in enumerate(KEPT):
+        block = before.model.layers[index].mlp
+        fit = layer_inputs(before, index, made[:-1])
+        full, cut = routed(block.gate, fit, list(range(8))), routed(block.gate, fit, kept)
+        down = block.experts.down_proj.detach().double().numpy()
+        outputs = {e: activations(block.experts, fit, e) for e in range(8)}
+        target = sum((full - cut)[:, e : e + 1] * (outputs[e] @ down[e].T) for e in range(8))
+        design = np.concatenate([cut[:, e : e + 1] * outputs[e] for e in kept], axis=1)
+        gram = design.T @ design
+        weight = 0.05 * np.diag(gram).mean()
+        change = np.linalg.solve(gram + weight * np.eye(len(gram)), design.T @ target)
+        after = model.model.layers[index].mlp.experts.down_proj.detach().double().numpy()
+        for slot, expert in enumerate(kept):
+            expected = down[expert] + change[32 * slot : 32 * slot + 32].T
+            np.testing.assert_allclose(after[expert], expected, atol=2e-3 * np.abs(down).max())
+        # the report's errors, on the batch that was held out
+        held = layer_inputs(before, index, made[-1:])
+        full, cut = routed(block.gate, held, list(range(8))), routed(block.gate, held, kept)
+        outputs = {e: activations(block.experts, held, e) for e in range(8)}
+        wanted = sum(full[:, e : e + 1] * (outputs[e] @ down[e].T) for e in range(8))
+        for weights, error in ((down, report.layers[index].error_before), (after, report.layers[index].error_after)):
+            got = sum(cut[:, e : e + 1] * (outputs[e] @ weights[e].T) for e in kept)
+            assert float(((wanted - got) ** 2).sum() / (wanted**2).sum()) == pytest.approx(error, rel=1e-3)
+
+
+def test_only_the_survivors_projections_move_and_undo_gives_every_bit_back() -> None:
+    model = smooth()
+    bits, before = digest(model), {name: value.clone() for name, value in model.state_dict().items()}
+    report = refit(model, keeping(model, KEPT), batches())
+    assert report.applied and not model.training
+    for name, value in model.state_dict().items():
+        if not name.endswith("down_proj"):
+            assert torch.equal(value, before[name]), name
+            continue
+        kept = KEPT[int(name.split(".")[2])]
+        for expert in range(8):
+            assert torch.equal(value[expert], before[name][expert]) == (expert not in kept)
+    report.undo()
+    assert digest(model) == bits and not report.applied
+    report.undo()
+    assert digest(model) == bits
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_it_takes_damage_away_on_text_that_it_has_not_seen(wrapped: bool) -> None:
+    model = smooth().train()
+    if wrapped:
+        model = chronomoe_hf.wrap(model, ChronoConfig.observe())
+    plan = keeping(model, KEPT)
+    unseen = [models.tiny_batch("mixtral", seed=900 + i, batch=8, length=64) for i in range(3)]
+    before = measure(model, plan, unseen, controls=0, worst=False).plan.kl
+    dense = copy.deepcopy(model).eval()
+    report = refit(model, plan, batches(12))
+    assert report.applied and model.training
+    model.eval()
+    kl = 0.0
+    with torch.no_grad():
+        for batch in unseen:
+            p = dense(**batch).logits[:, :-1].log_softmax(-1)
+            with masked(model, plan):
+                q = model(**batch).logits[:, :-1].log_softmax(-1)
+            kl += float((p.exp() * (p - q)).sum(-1).mean()) / len(unseen)
+    assert kl < 0.75 * before
+
+
+def test_few_passes_or_many_give_the_same() -> None:
+    results = []
+    for memory in (2.0, 1e-9):
+        model = smooth()
+        lines: list[str] = []
+        refit(model, keeping(model, KEPT), batches(), memory_gb=memory, progress=lines.append)
+        results.append(digest(model))
+        assert [line.split(":")[0] for line in lines] == ["layer 0", "layer 1"]
+    assert results[0] == results[1]
+
+
+def test_a_refit_that_does_not_help_is_refused_and_changes_nothing() -> None:
+    """Fitted on a handful of tokens with no ridge to speak of: it fits them, and fails on the held-out ones."""
+    model = smooth()
+    bits = digest(model)
+    few = batches(2, length=5)
+    few[0] = {name: value[:1] for name, value in few[0].items()}
+    report = refit(model, keeping(model, KEPT), few, ridge=1e-4, held_out=0.5)
+    assert not report.applied and ("does not fall" in report.reason or "no layer" in report.reason)
+    assert digest(model) == bits and not any(layer.applied for layer in report.layers)
+    assert report.to_record()["layers"][0]["layer_id"] == 0
+
+
+def test_bf16_weights_are_solved_in_fp32() -> None:
+    model = smooth(dtype=torch.bfloat16)
+    report = refit(model, keeping(model, KEPT), batches(12))
+    assert report.applied and model.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
+    wide = smooth(dtype=torch.bfloat16).float()
+    reference = refit(wide, keeping(wide, KEPT), batches(12))
+    for ours, theirs in zip(report.layers, reference.layers, strict=True):
+        assert ours.error_after == pytest.approx(theirs.error_after, rel=0.1)
+
+
+def test_a_single_batch_is_split_by_sequences_and_one_sequence_is_too_few() -> None:
+    model = smooth()
+    assert refit(model, keeping(model, KEPT), batches(1)).layers[0].tokens > 0
+    alone = [{name: value[:1] for name, value in batches(1)[0].items()}]
+    with pytest.raises(LifecycleError, match="two sequences"):
+        refit(model, keeping(model, KEPT), alone)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"ridge": 0.0}, "ridge"),
+        ({"sweeps": 0}, "sweeps"),
+        ({"held_out": 1.0}, "held_out"),
+        ({"held_out": 0.0}, "held_out"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_changes(fields: dict[str, Any], words: str) -> None:
+    model = smooth()
+    bits = digest(model)
+    with pytest.raises(LifecycleError, match=words):
+        refit(model, keeping(model, KEPT), batches(2), **fields)
+    assert digest(model) == bits
+
+
+def test_adapters_that_are_not_merged_other_models_and_no_text_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    model = smooth()
+    plan = keeping(model, KEPT)
+    with pytest.raises(LifecycleError, match="at least one batch"):
+        refit(model, plan, [])
+    with pytest.raises(PlanMismatchError):
+        refit(models.tiny_model("qwen3_moe"), plan, batches(2))
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_parameters=targets, r=2))
+    bits = digest(adapted)
+    with pytest.raises(LifecycleError, match="merge_and_unload"):
+        refit(adapted, plan, batches(2))
+    assert digest(adapted) == bits
+    merged = adapted.merge_and_unload()
+    assert refit(merged, plan, batches()).applied
+
+
+def test_a_model_with_nan_weights_is_refused() -> None:
+    model = smooth()
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[0, 0, 0] = float("nan")
+    with pytest.raises(LifecycleError, match="not finite|are not its output"):
+        refit(model, keeping(model, KEPT), batches(2))
+
+
+def zoo_batches(model: Any) -> list[dict[str, Any]]:
+    out = []
+    for seed in range(6):
+        ids = torch.randint(3, 60, (12, 24), generator=torch.Generator().manual_seed(seed))
+        out.append({"input_ids": ids})
+        if getattr(model.config, "is_encoder_decoder", False):
+            out[-1]["decoder_input_ids"] = ids.flip(1)
+    return out
+
+
+def check_family(family: str) -> None:
+    """The errors of a strong ridge fall on the tokens of the fit, and the module's own outputs say the same."""
+    model = moe_zoo.build(family).eval()
+    moe_zoo.randomise(model)
+    kept = [
+        [e for e in range(s.num_experts) if (e % s.group_size if s.num_groups > 1 else e) != 0]
+        for s in layer_specs(model)
+    ]
+    plan = keeping(model, kept)
+    bits = digest(model)
+    if family in NOT_REFITTED:
+        with pytest.raises(LifecycleError, match=NOT_REFITTED[family]):
+            refit(model, plan, zoo_batches(model))
+        assert digest(model) == bits
+        return
+    if "logits" not in model(**zoo_batches(model)[0]):
+        with pytest.raises(LifecycleError, match="language-model head"):
+            refit(model, plan, zoo_batches(model))
+        return
+    report = refit(model, plan, zoo_batches(model), ridge=1.0)
+    assert len(report.layers) == len(kept) and all(layer.error_before > 1e-4 for layer in report.layers)
+    assert any(layer.error_after < layer.error_before for layer in report.layers), report.layers
+    report.undo()
+    assert digest(model) == bits
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "switch_transformers", "muse_spark", "llama4"])
+def test_layouts(family: str) -> None:
+    check_family(family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", moe_zoo.ROUTED)
+def test_every_family(family: str) -> None:
+    check_family(family)
