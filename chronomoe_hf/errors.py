@@ -9,6 +9,8 @@ ChronoError
 |   `-- NotWrappedError              the model has no ChronoSystem
 |-- ContractError                    a router returned something its adapter does not describe
 |-- TelemetryError                   an output directory or record file cannot be used
+|-- DataError                        text to read is missing, empty, or not where it was said to be
+|-- NonFiniteLossError               a loss is NaN or infinite
 |-- LifecycleError                   evidence, a plan, a measurement or a refit cannot be had as asked
 |   |-- EvidenceError                there is no evidence, or too little, for what is asked
 |   |-- PlanError                    a plan that no model could hold, or a plan file that is none
@@ -83,6 +85,14 @@ class PlanError(LifecycleError, ValueError):
 
 class PlanMismatchError(LifecycleError):
     """The plan is sound but belongs to another model."""
+
+
+class DataError(ChronoError, ValueError):
+    """Text to read is missing, empty, or not where it was said to be."""
+
+
+class NonFiniteLossError(ChronoError, ArithmeticError):
+    """A loss is NaN or infinite, so nothing can be concluded from it."""
 
 
 class StateError(ChronoError):
