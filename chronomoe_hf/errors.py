@@ -14,7 +14,8 @@ ChronoError
 |-- LifecycleError                   evidence, a plan, a measurement or a refit cannot be had as asked
 |   |-- EvidenceError                there is no evidence, or too little, for what is asked
 |   |-- PlanError                    a plan that no model could hold, or a plan file that is none
-|   `-- PlanMismatchError            a sound plan of another model
+|   |-- PlanMismatchError            a sound plan of another model
+|   `-- ExportError                  a smaller checkpoint cannot be written, or is not what it should be
 `-- StateError                       saved state cannot be used
     |-- StateMissingError            there is no state where one is required
     |-- StateCorruptError            a file is torn, truncated, altered or not what its name says
@@ -85,6 +86,10 @@ class PlanError(LifecycleError, ValueError):
 
 class PlanMismatchError(LifecycleError):
     """The plan is sound but belongs to another model."""
+
+
+class ExportError(LifecycleError):
+    """A checkpoint with fewer experts cannot be written, or does not compute what the masked model does."""
 
 
 class DataError(ChronoError, ValueError):
