@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from chronomoe_hf.errors import ExportError, PlanMismatchError
 from chronomoe_hf.lifecycle.live import layer_specs, match_layers
 from chronomoe_hf.lifecycle.plan import PrunePlan
-from chronomoe_hf.lifecycle.slicing import Shapes
+from chronomoe_hf.export.slicing import Shapes
 from chronomoe_hf.wrapping.discovery import FoundLayer, find_layers
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -26,7 +26,6 @@ REFUSED = {
     "deepseek_v4": "its hash layers choose experts by a table of token ids, which names dropped experts",
     "doge": "it routes by product keys",
     "inkling": "its router has a row for each shared expert too",
-    "jetmoe": "its attention and its feed-forward experts share one count and one config field",
     "longcat_flash": "its router has rows for experts that compute nothing",
     "nllb_moe": "Transformers runs only its experts 0 and 1",
     "zaya": "its router has a row that stands for no expert",

@@ -39,7 +39,8 @@ def cut_table(old: Shapes, new: Shapes, owners: Mapping[str, int], plan: PrunePl
     """The piece of every tensor of the smaller model.
 
     Args:
-        old, new: shapes by name, of one architecture with E and with N experts.
+        old: shapes by name with E experts.
+        new: shapes by name of the same architecture with N experts.
         owners: layer_id of the names (of `old` and of `new`) that lie in a planned layer's block.
         plan: what stays.
 

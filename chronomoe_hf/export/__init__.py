@@ -1,0 +1,6 @@
+"""A checkpoint with fewer experts, from a live model or from files; users find it as ``chronomoe_hf.lifecycle.export``."""
+
+from chronomoe_hf.export.card import ExportReport
+from chronomoe_hf.export.model import export
+
+__all__ = ["ExportReport", "export"]
