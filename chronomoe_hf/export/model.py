@@ -69,7 +69,7 @@ def export(
         plan: for this model.
         directory: must not exist.
         batches: dictionaries with ``input_ids`` to compare on; None makes up token ids.
-        tolerance: largest difference of a logit; None = 1e-5 (fp32), or 16 rounding steps of a 16-bit model's dtype,
+        tolerance: largest difference of a logit; None = 1e-5 (fp32), or 4 rounding steps of a 16-bit model's dtype,
             times the largest logit where that is above 1. In 16 bits two routings may tie: there the limit holds for
             95 % of the positions.
         tokenizer: saved along (a tokenizer or processor).
@@ -236,8 +236,8 @@ def _check_whole(model: nn.Module, root: nn.Module) -> None:
     parts = [name for name, parameter in root.named_parameters() if is_sharded(parameter)]
     if parts:
         raise ExportError(
-            f"{len(parts)} parameters are not whole in this process (first: {parts[0]}: FSDP, ZeRO-3, or on disk); save "
-            "the model and cut its files: lifecycle.export_checkpoint"
+            f"{len(parts)} parameters are not whole in this process (first: {parts[0]}: FSDP, ZeRO-3, or on disk); "
+            "save the model and cut its files: lifecycle.export_checkpoint"
         )
 
 
