@@ -1,4 +1,4 @@
-"""A checkpoint with fewer experts, from a live model or from files; users find it as ``chronomoe_hf.lifecycle.export``."""
+"""A checkpoint with fewer experts, from a live model or from files; users call it ``lifecycle.export``."""
 
 from chronomoe_hf.export.card import ExportReport
 from chronomoe_hf.export.model import export

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from chronomoe_hf.errors import ExportError, PlanMismatchError
+from chronomoe_hf.export.slicing import Shapes
 from chronomoe_hf.lifecycle.live import layer_specs, match_layers
 from chronomoe_hf.lifecycle.plan import PrunePlan
-from chronomoe_hf.export.slicing import Shapes
 from chronomoe_hf.wrapping.discovery import FoundLayer, find_layers
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -61,7 +61,7 @@ def cut_config(config: PreTrainedConfig, layers: list[FoundLayer], plan: PrunePl
         raise ExportError("the layers have different numbers of experts; one config field cannot hold them")
     out = copy.deepcopy(config)
     owners = [layer.owner.config for layer in layers if isinstance(layer.owner, PreTrainedModel)]
-    for (_, old), (path, new) in zip(_tree(config), _tree(out), strict=True):
+    for (_, old), (_, new) in zip(_tree(config), _tree(out), strict=True):
         if any(old is owner or type(old) is type(owner) for owner in owners):
             for name in COUNTS:
                 value = vars(new).get(name)

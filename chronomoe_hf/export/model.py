@@ -12,10 +12,9 @@ import os
 import shutil
 import sys
 import time
-import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +35,12 @@ from chronomoe_hf.export.cut_model import (
     write_both_names,
 )
 from chronomoe_hf.export.cut_state import cut_state
+from chronomoe_hf.export.slicing import Piece, cut_table
+from chronomoe_hf.export.verify import Comparison, masked_logits, probe_batches, require_close, require_same_weights
 from chronomoe_hf.lifecycle.effect import Effect
 from chronomoe_hf.lifecycle.live import Batch
 from chronomoe_hf.lifecycle.plan import PrunePlan
 from chronomoe_hf.lifecycle.refit import RefitReport
-from chronomoe_hf.export.slicing import Piece, cut_table
-from chronomoe_hf.export.verify import Comparison, masked_logits, probe_batches, require_close, require_same_weights
 from chronomoe_hf.wrapping.discovery import find_layers, root_of
 from chronomoe_hf.wrapping.owner import find_system
 
@@ -271,10 +270,5 @@ def _save_state(model: nn.Module, reloaded: PreTrainedModel, plan: PrunePlan, fo
         return False
     state = system.state_dict()
     tensors, meta = cut_state(state["tensors"], state["meta"], plan)
-    meta["fingerprint"] = live_fingerprint(_as_system(reloaded))
+    meta["fingerprint"] = live_fingerprint(cast(Any, find_layers(reloaded)[0]))
     return write_state(folder, tensors, meta, strict=True)
-
-
-def _as_system(model: nn.Module) -> Any:
-    """What a fingerprint reads of a system: its layers."""
-    return types.SimpleNamespace(layers=find_layers(model)[0])
