@@ -95,7 +95,7 @@ def export(
     probe = probe_batches(root.config) if batches is None else batches
     want = masked_logits(root, plan, probe)
     _fill(small, root, old, table)
-    extra = _extra(effect, refit)
+    extra = details(effect, refit)
     with staged(target) as folder:
         small.save_pretrained(folder, max_shard_size=max_shard_size)
         write_both_names(folder / "config.json", config)
@@ -208,7 +208,8 @@ def make_report(
     )
 
 
-def _extra(effect: Effect | None, refit: RefitReport | None) -> dict[str, Any]:
+def details(effect: Effect | None, refit: RefitReport | None) -> dict[str, Any]:
+    """What was measured and refitted, for ``prune_plan.json`` and the model card."""
     out: dict[str, Any] = {}
     if effect is not None:
         out["effect"] = effect.to_record()
