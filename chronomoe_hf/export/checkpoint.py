@@ -120,7 +120,7 @@ def available_memory() -> int:
 
 
 def _masked_logits(model_class: type[PreTrainedModel], source: Path, plan: PrunePlan) -> list[Tensor]:
-    model = reload(model_class, source)
+    model = reload(model_class, source, leftovers=True)
     return masked_logits(model, plan, probe_batches(model.config))
 
 

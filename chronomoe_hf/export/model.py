@@ -156,8 +156,13 @@ def _settle(folder: Path) -> None:
             path.chmod(0o666 & ~mask)
 
 
-def reload(model_class: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
-    """The saved model, loaded strictly in its own dtype.
+def reload(model_class: type[PreTrainedModel], folder: Path, *, leftovers: bool = False) -> PreTrainedModel:
+    """The model in a directory, loaded strictly in its own dtype.
+
+    Args:
+        model_class: to load.
+        folder: the checkpoint.
+        leftovers: whether the files may hold tensors that the model does not have.
 
     Raises:
         ExportError: a tensor is missing, left over or of another shape.
@@ -167,11 +172,12 @@ def reload(model_class: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
             folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
-        raise ExportError(f"the checkpoint that was written does not load: {str(error)[:500]}") from error
-    wrong = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        raise ExportError(f"{folder} does not load: {str(error)[:500]}") from error
+    kinds = ("missing_keys", "mismatched_keys") if leftovers else ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {name: sorted(map(str, info[name])) for name in kinds}
     if any(wrong.values()):
         found = "; ".join(f"{len(keys)} {name} (first: {keys[0]})" for name, keys in wrong.items() if keys)
-        raise ExportError(f"the checkpoint that was written does not load strictly: {found}")
+        raise ExportError(f"{folder} does not load strictly: {found}")
     out: PreTrainedModel = model.eval()
     return out
 

@@ -90,14 +90,14 @@ def _values(output: Any) -> Tensor:
 def _unsteered(model: nn.Module) -> Iterator[None]:
     """beta and lenses of a wrapped model closed; afterwards they are what they were."""
     handles = [m.__dict__[HANDLE] for m in model.modules() if HANDLE in m.__dict__]
-    before = [(handle, handle.state.beta_on, handle.lens_open) for handle in handles]
+    before = [(handle, handle.state.beta_on, handle.lens) for handle in handles]
     try:
         for handle in handles:
-            handle.state.beta_on = handle.lens_open = False
+            handle.state.beta_on, handle.lens = False, None
         yield
     finally:
-        for handle, beta_on, lens_open in before:
-            handle.state.beta_on, handle.lens_open = beta_on, lens_open
+        for handle, beta_on, lens in before:
+            handle.state.beta_on, handle.lens = beta_on, lens
 
 
 def require_close(
