@@ -19,7 +19,7 @@ from support import moe_zoo, texts
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.errors import ChronoError, DataError, NonFiniteLossError
-from chronomoe_hf.profile.data import Domain, sequences
+from chronomoe_hf.profiling.data import Domain, sequences
 from chronomoe_hf.telemetry import read_jsonl, read_manifest
 
 LENGTH = 24

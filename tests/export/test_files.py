@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import models as tiny
 from support import moe_zoo, texts
-from support.plans import plan_of
+from support.cut_plans import plan_of
 
 from chronomoe_hf import lifecycle
 from chronomoe_hf.errors import ExportError, PlanMismatchError, WrapError

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from support import models as tiny
 from support import texts
 from support.jobs import Job, make_trainer
-from support.plans import plan_of
+from support.cut_plans import plan_of
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, lifecycle
@@ -244,7 +244,7 @@ def test_an_export_that_is_killed_leaves_nothing_that_looks_finished(tmp_path: P
         import sys
         sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
         from support import models as tiny
-        from support.plans import plan_of
+        from support.cut_plans import plan_of
         from chronomoe_hf import lifecycle
         model = tiny.tiny_model("mixtral", hidden_size=256, intermediate_size=2048)
         print("ready", flush=True)
@@ -272,7 +272,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
         import resource, signal, sys
         sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
         from support import models as tiny
-        from support.plans import plan_of
+        from support.cut_plans import plan_of
         from chronomoe_hf import lifecycle
         model = tiny.tiny_model("mixtral")
         plan = plan_of(model)

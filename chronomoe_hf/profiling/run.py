@@ -24,10 +24,10 @@ from chronomoe_hf import distributed
 from chronomoe_hf.api import system_of, unwrap, wrap
 from chronomoe_hf.config import ChronoConfig, CoherenceConfig, LifecycleConfig
 from chronomoe_hf.errors import DataError, NonFiniteLossError
-from chronomoe_hf.profile.batches import Batch, call_arguments, collate, dealt, loss_sum
-from chronomoe_hf.profile.data import TEXT, Domain, Source, named_domains, sequences
-from chronomoe_hf.profile.records import DomainProfile, ProfileReport, Records, load_distances, write_summary
-from chronomoe_hf.profile.together import CoActivation, distributed_device, strongest_pairs
+from chronomoe_hf.profiling.batches import Batch, call_arguments, collate, dealt, loss_sum
+from chronomoe_hf.profiling.data import TEXT, Domain, Source, named_domains, sequences
+from chronomoe_hf.profiling.records import DomainProfile, ProfileReport, Records, load_distances, write_summary
+from chronomoe_hf.profiling.together import CoActivation, distributed_device, strongest_pairs
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.wrapping.owner import find_system
 
