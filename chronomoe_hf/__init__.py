@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from chronomoe_hf.config import ChronoConfig
     from chronomoe_hf.lens.lens import ChronoLens, IdentityLens
     from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator, PruneDecision
+    from chronomoe_hf.profiling import profile
     from chronomoe_hf.router.forward import ChronoRouter
     from chronomoe_hf.router.state import RouterState
     from chronomoe_hf.system import ChronoSystem
@@ -39,6 +40,7 @@ __all__ = [
     "TelemetryWriter",
     "attach",
     "detach",
+    "profile",
     "system_of",
     "unwrap",
     "wrap",
@@ -51,6 +53,7 @@ _HOMES = {
     "chronomoe_hf.config": ("ChronoConfig",),
     "chronomoe_hf.lens.lens": ("ChronoLens", "IdentityLens"),
     "chronomoe_hf.lifecycle.coordinator": ("LifecycleCoordinator", "PruneDecision"),
+    "chronomoe_hf.profiling": ("profile",),
     "chronomoe_hf.router.forward": ("ChronoRouter",),
     "chronomoe_hf.router.state": ("RouterState",),
     "chronomoe_hf.system": ("ChronoSystem",),

@@ -10,10 +10,13 @@ ChronoError
 |-- StepError                        system.step was given something that is no step number
 |-- ContractError                    a router returned something its adapter does not describe
 |-- TelemetryError                   an output directory or record file cannot be used
+|-- DataError                        text to read is missing, empty, or not where it was said to be
+|-- NonFiniteLossError               a loss is NaN or infinite
 |-- LifecycleError                   evidence, a plan, a measurement or a refit cannot be had as asked
 |   |-- EvidenceError                there is no evidence, or too little, for what is asked
 |   |-- PlanError                    a plan that no model could hold, or a plan file that is none
-|   `-- PlanMismatchError            a sound plan of another model
+|   |-- PlanMismatchError            a sound plan of another model
+|   `-- ExportError                  a smaller checkpoint cannot be written, or is not what it should be
 `-- StateError                       saved state cannot be used
     |-- StateMissingError            there is no state where one is required
     |-- StateCorruptError            a file is torn, truncated, altered or not what its name says
@@ -88,6 +91,18 @@ class PlanError(LifecycleError, ValueError):
 
 class PlanMismatchError(LifecycleError):
     """The plan is sound but belongs to another model."""
+
+
+class ExportError(LifecycleError):
+    """A checkpoint with fewer experts cannot be written, or does not compute what the masked model does."""
+
+
+class DataError(ChronoError, ValueError):
+    """Text to read is missing, empty, or not where it was said to be."""
+
+
+class NonFiniteLossError(ChronoError, ArithmeticError):
+    """A loss is NaN or infinite, so nothing can be concluded from it."""
 
 
 class StateError(ChronoError):

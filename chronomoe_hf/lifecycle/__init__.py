@@ -1,5 +1,8 @@
 """Which experts could go: the dry run, the evidence, the plan, what it costs, and the refit of what stays."""
 
+import importlib
+from typing import Any
+
 from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator
 from chronomoe_hf.lifecycle.decisions import PruneDecision
 from chronomoe_hf.lifecycle.effect import Effect, MaskEffect
@@ -34,3 +37,12 @@ __all__ = [
     "refit",
     "worst_plan",
 ]
+
+_EXPORT = ("ExportReport", "export", "export_checkpoint")
+
+
+def __getattr__(name: str) -> Any:
+    """The export lies in a room to the right (it cuts the state on disk along), but belongs to these functions."""
+    if name in _EXPORT:
+        return getattr(importlib.import_module("chronomoe_hf.export"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

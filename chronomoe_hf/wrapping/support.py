@@ -85,7 +85,7 @@ def inspect_model(model_or_path: str) -> ModelSupport:
         NoMoELayersError: the model has no MoE layer.
         UnsupportedArchitectureError: it has, but none that can be wrapped.
     """
-    config = _load_config(model_or_path)
+    config = load_config(model_or_path)
     model = build_on_meta(config)
     found, refused = find_layers(model)
     if not found and not refused:
@@ -99,7 +99,12 @@ def inspect_model(model_or_path: str) -> ModelSupport:
     return ModelSupport(type(model).__name__, config.model_type, [_layer_support(layer) for layer in found], refused)
 
 
-def _load_config(model_or_path: str) -> PreTrainedConfig:
+def load_config(model_or_path: str) -> PreTrainedConfig:
+    """The config of a local directory or a Hub name.
+
+    Raises:
+        WrapError: there is none, or Transformers does not know its type.
+    """
     named = isinstance(model_or_path, str) and model_or_path.strip() and len(model_or_path) <= MAX_NAME
     if not named or not model_or_path.isprintable():
         raise WrapError(f"a model is named by a directory or a Hub name of 1 to {MAX_NAME} printable characters")
