@@ -35,5 +35,5 @@ def warn_of_unloaded_state(model: nn.Module) -> None:
             f"the weights of this model come from {short(source)}, where their routing was governed, and without the "
             "state there they route otherwise: load it with wrap(model, config, state=directory), or resume the "
             "Trainer from that checkpoint",
-            stacklevel=4,
+            stacklevel=3,
         )

@@ -28,8 +28,10 @@ def restore_fp32_bias(layers: Sequence[Layer]) -> list[str]:
     """
     cast = {}
     for layer in layers:
-        bias_E = layer.adapter.native_bias(layer.router, layer.parent) if layer.native_bias else None
-        if bias_E is not None and bias_E.dtype != torch.float32 and not distributed.is_sharded(bias_E):
+        if not layer.native_bias or _is_sharded(layer):
+            continue
+        bias_E = layer.adapter.native_bias(layer.router, layer.parent)
+        if bias_E is not None and bias_E.dtype != torch.float32:
             cast[layer.name] = bias_E.dtype
             cast_bias(layer.adapter, layer.router, layer.parent, torch.float32)
     if cast:
@@ -40,3 +42,8 @@ def restore_fp32_bias(layers: Sequence[Layer]) -> list[str]:
             ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in cast.values()})),
         )
     return list(cast)
+
+
+def _is_sharded(layer: Layer) -> bool:
+    """A bias that is a parameter is sharded with its router: it cannot be read here; the balance step refuses it."""
+    return layer.bias_is_parameter and distributed.is_sharded(layer.adapter.weight(layer.router))
