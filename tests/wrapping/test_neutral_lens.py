@@ -1,4 +1,4 @@
-"""In a compiled graph all lenses run together, those that are closed at scale 0: they must change nothing, in bf16 too."""
+"""In a compiled graph all lenses run together, closed ones at scale 0: those change nothing, in bf16 too."""
 
 from __future__ import annotations
 
