@@ -18,6 +18,7 @@ from peft import LNTuningConfig, LoraConfig, get_peft_model
 from support import models as tiny
 from support.oracles import Recount
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoRouter
@@ -153,7 +154,12 @@ def test_unwrap_leaves_nothing_behind(part: str, order: str, merge: bool) -> Non
     model = adapted(part, order, OBSERVE)
     batch = tiny.tiny_batch("mixtral")
     model(**batch).loss.backward()
+    system = chronomoe_hf.system_of(model)
+    system.step(1)
     left = model.merge_and_unload() if merge else model
+    left(**batch)
+    system.step(2)
+    assert [layer.tokens for layer in system.snapshot().layers] == [2 * TOKENS] * 2, "merging keeps the layers"
     with torch.no_grad():
         want = left(**batch).logits
     assert chronomoe_hf.unwrap(left) is left
@@ -166,6 +172,38 @@ def test_unwrap_leaves_nothing_behind(part: str, order: str, merge: bool) -> Non
     twin.load_state_dict(left.state_dict())
     with torch.no_grad():
         assert torch.equal(left(**batch).logits, want) and torch.equal(twin(**batch).logits, want)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_trainer_resumes_a_trained_copy_of_the_router_bit_for_bit(order: str, tmp_path: Path) -> None:
+    rows = [{k: v[0] for k, v in tiny.tiny_batch("mixtral", batch=1, seed=i).items()} for i in range(16)]
+
+    def trainer(directory: str) -> Trainer:
+        torch.manual_seed(0)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / directory),
+            per_device_train_batch_size=4,
+            max_steps=4,
+            save_steps=2,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        return Trainer(adapted("gate", order, ChronoConfig.balance(interval=1)), arguments, train_dataset=rows)
+
+    whole = trainer("whole")
+    chronomoe_hf.attach(whole)
+    whole.train()
+    resumed = trainer("resumed")
+    chronomoe_hf.attach(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    mine, theirs = (chronomoe_hf.system_of(one.model) for one in (whole, resumed))
+    assert float(mine.step_state.beta_LE.abs().max()) > 0, "bad test setup"
+    assert torch.equal(mine.step_state.beta_LE, theirs.step_state.beta_LE)
+    weights = resumed.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
+    assert "RESUME_MISMATCH" not in {alert.kind for alert in theirs.last_snapshot.active_alerts}
 
 
 def test_unwrap_checks_everything_before_it_changes_anything() -> None:
