@@ -173,3 +173,29 @@ def _seek_magic(file: Any, start: int) -> bool:
         start += len(data) - min(keep, len(data))
         kept = data[-keep:]
     return False
+
+
+class FrameFile:
+    """The frames of a file by the window they belong to; the one in use is held."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        frames = read_frames(path) if path.is_file() else ()
+        self._offsets = {_window(frame): offset for offset, frame in frames if frame is not None}
+        self._held: Frame | None = None
+
+    def of(self, record: Mapping[str, Any]) -> Frame | None:
+        """The frame of the window that a record belongs to; None where it was lost."""
+        key = tuple(record.get(name) for name in _WINDOW)
+        if key not in self._offsets:
+            return None
+        if self._held is None or _window(self._held) != key:
+            self._held = frame_at(self._path, self._offsets[key])
+        return self._held
+
+
+_WINDOW = ("run_id", "attempt", "step", "mode")
+
+
+def _window(frame: Frame) -> tuple[Any, ...]:
+    return frame.run_id, frame.attempt, frame.step, frame.mode

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chronomoe_hf.telemetry.arrays import ARRAYS, Frame, frame_at, read_frames, stack
-from chronomoe_hf.telemetry.events import COUNTS, INTEGERS, VECTORS
-from chronomoe_hf.telemetry.reader import read_history, read_lines
+from chronomoe_hf.telemetry.arrays import ARRAYS, Frame, FrameFile, read_frames, stack
+from chronomoe_hf.telemetry.events import COUNTS, INTEGERS
+from chronomoe_hf.telemetry.reader import read_history, read_lines, with_arrays
 from chronomoe_hf.telemetry.runs import History, Run
 from chronomoe_hf.telemetry.windows import number, whole
 
@@ -28,7 +28,7 @@ def read_events(directory: str | Path, run: Run | None = None) -> Iterator[dict[
         and so is what a later attempt overwrote by resuming from before it.
     """
     directory, history = Path(directory), read_history(directory)
-    frames = _Frames(directory / ARRAYS)
+    frames = FrameFile(directory / ARRAYS)
     path = directory / EVENTS
     for _, record in read_lines(path) if path.is_file() else ():
         if record is None or history.overwritten(record):
@@ -37,33 +37,8 @@ def read_events(directory: str | Path, run: Run | None = None) -> Iterator[dict[
             continue
         if record.get("arrays") is not True:
             yield record
-        elif (frame := frames.of(record)) is not None and record.get("layer_id") in frame.layers:
-            yield {**record, **{name: frame.row(name, record["layer_id"]) for name in (COUNTS, *VECTORS)}}
-
-
-class _Frames:
-    """The frames of a file by the window they belong to; the one in use is held."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        frames = read_frames(path) if path.is_file() else ()
-        self._offsets = {_window(frame): offset for offset, frame in frames if frame is not None}
-        self._held: Frame | None = None
-
-    def of(self, record: dict[str, Any]) -> Frame | None:
-        key = tuple(record.get(name) for name in _WINDOW)
-        if key not in self._offsets:
-            return None
-        if self._held is None or _window(self._held) != key:
-            self._held = frame_at(self._path, self._offsets[key])
-        return self._held
-
-
-_WINDOW = ("run_id", "attempt", "step", "mode")
-
-
-def _window(frame: Frame) -> tuple[Any, ...]:
-    return frame.run_id, frame.attempt, frame.step, frame.mode
+        elif (filled := with_arrays(record, frames)) is not None:
+            yield filled
 
 
 def read_windows(directory: str | Path, run: Run | None = None, names: tuple[str, ...] = (COUNTS,)) -> Iterator[Frame]:
