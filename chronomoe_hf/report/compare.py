@@ -49,7 +49,7 @@ def compare(run: RunData, other: RunData) -> Comparison:
         known = [v for each in pair for v in each.values()]
         own = [_line(name, each, steps) for name, each in zip(names, pair, strict=True)]
         low = 0.0 if title != "training loss" else min(known)
-        panels.append({"title": title, "low": low, "high": max(known + [low + 1e-3]), "x": steps, "series": own})
+        panels.append({"title": title, "low": low, "high": max(*known, low + 1e-3), "x": steps, "series": own})
         ends = [each[max(each)] if each else None for each in pair]
         last[title] = ends
         rows.append([title, *("-" if v is None else f"{v:{form}}" for v in ends), _difference(ends, form)])
@@ -106,13 +106,15 @@ def _words(names: tuple[str, str], last: dict[str, list[float | None]], run: Run
         how = "no different" if abs(much) < WORTH else f"{abs(much):.3f} {'lower' if much < 0 else 'higher'}"
         out.append(f"The training loss of {names[0]} ends {how} ({pair[0]:.3f} against {pair[1]:.3f}).")
     if pair := ends("mean Neff / E"):
-        out.append(f"It uses {percent(pair[0])} of its experts effectively, {names[1]} {percent(pair[1])}.")
+        out.append(f"{names[0]} uses {percent(pair[0])} of its experts effectively, {names[1]} {percent(pair[1])}.")
     if pair := ends("dead experts"):
-        out.append(f"{counted(int(pair[0]), 'expert')} got no token in its last window, {int(pair[1])} in the other.")
+        none = counted(int(pair[0]), "expert")
+        out.append(f"In the last window {none} of {names[0]} got no token, and {int(pair[1])} of {names[1]}.")
     if pair := ends("mean max violation"):
         out.append(
             f"The busiest expert of a layer serves {1 + pair[0]:.2f} times the mean load, against {1 + pair[1]:.2f}."
         )
     acting = [sum(now.acting > 0 for now in each.governing.values()) for each in (run, other)]
-    out.append(f"A lens was open in {counted(acting[0], 'window')} of it and in {acting[1]} of the other.")
+    if any(acting):
+        out.append(f"A lens was open in {counted(acting[0], 'window')} of {names[0]} and in {acting[1]} of {names[1]}.")
     return out

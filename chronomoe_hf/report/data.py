@@ -116,7 +116,8 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
     root = directory.parent if directory.name == DIRECTORY else directory
     last = read_last(directory / "snapshots.jsonl", 1, name=name)
     history = last.history
-    run = last.run or (history.find(name) if name else (history.runs or [None])[-1])
+    newest = history.runs[-1] if history.runs else None
+    run = last.run or (history.find(name) if name else newest)
     if name is not None and run is None:
         known = ", ".join(plain_text(r.name, 80) for r in history.runs) or "none"
         raise TelemetryError(f"no run {name!r} in {directory}; it holds {known}")
@@ -235,8 +236,9 @@ def _effect(record: Any, where: str) -> dict[str, Any] | None:
         return None
     if number(record["plan"].get("delta_loss")) is None:
         return None
-    controls = record.get("random") if isinstance(record.get("random"), list) else []
-    rises = [number(each.get("delta_loss")) for each in controls if isinstance(each, Mapping)]
+    controls = record.get("random")
+    listed = controls if isinstance(controls, list) else []
+    rises = [number(each.get("delta_loss")) for each in listed if isinstance(each, Mapping)]
     known = [rise for rise in rises if rise is not None]
     worst = record.get("worst")
     return {

@@ -88,7 +88,7 @@ def effective_experts(run: RunData) -> Figure:
         _grid(value_LW, run, labels, 0.0, 1.0, "Neff / E", "sequential") if rows else None,
         ["layer", "first window", "lowest", "at step", "last window"],
         rows,
-        "exp(entropy of the shares) divided by the number of experts: 100 % is perfectly even, 1/E is one expert alone.",
+        "exp(entropy of the shares) over the number of experts: 100 % is perfectly even, 1/E is one expert alone.",
     )
 
 
@@ -100,13 +100,10 @@ def _neff_sentence(run: RunData, value_LW: Array) -> str:
     last = run.windows[-1]
     worst = lowest(last.layers)
     change = mean_W[-1] - mean_W[0]
-    moved = (
-        "stayed where it began"
-        if abs(change) < 0.02
-        else f"{'rose' if change > 0 else 'fell'} from {percent(mean_W[0])}"
-    )
-    ending = f", at {percent(mean_W[-1])}" if moved.startswith("stayed") else f" to {percent(mean_W[-1])}"
-    text = f"Over {counted(len(run.windows), 'window')}, the mean share of experts in effective use {moved}{ending}"
+    moved = f"{'rose' if change > 0 else 'fell'} from {percent(mean_W[0])} to {percent(mean_W[-1])}"
+    if abs(change) < 0.02:
+        moved = f"stayed where it began, at {percent(mean_W[-1])}"
+    text = f"Over {counted(len(run.windows), 'window')}, the mean share of experts in effective use {moved}"
     if worst is None:
         return f"{text}."
     return f"{text}; the narrowest layer at the end is layer {worst.layer_id} with {percent(worst.neff_fraction)}."
@@ -228,7 +225,7 @@ def imbalance(run: RunData) -> Figure:
             usable = np.isfinite(value_LW).any(0)
             three = np.full((3, value_LW.shape[1]), math.nan)
             three[:, usable] = np.nanquantile(value_LW[:, usable], (0.5, 0.9, 1.0), axis=0)
-        high = max(1.0, float(np.nanmax(value_LW)))
+        high = max(0.2, 1.1 * float(np.nanmax(value_LW)))
         worst = layer_ids(run)[int(np.nanargmax(np.where(np.isnan(value_LW[:, -1]), -1, value_LW[:, -1])))][1]
         named = zip(("median layer", "90 % of layers below", "worst layer"), three, strict=True)
         own = [series(label, values) for label, values in named]
@@ -300,7 +297,7 @@ def resumes(run: RunData) -> list[tuple[float, str]]:
 
 def percent(value: float | None) -> str:
     """``42 %``; ``-`` without evidence."""
-    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.0f} %"
+    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.0f}\u00a0%"
 
 
 def _signed(value: float) -> str:

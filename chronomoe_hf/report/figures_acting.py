@@ -9,17 +9,9 @@ import numpy as np
 
 from chronomoe_hf.report.data import Governing, RunData
 from chronomoe_hf.report.figures import Figure, lines, resumes, series
+from chronomoe_hf.report.rules import REASONS
 from chronomoe_hf.report.verdict import counted, listed
 
-# Why a lens stayed closed, in words.
-REASONS = {
-    "no_pressure": "the layer was balanced enough",
-    "harm_backoff": "opening it had made things worse",
-    "insufficient_evidence": "the window held too few tokens",
-    "lens_unsupported": "this router takes no lens",
-    "lens_unfit": "a lens would have scattered the tokens",
-    "lens_disabled": "the preset has no lens",
-}
 MOST_ROWS = 200
 
 
@@ -78,7 +70,8 @@ def _sentence(governing: dict[int, Governing], reasons: Counter[str], total: int
             parts.append(f"the usual reason to abstain was that {REASONS.get(reason, reason)} ({_part(times, total)})")
     if bias:
         parts.append(f"the routing bias reached {bias:.2f} logit standard deviations")
-    return f"{'; '.join(parts)}." if parts else "Nothing acted."
+    text = "; ".join(parts) or "nothing acted"
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _largest_bias(run: RunData) -> list[tuple[int, float | None]]:
@@ -97,7 +90,7 @@ def _thin(steps: list[int], most: int = 300) -> list[int]:
 
 
 def _part(number: int, total: int) -> str:
-    return f"{100 * number / total:.0f} %" if total else "-"
+    return f"{100 * number / total:.0f}\u00a0%" if total else "-"
 
 
 def lifecycle(run: RunData) -> list[Figure]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from chronomoe_hf.errors import ChronoError
 from chronomoe_hf.report import figures, figures_acting
@@ -78,6 +79,7 @@ def render(run: RunData, other: RunData | None = None) -> str:
     specs = {figure.key: figure.spec for figure in shown if figure.spec is not None}
     style, script = _file("style.css"), _file("charts.js")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["ticks"] = _ticks
     template = environment.from_string(_file("page.html"))
     return template.render(
         run=run,
@@ -87,8 +89,8 @@ def render(run: RunData, other: RunData | None = None) -> str:
         figures=shown,
         facts=_facts(run),
         config=json.dumps(run.config, indent=1, sort_keys=True),
-        style=jinja2.utils.markupsafe.Markup(style),
-        script=jinja2.utils.markupsafe.Markup(script),
+        style=Markup(style),
+        script=Markup(script),
         policy=_policy(style, script),
         data=_block(data_block(run)),
         specs=_block(specs),
@@ -111,7 +113,7 @@ def sections(run: RunData) -> list[Figure]:
 
 
 def data_block(run: RunData) -> dict[str, Any]:
-    """The numbers behind the page, as the records have them: per picked window and layer, and the last window's counts."""
+    """The numbers behind the page as the records have them: a picked window and layer each, and the last counts."""
     layers = figures.layer_ids(run)
     last = run.frames.get(run.windows[-1].step) if run.windows else None
     counts = None
@@ -122,16 +124,15 @@ def data_block(run: RunData) -> dict[str, Any]:
         "model": run.model,
         "steps": [window.step for window in run.picked],
         "layers": [label for _, label in layers],
-        "metrics": {
-            name: [
-                [_finite(v) for v in row] for row in figures.matrix(run, lambda layer, n=name: layer.get(n)).tolist()
-            ]  # type: ignore[misc]
-            for name in METRICS
-        },
+        "metrics": {name: [[_finite(v) for v in row] for row in _metric(run, name)] for name in METRICS},
         "last_counts": counts,
         "alerts_in_force": [f"{a.kind} {a.where}" for a in (run.windows[-1].active if run.windows else [])],
         "loss": [list(pair) for pair in run.loss[-1:]],
     }
+
+
+def _metric(run: RunData, name: str) -> list[list[float]]:
+    return list(figures.matrix(run, lambda layer: layer.get(name)).tolist())
 
 
 def _finite(value: float) -> float | None:
@@ -165,6 +166,14 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     return facts
 
 
+def _ticks(text: str) -> Any:
+    """Escaped text in which what stands between backticks is code."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(p) if i % 2 else Markup.escape(p) for i, p in enumerate(parts)
+    )
+
+
 def _file(name: str) -> str:
     return resources.files("chronomoe_hf.report").joinpath(_TEMPLATES, name).read_text(encoding="utf-8")
 
@@ -181,4 +190,4 @@ def _block(value: Any) -> Any:
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return jinja2.utils.markupsafe.Markup(text)
+    return Markup(text)

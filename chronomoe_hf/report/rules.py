@@ -158,6 +158,13 @@ STATES: dict[str, Rule] = {
         "Keep the `chronomoe` folder with the checkpoint. Before serving elsewhere, fold what folds into the weights: "
         "`unwrap(model, fold=True)` says how much the routing differs without it.",
     ),
+    "CLEARED": Rule(
+        "fine",
+        "alerts that are over",
+        "Alerts were raised in this run and cleared again.",
+        "A change of data or of the learning rate, or the governor's doing.",
+        "Look at the timeline for what happened beside them.",
+    ),
     "CANDIDATES": Rule(
         "fine",
         "experts that could go",
@@ -180,6 +187,16 @@ STATES: dict[str, Rule] = {
         "Training does not concentrate the routing.",
         "Nothing.",
     ),
+}
+
+# Why a lens stayed closed, in words.
+REASONS = {
+    "no_pressure": "the layer was balanced enough",
+    "harm_backoff": "opening it had made things worse",
+    "insufficient_evidence": "the window held too few tokens",
+    "lens_unsupported": "this router takes no lens",
+    "lens_unfit": "a lens would have scattered the tokens",
+    "lens_disabled": "the preset has no lens",
 }
 
 

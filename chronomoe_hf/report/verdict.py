@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from chronomoe_hf.report.data import RunData
-from chronomoe_hf.report.rules import ALERTS, LEVELS, STATES, Level, Rule
+from chronomoe_hf.report.rules import ALERTS, LEVELS, REASONS, STATES, Level, Rule
 from chronomoe_hf.telemetry.windows import LayerView
 
 NEAR_CEILING = 0.75  # of the largest possible violation E/k - 1
@@ -51,9 +52,11 @@ def judge(run: RunData) -> Verdict:
     findings.sort(key=lambda finding: LEVELS.index(finding.rule.level))
     level = findings[0].rule.level
     worst = [finding for finding in findings if finding.rule.level == level]
-    opening = {"act": "Act now", "watch": "Worth watching", "fine": "Healthy"}[level]
     titles = "; ".join(dict.fromkeys(finding.rule.title for finding in worst))
-    return Verdict(level, f"{opening}: {titles}.", findings, _numbers(run))
+    sentence = "Healthy: no alert is in force, every expert works, and no layer is near its worst load."
+    if level != "fine":
+        sentence = f"{'Act now' if level == 'act' else 'Worth watching'}: {titles}."
+    return Verdict(level, sentence, findings, _numbers(run))
 
 
 def _alerts(run: RunData) -> list[Finding]:
@@ -92,6 +95,10 @@ def _states(run: RunData) -> list[Finding]:
     near = [layer for layer in layers if (layer.violation_fraction or 0.0) > NEAR_CEILING]
     if near:
         seen["CEILING"] = f"In the last window: {listed([f'layer {layer.layer_id}' for layer in near])}."
+    gone = [alert for alert in run.alerts if alert.state == "cleared"]
+    if gone:
+        kinds = listed(list(dict.fromkeys(f"{alert.kind} ({alert.where})" for alert in gone)))
+        seen["CLEARED"] = f"Raised and cleared again: {kinds}, the last at step {max(a.step or 0 for a in gone)}."
     _governing(run, seen)
     confirmed = sum(case["state"] == "confirmed" for case in run.cases)
     if confirmed:
@@ -107,7 +114,9 @@ def _governing(run: RunData, seen: dict[str, str]) -> None:
         parts += ["a routing bias was in force at the end"] if biased else []
         seen["GOVERNED"] = f"In this run {' and '.join(parts)}."
     else:
-        seen["OBSERVED_ONLY"] = "Neither a lens nor a bias acted in the windows recorded."
+        why = sum((now.reasons for now in run.governing.values()), Counter[str]())
+        usual = f": {REASONS.get(why.most_common(1)[0][0], why.most_common(1)[0][0])}" if why else ""
+        seen["OBSERVED_ONLY"] = f"Neither a lens nor a bias acted in the windows recorded{usual}."
     if run.governing:
         last = run.governing[max(run.governing)]
         for reason, key in (("harm_backoff", "HARM_BACKOFF"), ("lens_unfit", "LENS_UNFIT")):

@@ -36,7 +36,7 @@
   const short = (value) => {
     if (value === null || value === undefined) return "no data";
     const size = Math.abs(value);
-    return size >= 10000 ? value.toExponential(1) : size >= 100 || Number.isInteger(value) ? value.toFixed(0) : size >= 1 ? value.toFixed(2) : value.toFixed(3);
+    return size >= 10000 ? value.toExponential(1) : size >= 100 ? value.toFixed(0) : String(Number(value.toFixed(size >= 1 ? 2 : 3)));
   };
   const ticks = (low, high, most) => {
     const raw = (high - low) / Math.max(1, most), power = 10 ** Math.floor(Math.log10(raw || 1));
@@ -266,9 +266,8 @@
     const tip = tipOf(plot);
     let boxes = [];
     const draw = () => {
-      const width = plot.clientWidth, top = spec.loss.length > 1 ? 130 : 0, row = 24, height = top + spec.lanes.length * row + 24;
+      const width = plot.clientWidth, top = spec.loss.length > 1 ? 130 : 0, narrow = width < 520, row = narrow ? 34 : 24, height = top + spec.lanes.length * row + 24;
       const pen = canvasOf(canvas, width, height);
-      const narrow = width < 520;
       const left = narrow ? 8 : Math.ceil(Math.max(40, ...spec.lanes.map((l) => pen.measureText(l.name).width))) + 12;
       const sx = (v) => left + (v / spec.end) * (width - left - 12);
       pen.textBaseline = "middle";
@@ -291,13 +290,13 @@
           const x = sx(from), wide = Math.max(4, sx(to) - x);
           pen.fillStyle = LINES[i % 6];
           pen.globalAlpha = 0.75;
-          pen.fillRect(x, y + 6, wide, row - 12);
+          pen.fillRect(x, y + row - 18, wide, 12);
           pen.globalAlpha = 1;
           boxes.push({ x, y, wide, row, text: `${lane.name}, ${text}: step ${from}${to > from ? ` to ${to}` : ""}` });
         }
         pen.fillStyle = INK;
         pen.textAlign = narrow ? "left" : "right";
-        pen.fillText(lane.name, narrow ? left : left - 8, y + row / 2);
+        pen.fillText(lane.name, narrow ? left : left - 8, narrow ? y + 8 : y + row / 2);
       });
       pen.fillStyle = SOFT;
       pen.textAlign = "center";
