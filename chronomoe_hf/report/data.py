@@ -17,7 +17,7 @@ from chronomoe_hf.telemetry.arrays import Frame
 from chronomoe_hf.telemetry.cases import last_cases
 from chronomoe_hf.telemetry.events import COUNTS
 from chronomoe_hf.telemetry.expert_records import read_windows
-from chronomoe_hf.telemetry.reader import DIRECTORY, read_jsonl, read_last, read_lines, read_manifest
+from chronomoe_hf.telemetry.reader import DIRECTORY, LOGS, read_jsonl, read_last, read_lines, read_manifest
 from chronomoe_hf.telemetry.runs import History, Run
 from chronomoe_hf.telemetry.windows import AlertView, Window, alert_views, number, plain_text, whole
 
@@ -138,7 +138,7 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         alerts=alerts,
         cases=last_cases(lifecycle),
         effects=[*_effects(root, directory), *_effects_in(lifecycle)],
-        loss=_loss(root),
+        loss=_logged(directory, run) or _loss(root),
         resumes=[] if run is None else list(run.resumes),
         others=[plain_text(r.name, 80) for r in history.runs if run is None or r.name != run.name],
         broken=broken + len(shown) - len(windows),
@@ -188,6 +188,13 @@ def _stream(path: Path) -> Iterator[dict[str, Any]]:
     for _, record in read_lines(path) if path.is_file() else ():
         if record is not None:
             yield record
+
+
+def _logged(directory: Path, run: Run | None) -> list[tuple[int, float]]:
+    """Training loss from ``logs.jsonl``."""
+    records, _ = read_jsonl(directory / f"{LOGS}.jsonl", run=run)
+    pairs = [(whole(record.get("step")), number(record.get("loss"))) for record in records]
+    return sorted((step, loss) for step, loss in pairs if step is not None and loss is not None)
 
 
 def _loss(root: Path) -> list[tuple[int, float]]:

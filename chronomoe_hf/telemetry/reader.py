@@ -25,6 +25,7 @@ DIRECTORY = "chronomoe"
 MANIFEST = "run_manifest.json"
 ATTEMPTS = "attempts"
 EVENTS = "routing_events"
+LOGS = "logs"  # losses, as Trainer logged them
 KINDS = (
     EVENTS,
     "snapshots",
@@ -32,6 +33,7 @@ KINDS = (
     "lifecycle_decisions",
     "lifecycle_effects",
     "alerts",
+    LOGS,
     ATTEMPTS,
 )
 MAX_LINE_BYTES = 16 * 2**20  # a longer line is garbage; it is skipped without being held in memory
