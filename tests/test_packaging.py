@@ -127,6 +127,8 @@ def test_the_wheel_holds_the_mapped_folder(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "installed")
     assert {"chronomoe_hf/__init__.py", "chronomoe_hf/patches/__init__.py", "chronomoe_hf/py.typed"} <= names
     assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {"chronomoe_hf"}
+    templates = {path.name for path in (ROOT / "chronomoe_hf" / "report" / "templates").iterdir()}
+    assert len(templates) == 3 and {f"chronomoe_hf/report/templates/{name}" for name in templates} <= names
     on_disk = {path.relative_to(ROOT / "patches") for path in (ROOT / "patches").rglob("*.py")}
     assert on_disk
     assert {f"chronomoe_hf/patches/{path.as_posix()}" for path in on_disk} <= names

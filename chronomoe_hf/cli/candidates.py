@@ -11,7 +11,6 @@ from chronomoe_hf.cli.records import RunDirectory, records_directory
 from chronomoe_hf.errors import TelemetryError
 
 DECISIONS = "lifecycle_decisions.jsonl"
-EVIDENCE = ("total_tokens_seen", "share", "phi_slow", "contribution", "contribution_rank", "saliency")
 
 
 def register(app: typer.Typer) -> None:
@@ -53,6 +52,7 @@ def read(directory: Any, name: str | None) -> tuple[str, list[dict[str, Any]]]:
     Raises:
         TelemetryError: no such run.
     """
+    from chronomoe_hf.telemetry.cases import last_cases
     from chronomoe_hf.telemetry.reader import read_jsonl, read_last
     from chronomoe_hf.telemetry.windows import plain_text
 
@@ -61,28 +61,7 @@ def read(directory: Any, name: str | None) -> tuple[str, list[dict[str, Any]]]:
         known = ", ".join(plain_text(run.name, 80) for run in last.history.runs) or "none yet"
         raise TelemetryError(f"no such run in {directory}; it holds {known}")
     records, _ = read_jsonl(directory / DECISIONS, run=last.run)
-    return plain_text(last.run.name, 80), cases(records)
-
-
-def cases(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per (layer, expert, reason) the last state, with its numbers; names are text, numbers finite or None."""
-    from chronomoe_hf.telemetry.windows import number, plain_text
-
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for record in records:
-        evidence = record.get("evidence")
-        evidence = evidence if isinstance(evidence, dict) else {}
-        key = tuple(plain_text(record.get(part), 40) for part in ("layer_id", "expert", "reason"))
-        found[key[0], key[1], key[2]] = {
-            **dict(zip(("layer_id", "expert", "reason"), key, strict=True)),
-            "state": plain_text(record.get("state"), 40),
-            "step": number(record.get("step")),
-            "streak": number(record.get("streak")),
-            "threshold": number(record.get("threshold")),
-            **{part: number(evidence.get(part)) for part in EVIDENCE},
-            "num_experts": number(evidence.get("n_experts", evidence.get("num_experts"))),
-        }
-    return [found[key] for key in sorted(found, key=lambda key: [(len(part), part) for part in key])]
+    return plain_text(last.run.name, 80), last_cases(records)
 
 
 def _short(value: float | None, form: str) -> str:

@@ -2,9 +2,10 @@
 
 from chronomoe_hf.telemetry.alerts import Alert, AlertHistory
 from chronomoe_hf.telemetry.events import RoutingEvent
+from chronomoe_hf.telemetry.expert_records import read_events, read_windows
 from chronomoe_hf.telemetry.experts import ExpertState
 from chronomoe_hf.telemetry.manifest import run_manifest
-from chronomoe_hf.telemetry.reader import next_attempt, read_jsonl, read_lines, read_manifest
+from chronomoe_hf.telemetry.reader import next_attempt, read_history, read_jsonl, read_last, read_lines, read_manifest
 from chronomoe_hf.telemetry.snapshots import LayerSnapshot, SystemSnapshot
 from chronomoe_hf.telemetry.writer import TelemetryWriter
 
@@ -17,8 +18,12 @@ __all__ = [
     "SystemSnapshot",
     "TelemetryWriter",
     "next_attempt",
+    "read_events",
+    "read_history",
     "read_jsonl",
+    "read_last",
     "read_lines",
     "read_manifest",
+    "read_windows",
     "run_manifest",
 ]

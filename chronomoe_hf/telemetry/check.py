@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chronomoe_hf.telemetry.arrays import ARRAYS, read_frames
 from chronomoe_hf.telemetry.events import RECORD_SCHEMA
 from chronomoe_hf.telemetry.reader import ATTEMPTS, KINDS, MANIFEST, parse_line, read_history, read_lines
 from chronomoe_hf.telemetry.runs import History
@@ -60,7 +61,28 @@ def record_faults(directory: str | Path) -> tuple[list[Fault], int]:
         faults += found[:MOST]
         if len(found) > MOST:
             faults.append(Fault(str(path), None, f"{len(found) - MOST} more faults"))
-    return [*faults, *_manifest_faults(directory, history)], count
+    return [*faults, *_array_faults(directory), *_manifest_faults(directory, history)], count
+
+
+def _array_faults(directory: Path) -> list[Fault]:
+    """Frames of ``arrays.bin`` that are torn or altered, and events whose frame is not there."""
+    path, faults, held = directory / ARRAYS, [], set()
+    for offset, frame in read_frames(path) if path.is_file() else ():
+        if frame is None:
+            faults.append(Fault(str(path), None, f"from byte {offset} on, no whole frame: half written or altered"))
+        else:
+            held.add((frame.run_id, frame.attempt, frame.step, frame.mode))
+    events = directory / "routing_events.jsonl"
+    wanted: dict[tuple[Any, ...], int] = {}
+    for line, record in read_lines(events) if events.is_file() else ():
+        if record is not None and record.get("arrays") is True:
+            wanted.setdefault(tuple(record.get(name) for name in ("run_id", "attempt", "step", "mode")), line)
+    lost = [
+        Fault(str(events), line, f"the per-expert numbers of step {place[2]} are not in {ARRAYS}")
+        for place, line in wanted.items()
+        if place not in held
+    ]
+    return [*faults[:MOST], *lost[:MOST]]
 
 
 def _manifest_faults(directory: Path, history: History) -> list[Fault]:

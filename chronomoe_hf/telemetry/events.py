@@ -23,6 +23,7 @@ RECORD_SCHEMA = 2
 Mode = Literal["TRAIN", "INFER", "EVAL"]
 Vector = list[float | None]
 
+COUNTS = "expert_token_counts"  # the one per-expert field that every event has
 # Per-expert fields, length E where present; an entry of None means "no evidence for this expert".
 VECTORS = (
     "prob_mean",
@@ -35,6 +36,7 @@ VECTORS = (
     "total_tokens_seen",
     "beta",
 )
+INTEGERS = (COUNTS, "phi_rows", "total_tokens_seen")  # of these, whole numbers
 # One number per layer and window; None means "not measured".
 NUMBERS = (
     "tokens",
@@ -242,6 +244,10 @@ class RoutingEvent:
     def _load(self) -> Load:
         return load_metrics(self.expert_token_counts, self.top_k)
 
+    def load_metrics(self) -> dict[str, Any]:
+        """Every balance metric by name; computed once."""
+        return self._load._asdict()
+
     @property
     def entropy(self) -> float | None:
         """Entropy of the shares, nats."""
@@ -302,13 +308,20 @@ class RoutingEvent:
             for expert, count in enumerate(self.expert_token_counts)
         ]
 
-    def to_record(self) -> dict[str, Any]:
-        """Strict-JSON dictionary: NaN and infinities become null, floats keep 7 significant digits."""
+    def to_record(self, *, vectors: bool = True) -> dict[str, Any]:
+        """Strict-JSON dictionary: NaN and infinities become null, floats keep 7 significant digits.
+
+        Args:
+            vectors: False leaves the per-expert fields out and says ``"arrays": true``: they are in ``arrays.bin``.
+        """
         record: dict[str, Any] = {"schema": RECORD_SCHEMA}
         for item in dataclasses.fields(self):
-            record[item.name] = getattr(self, item.name)
-        for name in VECTORS:
+            if vectors or item.name not in (COUNTS, *VECTORS):
+                record[item.name] = getattr(self, item.name)
+        for name in VECTORS if vectors else ():
             record[name] = finite_list(record[name])
+        if not vectors:
+            record["arrays"] = True
         for name in NUMBERS:
             record[name] = finite(record[name])
         record["token_count"] = self.token_count

@@ -171,6 +171,7 @@ class LayerSnapshot:
             observed=calls is None or calls > 0,
             notes=[note for event in events for note in event.notes],
             **{name: _last(events, name) for name in _READINGS},
+            **(last.load_metrics() if len(events) == 1 else {}),
         )
         needed = max(1, min_window_tokens * last.n_experts)
         layer.sufficient = layer.token_count >= needed

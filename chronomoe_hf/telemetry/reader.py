@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from chronomoe_hf.telemetry.arrays import ARRAYS, FrameFile
+from chronomoe_hf.telemetry.events import COUNTS, VECTORS
 from chronomoe_hf.telemetry.old_records import upgraded
 from chronomoe_hf.telemetry.runs import History, Run
 
@@ -22,13 +24,16 @@ logger = logging.getLogger("chronomoe_hf")
 DIRECTORY = "chronomoe"
 MANIFEST = "run_manifest.json"
 ATTEMPTS = "attempts"
+EVENTS = "routing_events"
+LOGS = "logs"  # losses, as Trainer logged them
 KINDS = (
-    "routing_events",
+    EVENTS,
     "snapshots",
     "control_decisions",
     "lifecycle_decisions",
     "lifecycle_effects",
     "alerts",
+    LOGS,
     ATTEMPTS,
 )
 MAX_LINE_BYTES = 16 * 2**20  # a longer line is garbage; it is skipped without being held in memory
@@ -81,7 +86,8 @@ def read_jsonl(path: str | Path, *, run: Run | None = None) -> tuple[list[dict[s
         run: only the records of this run, one of ``read_history(directory).runs``.
 
     Returns:
-        The records in file order, and the number of broken lines (their numbers are logged).
+        The records in file order, and the number of broken lines (their numbers are logged). Routing events come with
+        their per-expert lists, from ``arrays.bin`` where they are kept there; ``read_events`` does not hold them all.
     """
     path = Path(path)
     records, broken = _read_all(path)
@@ -90,7 +96,21 @@ def read_jsonl(path: str | Path, *, run: Run | None = None) -> tuple[list[dict[s
         logger.warning("%s: skipped %d broken lines (%s)", path, len(broken), shown)
     if path.stem == ATTEMPTS:
         return records, len(broken)
-    return standing(records, read_history(path.parent), run), len(broken)
+    kept = standing(records, read_history(path.parent), run)
+    if path.stem == EVENTS and any(record.get("arrays") is True for record in kept):
+        frames = FrameFile(path.with_name(ARRAYS))
+        kept = [filled for record in kept if (filled := with_arrays(record, frames)) is not None]
+    return kept, len(broken)
+
+
+def with_arrays(record: dict[str, Any], frames: FrameFile) -> dict[str, Any] | None:
+    """A routing-event record with its per-expert lists; None where they are lost."""
+    if record.get("arrays") is not True:
+        return record
+    frame, layer = frames.of(record), record.get("layer_id")
+    if frame is None or layer not in frame.layers:
+        return None
+    return {**record, **{name: frame.row(name, layer) for name in (COUNTS, *VECTORS)}}
 
 
 def standing(records: list[dict[str, Any]], history: History, run: Run | None = None) -> list[dict[str, Any]]:

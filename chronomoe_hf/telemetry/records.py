@@ -94,6 +94,11 @@ class RunRecords:
         if self.writer is not None:
             self.writer.write_many("routing_events", ({**event.to_record(), "evaluation": name} for event in events))
 
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record losses of a log entry."""
+        if self.writer is not None:
+            self.writer.write("logs", {"step": step, **values})
+
     def alert(self, edge: Alert) -> None:
         """Record one whole-run alert."""
         if self.writer is not None:

@@ -1,4 +1,7 @@
-"""TelemetryWriter: append-only JSONL below ``<output_dir>/chronomoe``, and what never stops a training run.
+"""TelemetryWriter: append-only records below ``<output_dir>/chronomoe``; write errors are logged and never raised.
+
+Routing events of a window with more than :data:`ARRAYS_FROM` experts (layers x experts) keep their per-expert numbers
+in ``arrays.bin`` (see ``telemetry.arrays``), everything else in JSONL; ``read_events`` puts the two together again.
 
 Nothing is buffered: every call ends in one ``write`` on a descriptor opened for appending, so a killed process
 leaves at most one half line, and two writers never mix inside a line.
@@ -6,6 +9,7 @@ leaves at most one half line, and two writers never mix inside a line.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -17,12 +21,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from chronomoe_hf.errors import ConfigError, TelemetryError
-from chronomoe_hf.telemetry.events import RECORD_SCHEMA
+from chronomoe_hf.telemetry.arrays import ARRAYS, pack, stack
+from chronomoe_hf.telemetry.events import COUNTS, INTEGERS, RECORD_SCHEMA, VECTORS, RoutingEvent
 from chronomoe_hf.telemetry.reader import ATTEMPTS, DIRECTORY, KINDS, MANIFEST, next_attempt, read_jsonl, read_manifest
 
 __all__ = ["KINDS", "TelemetryWriter", "next_attempt", "read_jsonl", "read_manifest"]
 
 logger = logging.getLogger("chronomoe_hf")
+
+ARRAYS_FROM = 1024  # experts of a window, over all layers; above, JSON takes more than 50 ms a window to write
 
 
 class TelemetryWriter:
@@ -80,6 +87,13 @@ class TelemetryWriter:
             How many were written.
         """
         path = self.path(kind)
+        records = list(records)
+        large = _large_window(records) if kind == "routing_events" else []
+        if large:
+            if not self.enabled or not self._write_arrays(large):
+                self.dropped += len(large)
+                return 0
+            records = [event.to_record(vectors=False) for event in large]
         lines = [line for record in records if (line := self._line(kind, record)) is not None]
         if not lines:
             return 0
@@ -93,6 +107,23 @@ class TelemetryWriter:
             return 0
         self.written += len(lines)
         return len(lines)
+
+    def _write_arrays(self, events: list[RoutingEvent]) -> bool:
+        """Append one frame with the per-expert numbers of a window; whether that went well."""
+        experts = [event.n_experts for event in events]
+        arrays = {
+            name: stack([getattr(event, name) for event in events], experts, integers=name in INTEGERS)
+            for name in (COUNTS, *VECTORS)
+            if any(getattr(event, name) is not None for event in events)
+        }
+        layers = [event.layer_id for event in events]
+        path = self.directory / ARRAYS
+        try:
+            _append(path, pack(self.run_id, self.attempt, events[0].step, events[0].mode, layers, experts, arrays), b"")
+        except OSError as error:
+            self._switch_off(f"{path}: {error}", 0)
+            return False
+        return True
 
     def write_manifest(self, manifest: Mapping[str, Any], *, resumed_from: int | None = None) -> bool:
         """Write ``run_manifest.json`` if there is none of this run, and note the start of this attempt.
@@ -157,6 +188,14 @@ class TelemetryWriter:
         logger.error("telemetry is off for the rest of this run, training goes on; %s", reason)
 
 
+def _large_window(records: list[Any]) -> list[RoutingEvent]:
+    """The records, if they are the events of one window with more than ARRAYS_FROM experts; else none."""
+    events = [record for record in records if isinstance(record, RoutingEvent)]
+    windows = {(event.step, event.mode) for event in events}
+    large = len(events) == len(records) and len(windows) == 1 and sum(e.n_experts for e in events) > ARRAYS_FROM
+    return events if large else []
+
+
 def strict(value: Any) -> Any:
     """Copy of plain data in which NaN and infinities are None and tuples are lists."""
     if isinstance(value, float):
@@ -168,16 +207,29 @@ def strict(value: Any) -> Any:
     return value
 
 
-def _append(path: Path, data: bytes) -> None:
-    """Append bytes on a fresh line: a half line left by a killed or full-disk process is closed first."""
-    with open(path, "ab+", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                data = b"\n" + data
+def _append(path: Path, data: bytes, end: bytes = b"\n") -> None:
+    """Append bytes after `end`: a half line left by a killed or full-disk process is closed first.
+
+    Raises:
+        OSError: among others where the file is a link: whatever it points to is not ours to append to.
+    """
+    with open(path, "ab+", buffering=0, opener=_open_no_link) as file:
+        if end and file.seek(0, os.SEEK_END):
+            file.seek(-len(end), os.SEEK_END)
+            if file.read(len(end)) != end:
+                data = end + data
         view = memoryview(data)
         while view:  # a nearly full disk takes a part first, and refuses the rest on the next try
             view = view[file.write(view) or 0 :]
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(error.errno, "is a symbolic link; records are written to regular files only") from None
+        raise
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -21,9 +21,12 @@ from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError, WrapEr
 from chronomoe_hf.lifecycle.in_run import measure_dry_run
 from chronomoe_hf.recording.scope import SCOPE
 from chronomoe_hf.system import ChronoSystem
+from chronomoe_hf.telemetry import SystemSnapshot
 from chronomoe_hf.trainer.evaluation import recording_policy
 from chronomoe_hf.trainer.hooks import TrainerHooks, calling_trainer, refuse_data_parallel
+from chronomoe_hf.trainer.model_card import write_model_card
 from chronomoe_hf.trainer.resume import ResumePath, restore
+from chronomoe_hf.trainer.trackers import publish, record_log
 from chronomoe_hf.trainer.weight_repair import check_weights
 from chronomoe_hf.trainer.window_log import WindowLog, logs_now
 from chronomoe_hf.wrapping.owner import find_system
@@ -185,14 +188,17 @@ class ChronoCallback(TrainerCallback):
         if snapshot is None and state.global_step >= state.max_steps:
             snapshot = self.system.close_window()
         if snapshot is not None:
-            self._log.closed(self.system, snapshot)
+            self._window_closed(self.system, snapshot)
             if not (control.should_log or logs_now(args, state)):
                 self._log_alone(control)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the scalars of the last closed window to a training log entry (once per window)."""
         logs: dict[str, Any] | None = kwargs.get("logs")
-        if self.system is None or logs is None or not {"loss", "train_runtime"} & logs.keys():
+        if self.system is None or logs is None:
+            return
+        record_log(self.system, state, logs)
+        if not {"loss", "train_runtime"} & logs.keys():
             return
         if "train_runtime" in logs:  # the last entry of a run
             self._close_last_window(self.system)
@@ -253,6 +259,11 @@ class ChronoCallback(TrainerCallback):
         with state_saved(system):
             yield
 
+    def model_card_written(self, directory: str) -> None:
+        """After ``create_model_card``: the card says how the experts were used."""
+        if self.system is not None:
+            write_model_card(directory, self.system)
+
     @contextlib.contextmanager
     def training(self, resume_from: Any, output_dir: str | None) -> Iterator[None]:
         """Around ``train``: a new run begins unless it is a resume, and a run that breaks off is put in order."""
@@ -295,7 +306,11 @@ class ChronoCallback(TrainerCallback):
     def _close_last_window(self, system: ChronoSystem) -> None:
         snapshot = system.close_window()
         if snapshot is not None:
-            self._log.closed(system, snapshot)
+            self._window_closed(system, snapshot)
+
+    def _window_closed(self, system: ChronoSystem, snapshot: SystemSnapshot) -> None:
+        self._log.closed(system, snapshot)
+        publish(self.hooks.trainer.callback_handler.callbacks if self.hooks is not None else (), system, snapshot)
 
     def _log_alone(self, control: TrainerControl) -> None:
         if self.system is not None and self.hooks is not None:

@@ -30,6 +30,9 @@ class Hooked(Protocol):
     def evaluating(self, prefix: str, loop: Callable[[], Any]) -> Any:
         """Runs an evaluation loop and returns its output."""
 
+    def model_card_written(self, directory: str) -> None:
+        """After ``create_model_card``."""
+
     def bind(self, model: nn.Module) -> Any:
         """Takes over a model that was made anew."""
 
@@ -101,6 +104,7 @@ class TrainerHooks:
     ========================  =======================================================================
     ``save_model``            our state beside every set of weights
     ``train``                 what is resumed from, a new run id, and tidying up when it raises
+    ``create_model_card``     the card gets a section about the routing
     ``call_model_init``       a model made anew is wrapped before the engine prepares it
     ``evaluation_loop``       evaluation is recorded apart, under its own prefix
     callback handler's        ``trainer.remove_callback(callback)`` detaches
@@ -119,6 +123,7 @@ class TrainerHooks:
         self.replaced = Replaced()
         self.replaced.replace(trainer, "save_model", self._save_model)
         self.replaced.replace(trainer, "train", self._train)
+        self.replaced.replace(trainer, "create_model_card", self._create_model_card)
         self.replaced.replace(trainer, "call_model_init", self._call_model_init)
         self.replaced.replace(trainer, "evaluation_loop", self._evaluation_loop)
         for name in ("remove_callback", "pop_callback"):
@@ -144,6 +149,15 @@ class TrainerHooks:
                 return original(*args, **kwargs)
 
         return train
+
+    def _create_model_card(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_model_card(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self.trainer.is_world_process_zero():
+                self.callback.model_card_written(self.trainer.args.output_dir)
+            return result
+
+        return create_model_card
 
     def _call_model_init(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def call_model_init(*args: Any, **kwargs: Any) -> Any:

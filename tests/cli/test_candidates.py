@@ -9,9 +9,9 @@ from typing import Any
 from support.made_runs import train_into
 from typer.testing import CliRunner
 
-from chronomoe_hf.cli.candidates import cases
 from chronomoe_hf.cli.main import app
 from chronomoe_hf.telemetry import read_jsonl
+from chronomoe_hf.telemetry.cases import last_cases
 
 
 def test_the_cases_of_a_real_run(tmp_path: Path) -> None:
@@ -36,10 +36,10 @@ def test_the_cases_of_a_real_run(tmp_path: Path) -> None:
 
 def test_a_withdrawn_case_is_left_out_unless_asked_for() -> None:
     base = {"layer_id": 0, "expert": 3, "reason": "low_coherence", "evidence": {"n_experts": 8}}
-    (case,) = cases([{**base, "state": "candidate", "step": 1}, {**base, "state": "withdrawn", "step": 2}])
+    (case,) = last_cases([{**base, "state": "candidate", "step": 1}, {**base, "state": "withdrawn", "step": 2}])
     assert case["state"] == "withdrawn" and case["step"] == 2 and case["num_experts"] == 8
 
 
 def test_order_is_by_number() -> None:
-    found = cases([{"layer_id": layer, "expert": 0, "reason": "x"} for layer in (10, 9, 100)])
+    found = last_cases([{"layer_id": layer, "expert": 0, "reason": "x"} for layer in (10, 9, 100)])
     assert [case["layer_id"] for case in found] == ["9", "10", "100"]

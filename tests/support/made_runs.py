@@ -22,17 +22,25 @@ def train_into(directory: Path, *, steps: int = 6, interval: int = 1, preset: st
 
 
 def random_run(
-    directory: Path, *, layers: int = 2, experts: int = 4, top_k: int = 1, windows: int = 9, run_id: str = "run"
+    directory: Path,
+    *,
+    layers: int = 2,
+    experts: int = 4,
+    top_k: int = 1,
+    windows: int = 9,
+    run_id: str = "run",
+    dying: bool = True,
 ) -> None:
-    """A run of random counts, one window every 10 steps; the last expert of layer 0 dies half way."""
+    """A run of random counts, one window every 10 steps; if `dying`, expert E - 1 of layer 0 ends half way."""
     generator = np.random.default_rng(0)
+    death = windows / 2 if dying else windows
     history = AlertHistory()
     size = {"num_experts": experts, "top_k": top_k}
     table = [{"layer_id": i, "name": f"model.layers.{i}.mlp.gate", **size} for i in range(layers)]
     with TelemetryWriter(run_id, directory) as writer:
         writer.write_manifest(run_manifest(run_id=run_id, config={}, layers=table, model_class="RandomModel"))
         for window in range(1, windows + 1):
-            events = [_event(run_id, 10 * window, i, experts, top_k, window, windows, generator) for i in range(layers)]
+            events = [_event(run_id, 10 * window, i, experts, top_k, window, death, generator) for i in range(layers)]
             snapshot = SystemSnapshot.from_events(
                 events=events,
                 step=10 * window,
@@ -47,10 +55,10 @@ def random_run(
 
 
 def _event(
-    run_id: str, step: int, layer: int, experts: int, top_k: int, window: int, windows: int, generator: Any
+    run_id: str, step: int, layer: int, experts: int, top_k: int, window: int, death: float, generator: Any
 ) -> RoutingEvent:
     counts = generator.integers(1000, 10000, experts)
-    if layer == 0 and 2 * window > windows:
+    if layer == 0 and window > death:
         counts[-1] = 0
     vectors = {name: generator.uniform(-1, 1, experts) for name in ("phi_fast", "phi_mid", "phi_slow", "beta")}
     return RoutingEvent.from_router_output(

@@ -1,0 +1,260 @@
+"""What a report shows of one run, read from its records once.
+
+Shape suffixes: L layers, E experts (the largest layer).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chronomoe_hf.errors import TelemetryError
+from chronomoe_hf.telemetry.arrays import Frame
+from chronomoe_hf.telemetry.cases import last_cases
+from chronomoe_hf.telemetry.events import COUNTS
+from chronomoe_hf.telemetry.expert_records import read_windows
+from chronomoe_hf.telemetry.reader import DIRECTORY, LOGS, read_jsonl, read_last, read_lines, read_manifest
+from chronomoe_hf.telemetry.runs import History, Run
+from chronomoe_hf.telemetry.windows import AlertView, Window, alert_views, number, plain_text, whole
+
+MAX_FRAMES = 100  # windows that the page holds in full; of longer runs an even choice, first and last included
+_FIELDS = (COUNTS, "phi_slow", "beta")
+_MAX_JSON = 8 * 2**20  # a larger JSON file beside a run is not looked into for a plan's effect
+_MAX_FILES = 200
+
+
+@dataclass
+class Governing:
+    """What the controller did at one step, over all layers.
+
+    Attributes:
+        layers: layers that were decided on.
+        acting: layers whose lens was open.
+        scale: the largest lens scale.
+        pressure: mean pressure.
+        reasons: abstain reason -> layers.
+    """
+
+    layers: int = 0
+    acting: int = 0
+    scale: float = 0.0
+    pressure: float = 0.0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class RunData:
+    """One run.
+
+    Attributes:
+        name: of the run; empty where the directory holds no window.
+        directory: as given.
+        manifest: of the run; empty where unknown.
+        windows: training windows, oldest first.
+        picked: the windows that the page shows in full.
+        frames: step of a picked window -> its per-expert numbers.
+        governing: step -> what the controller did.
+        alerts: edges, oldest first.
+        cases: last word of the dry-run lifecycle on each expert.
+        effects: measured effects of plans.
+        loss: ``(step, training loss)`` as Trainer logged it.
+        resumes: ``(attempt, step)``.
+        others: names of other runs in the directory.
+        broken: lines and records that could not be read.
+    """
+
+    name: str
+    directory: Path
+    manifest: dict[str, Any]
+    windows: list[Window]
+    picked: list[Window]
+    frames: dict[int, Frame]
+    governing: dict[int, Governing]
+    alerts: list[AlertView]
+    cases: list[dict[str, Any]]
+    effects: list[dict[str, Any]]
+    loss: list[tuple[int, float]]
+    resumes: list[tuple[int, int]]
+    others: list[str]
+    broken: int
+
+    @property
+    def model(self) -> str:
+        """Class and name of the model, as text."""
+        known = (self.manifest.get("model_class"), self.manifest.get("model_name"))
+        words = [plain_text(word, 200) for word in known if isinstance(word, str) and word]
+        return " ".join(words) or (self.windows[-1].model_name if self.windows else "") or "unknown model"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings in force, as written in the manifest."""
+        config = self.manifest.get("config")
+        return config if isinstance(config, dict) else {}
+
+
+def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
+    """Read one run of a directory: a Trainer's output_dir, a profile's, or the ``chronomoe`` folder inside it.
+
+    Args:
+        run_dir: the directory.
+        name: of the run, or its beginning; by default the one that wrote last.
+
+    Raises:
+        TelemetryError: no records of ours, or no such run.
+    """
+    root = Path(run_dir)
+    directory = next((d for d in (root / DIRECTORY, root) if any(d.glob("*.jsonl"))), None)
+    if directory is None:
+        raise TelemetryError(
+            f"no records in {root} or {root / DIRECTORY}; give the output_dir of a run that wrote telemetry "
+            "(TelemetryConfig.jsonl)"
+        )
+    root = directory.parent if directory.name == DIRECTORY else directory
+    last = read_last(directory / "snapshots.jsonl", 1, name=name)
+    history = last.history
+    newest = history.runs[-1] if history.runs else None
+    run = last.run or (history.find(name) if name else newest)
+    if name is not None and run is None:
+        known = ", ".join(plain_text(r.name, 80) for r in history.runs) or "none"
+        raise TelemetryError(f"no run {name!r} in {directory}; it holds {known}")
+    records, broken = read_jsonl(directory / "snapshots.jsonl", run=run)
+    shown = [Window.from_record(record) for record in records]
+    windows = sorted((w for w in shown if w is not None), key=lambda window: window.step)
+    picked = pick(windows)
+    alerts = [view for record in read_jsonl(directory / "alerts.jsonl", run=run)[0] for view in alert_views([record])]
+    lifecycle = read_jsonl(directory / "lifecycle_decisions.jsonl", run=run)[0]
+    return RunData(
+        name="" if run is None else plain_text(run.name, 80),
+        directory=root,
+        manifest=(run.manifest if run is not None else {}) or read_manifest(directory.parent) or {},
+        windows=windows,
+        picked=picked,
+        frames=_frames(directory, run, {window.step for window in picked}),
+        governing=_governing(directory, history, run),
+        alerts=alerts,
+        cases=last_cases(lifecycle),
+        effects=[*_effects(root, directory), *_effects_in(lifecycle)],
+        loss=_logged(directory, run) or _loss(root),
+        resumes=[] if run is None else list(run.resumes),
+        others=[plain_text(r.name, 80) for r in history.runs if run is None or r.name != run.name],
+        broken=broken + len(shown) - len(windows),
+    )
+
+
+def pick(windows: list[Window], most: int = MAX_FRAMES) -> list[Window]:
+    """At most `most` windows, evenly spread, the first and the last among them."""
+    if len(windows) <= most:
+        return windows
+    return [windows[round(i * (len(windows) - 1) / (most - 1))] for i in range(most)]
+
+
+def _frames(directory: Path, run: Run | None, steps: set[int]) -> dict[int, Frame]:
+    found: dict[int, Frame] = {}
+    for frame in read_windows(directory, run, _FIELDS):
+        newer = frame.step not in found or frame.attempt >= found[frame.step].attempt
+        if frame.step in steps and frame.mode != "EVAL" and newer:
+            arrays = {name: value_LE for name, value_LE in frame.arrays.items() if name in _FIELDS}
+            found[frame.step] = Frame(**{**vars(frame), "arrays": arrays})
+    return found
+
+
+def _governing(directory: Path, history: History, run: Run | None) -> dict[int, Governing]:
+    """Decisions, added up a step at a time: a long run of many layers has too many to hold."""
+    found: dict[int, Governing] = {}
+    attempts: dict[int, int] = {}
+    for record in _stream(directory / "control_decisions.jsonl"):
+        step, attempt = whole(record.get("step")), whole(record.get("attempt")) or 0
+        if step is None or history.overwritten(record) or (run and history.run_of(record).name != run.name):
+            continue
+        if attempt > attempts.get(step, -1):
+            found[step], attempts[step] = Governing(), attempt
+        elif attempt < attempts[step]:
+            continue
+        now, scale = found[step], number(record.get("scale")) or 0.0
+        now.layers += 1
+        now.acting += scale > 0.0
+        now.scale = max(now.scale, scale)
+        now.pressure += ((number(record.get("pressure")) or 0.0) - now.pressure) / now.layers
+        if record.get("abstain_reason") is not None:
+            now.reasons[plain_text(record["abstain_reason"], 60)] += 1
+    return dict(sorted(found.items()))
+
+
+def _stream(path: Path) -> Iterator[dict[str, Any]]:
+    for _, record in read_lines(path) if path.is_file() else ():
+        if record is not None:
+            yield record
+
+
+def _logged(directory: Path, run: Run | None) -> list[tuple[int, float]]:
+    """Training loss from ``logs.jsonl``."""
+    records, _ = read_jsonl(directory / f"{LOGS}.jsonl", run=run)
+    pairs = [(whole(record.get("step")), number(record.get("loss"))) for record in records]
+    return sorted((step, loss) for step, loss in pairs if step is not None and loss is not None)
+
+
+def _loss(root: Path) -> list[tuple[int, float]]:
+    """Training loss from the newest ``trainer_state.json`` of the run or its checkpoints."""
+    paths = [*root.glob("checkpoint-*/trainer_state.json"), root / "trainer_state.json"]
+    states = [(path.stat().st_mtime, path) for path in paths if path.is_file()]
+    for _, path in sorted(states, reverse=True):
+        history = (_json(path) or {}).get("log_history")
+        entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+        pairs = [(whole(entry.get("step")), number(entry.get("loss"))) for entry in entries]
+        return sorted((step, loss) for step, loss in pairs if step is not None and loss is not None)
+    return []
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _effects(*directories: Path) -> list[dict[str, Any]]:
+    """Measured effects of plans in the JSON files of the run's folders, as ``measure`` and ``export`` leave them."""
+    found = []
+    for directory in dict.fromkeys(directories):
+        for path in sorted(directory.glob("*.json"))[:_MAX_FILES]:
+            record = _json(path) or {}
+            for candidate in (record, record.get("effect"), record.get("export")):
+                effect = _effect(candidate, path.name)
+                if effect is not None:
+                    found.append(effect)
+    return found
+
+
+def _effects_in(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    effects = [_effect(record.get("effect"), f"step {plain_text(record.get('step'), 20)}") for record in records]
+    return [effect for effect in effects if effect is not None]
+
+
+def _effect(record: Any, where: str) -> dict[str, Any] | None:
+    """Rank, survivors and rise of the loss of a plan, beside its controls; None for anything else."""
+    if not isinstance(record, Mapping) or not isinstance(record.get("plan"), Mapping):
+        return None
+    if number(record["plan"].get("delta_loss")) is None:
+        return None
+    controls = record.get("random")
+    listed = controls if isinstance(controls, list) else []
+    rises = [number(each.get("delta_loss")) for each in listed if isinstance(each, Mapping)]
+    known = [rise for rise in rises if rise is not None]
+    worst = record.get("worst")
+    return {
+        "where": plain_text(where, 80),
+        "rank": plain_text(record.get("rank"), 40),
+        "kept": whole(record.get("num_kept")),
+        "loss": number(record.get("loss")),
+        "rise": number(record["plan"].get("delta_loss")),
+        "error": number(record["plan"].get("delta_loss_error")),
+        "random": sum(known) / len(known) if known else None,
+        "worst": number(worst.get("delta_loss")) if isinstance(worst, Mapping) else None,
+    }

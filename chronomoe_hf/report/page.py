@@ -1,0 +1,193 @@
+"""One run, or two side by side, as one self-contained HTML file that opens offline under a strict CSP."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from chronomoe_hf.errors import ChronoError
+from chronomoe_hf.report import figures, figures_acting
+from chronomoe_hf.report.compare import compare
+from chronomoe_hf.report.data import RunData, load_run
+from chronomoe_hf.report.figures import Figure
+from chronomoe_hf.report.verdict import judge
+from chronomoe_hf.telemetry.events import COUNTS
+from chronomoe_hf.telemetry.windows import plain_text
+
+METRICS = (
+    "n_effective",
+    "top2_share",
+    "top2_relative",
+    "dead",
+    "nearly_dead",
+    "max_violation",
+    "max_violation_ceiling",
+    "gini",
+    "load_cv",
+    "coherence_mean",
+)
+_TEMPLATES = "templates"
+
+
+def write_report(
+    run_dir: str | Path, output: str | Path | None = None, *, run: str | None = None, other: str | Path | None = None
+) -> Path:
+    """Write the report of a run.
+
+    Args:
+        run_dir: a run's output_dir, a profile's directory, or the ``chronomoe`` folder inside it.
+        output: the file; by default ``report.html`` in the run's directory.
+        run: name of the run, or its beginning, where the directory holds several; by default the last.
+        other: another run's directory, to put both on one page.
+
+    Returns:
+        The file written.
+
+    Raises:
+        TelemetryError: there are no records, or no such run.
+        ChronoError: the file cannot be written.
+    """
+    data = load_run(run_dir, run)
+    target = data.directory / "report.html" if output is None else Path(output)
+    html = render(data, None if other is None else load_run(other))
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(html, encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ChronoError(f"the report cannot be written to {target}: {error}; name another file with -o") from error
+    return target
+
+
+def render(run: RunData, other: RunData | None = None) -> str:
+    """The page as text."""
+    shown = sections(run)
+    compared = None if other is None else compare(run, other)
+    if compared is not None:
+        shown.insert(0, compared.figure)
+    specs = {figure.key: figure.spec for figure in shown if figure.spec is not None}
+    style, script = _file("style.css"), _file("charts.js")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["ticks"] = _ticks
+    template = environment.from_string(_file("page.html"))
+    return template.render(
+        run=run,
+        other=other,
+        compared=compared,
+        verdict=judge(run),
+        figures=shown,
+        facts=_facts(run),
+        config=json.dumps(run.config, indent=1, sort_keys=True),
+        style=Markup(style),
+        script=Markup(script),
+        policy=_policy(style, script),
+        data=_block(data_block(run)),
+        specs=_block(specs),
+    )
+
+
+def sections(run: RunData) -> list[Figure]:
+    """The plots in reading order."""
+    if not run.windows:
+        return [figures_acting.timeline(run)]
+    return [
+        figures.effective_experts(run),
+        figures.work(run),
+        figures.imbalance(run),
+        figures.coherence(run),
+        figures_acting.governor(run),
+        *figures_acting.lifecycle(run),
+        figures_acting.timeline(run),
+    ]
+
+
+def data_block(run: RunData) -> dict[str, Any]:
+    """The numbers behind the page as the records have them: a picked window and layer each, and the last counts."""
+    layers = figures.layer_ids(run)
+    last = run.frames.get(run.windows[-1].step) if run.windows else None
+    counts = None
+    if last is not None:
+        counts = {str(layer): last.row(COUNTS, layer) for layer in last.layers}
+    return {
+        "run": run.name,
+        "model": run.model,
+        "steps": [window.step for window in run.picked],
+        "layers": [label for _, label in layers],
+        "metrics": {name: [[_finite(v) for v in row] for row in _metric(run, name)] for name in METRICS},
+        "last_counts": counts,
+        "alerts_in_force": [f"{a.kind} {a.where}" for a in (run.windows[-1].active if run.windows else [])],
+        "loss": [list(pair) for pair in run.loss[-1:]],
+    }
+
+
+def _metric(run: RunData, name: str) -> list[list[float]]:
+    return list(figures.matrix(run, lambda layer: layer.get(name)).tolist())
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _facts(run: RunData) -> list[tuple[str, str]]:
+    """Small print: where the numbers come from."""
+    manifest = run.manifest
+    versions = manifest.get("versions")
+    listed = (
+        [f"{plain_text(n, 40)} {plain_text(v, 40)}" for n, v in versions.items()] if isinstance(versions, dict) else []
+    )
+    last = run.windows[-1] if run.windows else None
+    overhead = None if last is None else last.scalars.get("overhead_ms")
+    facts = [
+        ("run", run.name or "unknown"),
+        ("records", plain_text(run.directory)),
+        ("started", plain_text(manifest.get("created") or "unknown", 60)),
+        ("processes", plain_text(manifest.get("world_size") or "unknown", 20)),
+        ("versions", ", ".join(listed) or "unknown"),
+        ("windows", f"{len(run.windows)}, of which {len(run.picked)} are drawn"),
+        ("our own time in step()", "unknown" if overhead is None else f"{overhead:.2f} ms a step in the last window"),
+        ("records skipped", str(run.broken)),
+        ("other runs in the directory", ", ".join(run.others) or "none"),
+        ("written", datetime.now(UTC).isoformat(timespec="seconds")),
+    ]
+    notes = manifest.get("notes")
+    if isinstance(notes, list) and notes:
+        facts.append(("notes of the run", "; ".join(plain_text(note, 300) for note in notes[:20])))
+    return facts
+
+
+def _ticks(text: str) -> Any:
+    """Escaped text in which what stands between backticks is code."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(p) if i % 2 else Markup.escape(p) for i, p in enumerate(parts)
+    )
+
+
+def _file(name: str) -> str:
+    return resources.files("chronomoe_hf.report").joinpath(_TEMPLATES, name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """Nothing is loaded and nothing runs but the one style and the one script of this page, by their hashes."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    own = f"style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
+
+
+def _block(value: Any) -> Any:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)

@@ -1,0 +1,205 @@
+"""What each alert and each state of a run means, where it comes from, and what to do: one row each, in one table.
+
+The report's verdict, docs/alerts.md and nothing else say these things; a test compares the docs with this table and
+evaluates every config line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["act", "watch", "fine"]
+LEVELS: tuple[Level, ...] = ("act", "watch", "fine")  # worst first
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row.
+
+    Args:
+        level: ``"act"`` (do something now), ``"watch"`` (look again after some windows) or ``"fine"``.
+        title: in a few words, for the verdict.
+        meaning: what it says about the run.
+        cause: where it usually comes from.
+        advice: what to do next.
+        config: the line to write, an expression on the names of ``chronomoe_hf.config``; empty where no setting helps.
+    """
+
+    level: Level
+    title: str
+    meaning: str
+    cause: str
+    advice: str
+    config: str = ""
+
+
+ALERTS: dict[str, Rule] = {
+    "PRE_COLLAPSE": Rule(
+        "act",
+        "routing is concentrating",
+        "In three windows in a row a layer used fewer than 60 % of its experts effectively, or two experts took more "
+        "than 75 % of what they can take.",
+        "A learning rate that is high for the router, a switched-off auxiliary loss, fewer experts per token than in "
+        "pretraining, or data from one narrow domain.",
+        "Balance the load by a selection bias, which costs no loss term. If you need the routing that the model was "
+        "trained with, lower the router's learning rate instead.",
+        "ChronoConfig.balance()",
+    ),
+    "COLLAPSE_CONFIRMED": Rule(
+        "act",
+        "a layer has collapsed",
+        "In five windows in a row a layer had dead experts and two experts took more than 85 % of what they can take.",
+        "PRE_COLLAPSE that went on. Dead experts get no gradient, so they do not come back by themselves.",
+        "Resume from the last checkpoint before the alert with balancing on; going on from here trains a smaller model "
+        "than the one you loaded.",
+        "ChronoConfig.balance()",
+    ),
+    "DRIFT": Rule(
+        "watch",
+        "routing has moved away from this run's start",
+        "In three windows in a row the effective number of experts was below 80 % of the run's own first windows.",
+        "The data changed (a new domain or language), or the router is still adapting to the task.",
+        "Look at the loss beside it: if it falls, this is specialisation and nothing needs doing. If it stalls, "
+        "protect the routing.",
+        "ChronoConfig.protect()",
+    ),
+    "NOT_OBSERVED": Rule(
+        "act",
+        "a layer was not seen",
+        "The router of a wrapped layer was not called in a window, so there are no numbers about it.",
+        "Another model object is being trained than the one that was wrapped, a kernel replaces the whole block "
+        "(use_kernels), an adapter copied the router after wrap(), or no batch reached the layer.",
+        "Wrap the model that trains, after adapters have been added, and before Trainer is built; `chronomoe inspect` "
+        "lists the layers that can be seen.",
+    ),
+    "NON_FINITE": Rule(
+        "act",
+        "NaN or infinite router logits",
+        "Some tokens had NaN or infinite router logits. They are left out of every statistic, not out of training.",
+        "Overflow in fp16, a diverging loss, or broken input rows.",
+        "Train in bf16 or lower the learning rate; find the batch at the step named in the alert. Resume from a "
+        "checkpoint before it: weights may already be NaN.",
+    ),
+    "RESUME_MISMATCH": Rule(
+        "act",
+        "resumed weights were not those of the checkpoint",
+        "When training resumed, router or expert weights differed from the fingerprint saved in the checkpoint.",
+        "Trainer of Transformers 5 does not restore the fused experts of many families on resume.",
+        "The default repairs the weights from the checkpoint's files and says so. If this alert is still in force, "
+        "stop: load the model with from_pretrained(checkpoint) and resume again.",
+        'ChronoConfig(checkpoint=CheckpointConfig(repair="repair"))',
+    ),
+}
+
+STATES: dict[str, Rule] = {
+    "EMPTY": Rule(
+        "watch",
+        "no window yet",
+        "The run has not closed a telemetry window, so there is nothing to judge.",
+        "Fewer optimizer steps than `interval`, or the run was killed before the first window closed.",
+        "Use a shorter window for short runs.",
+        "ChronoConfig(interval=10)",
+    ),
+    "INSUFFICIENT": Rule(
+        "watch",
+        "too little evidence",
+        "Windows held too few assignments per expert to judge some layers; they raise no alert.",
+        "Small batches, short windows, or many experts.",
+        "Close windows less often, so that each holds more tokens.",
+        "ChronoConfig(interval=500)",
+    ),
+    "DEAD": Rule(
+        "watch",
+        "experts without a token",
+        "Some experts received no token in the last window.",
+        "Routing that concentrates, or a window too small to reach every expert.",
+        "If the same experts stay dead over several windows, balance the load; if you want a smaller model, they are "
+        "the first to look at with `chronomoe candidates`.",
+        "ChronoConfig.balance()",
+    ),
+    "CEILING": Rule(
+        "watch",
+        "the load is near its worst case",
+        "In some layer the busiest expert got more than three quarters of what it can get at most (E/k - 1).",
+        "A few experts serve nearly every token.",
+        "Balance the load; on more than one GPU this layer also decides how long a step takes.",
+        "ChronoConfig.balance()",
+    ),
+    "HARM_BACKOFF": Rule(
+        "watch",
+        "the lens was taken back",
+        "The controller opened a lens, the routing got more concentrated after it, and the lens was closed again.",
+        "The layer concentrates for a reason that moving the router's input does not reach.",
+        "Use balancing for this model; the lens is not the right tool for it.",
+        "ChronoConfig.balance()",
+    ),
+    "LENS_UNFIT": Rule(
+        "watch",
+        "a lens would scatter tokens",
+        "The controller wanted to act in some layers, but a lens would move their tokens unevenly: it stayed closed.",
+        "The router's inputs have no common direction that a low-rank shift could use.",
+        "Use balancing for this model, which needs no lens.",
+        "ChronoConfig.balance()",
+    ),
+    "OBSERVED_ONLY": Rule(
+        "fine",
+        "watched, not governed",
+        "Nothing acted on the routing: outputs are those of the model without chronomoe_hf.",
+        "The preset `observe`, or a governing preset that had no reason to act.",
+        "Nothing. To let the library act, choose a preset that does.",
+        "ChronoConfig.protect()",
+    ),
+    "GOVERNED": Rule(
+        "fine",
+        "the routing was governed",
+        "A bias or a lens acted on the routing in this run.",
+        "The preset.",
+        "Keep the `chronomoe` folder with the checkpoint. Before serving elsewhere, fold what folds into the weights: "
+        "`unwrap(model, fold=True)` says how much the routing differs without it.",
+    ),
+    "CLEARED": Rule(
+        "fine",
+        "alerts that are over",
+        "Alerts were raised in this run and cleared again.",
+        "A change of data or of the learning rate, or the governor's doing.",
+        "Look at the timeline for what happened beside them.",
+    ),
+    "CANDIDATES": Rule(
+        "fine",
+        "experts that could go",
+        "The dry run holds a confirmed case against some experts. No weight was touched.",
+        "Few tokens in the whole run, or outputs that agree little with the rest of the layer.",
+        "Measure before believing: plan a cut and look at the loss on held-out text. phi and token counts are "
+        "evidence; the loss decides.",
+    ),
+    "BROKEN_RECORDS": Rule(
+        "watch",
+        "records were skipped",
+        "Some lines of the record files could not be read and were left out.",
+        "A process killed while writing leaves one half line; more than one or two mean a full disk or damaged files.",
+        "`chronomoe validate` names every one.",
+    ),
+    "HEALTHY": Rule(
+        "fine",
+        "the routing is healthy",
+        "No alert is in force, no expert is dead, and no layer is near its worst load.",
+        "Training does not concentrate the routing.",
+        "Nothing.",
+    ),
+}
+
+# Why a lens stayed closed, in words.
+REASONS = {
+    "no_pressure": "the layer was balanced enough",
+    "harm_backoff": "opening it had made things worse",
+    "insufficient_evidence": "the window held too few tokens",
+    "lens_unsupported": "this router takes no lens",
+    "lens_unfit": "a lens would have scattered the tokens",
+    "lens_disabled": "the preset has no lens",
+}
+
+
+def rule_of(key: str) -> Rule | None:
+    """The row of an alert or a state; None for an alert kind that this version does not know."""
+    return ALERTS.get(key) or STATES.get(key)
