@@ -3,10 +3,12 @@
 import importlib
 from typing import Any
 
+from chronomoe_hf.lifecycle.calibrate import calibrate
 from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator
 from chronomoe_hf.lifecycle.decisions import PruneDecision
 from chronomoe_hf.lifecycle.effect import Effect, MaskEffect
 from chronomoe_hf.lifecycle.evidence import Evidence, LayerEvidence
+from chronomoe_hf.lifecycle.fisher import FisherSums
 from chronomoe_hf.lifecycle.live import layer_specs
 from chronomoe_hf.lifecycle.masking import masked
 from chronomoe_hf.lifecycle.measure import measure
@@ -20,6 +22,7 @@ __all__ = [
     "Effect",
     "Evidence",
     "EvidenceSource",
+    "FisherSums",
     "LayerEvidence",
     "LayerRefit",
     "LayerSpec",
@@ -29,6 +32,7 @@ __all__ = [
     "PruneDecision",
     "PrunePlan",
     "RefitReport",
+    "calibrate",
     "layer_specs",
     "masked",
     "measure",

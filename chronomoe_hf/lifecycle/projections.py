@@ -104,7 +104,7 @@ class OutputProjections:
             select = own.new_zeros(num_out, width)
             select[torch.arange(size), start + torch.arange(size)] = 1.0
             with self._replaced(expert, select.T if self.transposed else select):
-                parts.append(self._outputs(hidden_ND, expert)[:, :size])
+                parts.append(expert_outputs(self.layer, hidden_ND, expert)[:, :size])
         return torch.cat(parts, dim=-1)
 
     def require_linear(self, hidden_ND: Tensor, expert: int) -> None:
@@ -114,7 +114,7 @@ class OutputProjections:
             LifecycleError: it is not (a norm or a factor follows the projection).
         """
         with torch.no_grad():
-            real_ND = self._outputs(hidden_ND, expert).float()
+            real_ND = expert_outputs(self.layer, hidden_ND, expert).float()
             built_ND = self.inputs(hidden_ND, expert).float() @ self.weight(expert)
             bias_D = self.bias(expert)
             built_ND = built_ND if bias_D is None else built_ND + bias_D
@@ -124,14 +124,6 @@ class OutputProjections:
                 f"{self.layer.name}: the outputs of {type(self.experts).__name__} are not its output projection times "
                 f"its activations (off by {off:.2g} of their size); this family cannot be refitted"
             )
-
-    def _outputs(self, hidden_ND: Tensor, expert: int) -> Tensor:
-        """Unweighted outputs of one expert, by the family's own code."""
-        count = hidden_ND.shape[0]
-        if self.switch:
-            return self.experts.get_submodule(f"expert_{expert}")(hidden_ND)  # type: ignore[no-any-return]
-        index_N1 = torch.full((count, 1), expert, dtype=torch.int64, device=hidden_ND.device)
-        return _eager(self.experts)(self.experts, hidden_ND, index_N1, hidden_ND.new_ones(count, 1))  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def _replaced(self, expert: int, select: Tensor) -> Iterator[None]:
@@ -148,6 +140,29 @@ class OutputProjections:
             module._parameters[name] = own
             if bias_ED is not None:
                 module._parameters["down_proj_bias"] = bias_ED
+
+
+def require_callable(layer: FoundLayer) -> None:
+    """Raise LifecycleError where the experts of a layer cannot be called one by one."""
+    reason = _REFUSED.get(layer.adapter.experts_call)
+    if reason is not None or layer.experts is None:
+        raise LifecycleError(f"{layer.name}: its experts cannot be read one by one: {reason or 'no experts'}")
+
+
+def expert_outputs(layer: FoundLayer, hidden_ND: Tensor, expert: int) -> Tensor:
+    """Unweighted outputs of one expert, ``(N, D)``, by the family's own code.
+
+    Raises:
+        LifecycleError: the family's experts cannot be called one by one.
+    """
+    require_callable(layer)
+    assert layer.experts is not None
+    if layer.adapter.experts_call == "switch":
+        out: Tensor = layer.experts.get_submodule(f"expert_{expert}")(hidden_ND)
+        return out
+    index_N1 = torch.full((hidden_ND.shape[0], 1), expert, dtype=torch.int64, device=hidden_ND.device)
+    out = _eager(layer.experts)(layer.experts, hidden_ND, index_N1, hidden_ND.new_ones(hidden_ND.shape[0], 1))
+    return out
 
 
 def _eager(experts: nn.Module) -> Any:

@@ -59,8 +59,8 @@ class _StopError(Exception):
 
 
 @dataclass
-class _Tap:
-    """Listens to one layer while the model runs."""
+class LayerTap:
+    """Listens to one layer while the model runs; with `dropped` its block's choice is repeated under that mask."""
 
     layer: FoundLayer
     dropped: tuple[int, ...]
@@ -71,15 +71,18 @@ class _Tap:
     handles: list[Any] = field(default_factory=list)
 
     def attach(self) -> None:
+        """Put the hooks on."""
         layer = self.layer
         assert layer.experts is not None
         self.handles = [
             layer.owner.register_forward_pre_hook(self._owner, with_kwargs=True, prepend=True),
             layer.experts.register_forward_pre_hook(self._experts, with_kwargs=True),
-            layer.parent.register_forward_hook(self._parent, with_kwargs=True),
         ]
+        if self.dropped:
+            self.handles.append(layer.parent.register_forward_hook(self._parent, with_kwargs=True))
 
     def detach(self) -> None:
+        """Take them off."""
         for handle in self.handles:
             handle.remove()
 
@@ -114,10 +117,10 @@ class _Tap:
         raise LifecycleError(f"{self.layer.name}: its block did not call its experts; the layer cannot be sampled")
 
     def take(self) -> tuple[Tensor, ...]:
-        """Rows of real tokens since the last take: hidden, index and gate before, index and gate after."""
-        if len(self.calls) != 1 or len(self.repeats) != 1:
+        """Rows of real tokens since the last take: hidden, index and gate; with a mask index and gate under it, too."""
+        if len(self.calls) != 1 or len(self.repeats) != bool(self.dropped):
             raise LifecycleError(f"{self.layer.name}: its experts were called {len(self.calls)} times in one forward")
-        rows = (*self.calls.pop(), *self.repeats.pop())
+        rows: tuple[Tensor, ...] = (*self.calls.pop(), *(self.repeats.pop() if self.dropped else ()))
         keep_T = torch.ones(rows[0].shape[0], dtype=torch.bool, device=rows[0].device)
         if self.real_T is not None and self.real_T.shape == keep_T.shape:
             keep_T = self.real_T.to(keep_T.device)
@@ -153,7 +156,7 @@ def collect_samples(
     Raises:
         LifecycleError: a block calls its experts in a way that cannot be sampled.
     """
-    taps = [_Tap(layer, ids) for layer, ids in zip(layers, dropped, strict=True)]
+    taps = [LayerTap(layer, ids) for layer, ids in zip(layers, dropped, strict=True)]
     rows: list[list[tuple[Tensor, ...]]] = [[] for _ in taps]
     counts = [0] * len(taps)
     try:

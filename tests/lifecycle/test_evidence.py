@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from support import models
+from support.plans import digest
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
-from chronomoe_hf.errors import EvidenceError
-from chronomoe_hf.lifecycle import Evidence, plan_prune
-from chronomoe_hf.lifecycle.fisher import FisherSums
+from chronomoe_hf.config import CoherenceConfig
+from chronomoe_hf.errors import EvidenceError, LifecycleError
+from chronomoe_hf.lifecycle import Evidence, FisherSums, calibrate, plan_prune
 
 INTERVAL = 2
 
@@ -84,6 +85,43 @@ def test_records_and_system_give_what_a_recount_gives(tmp_path: Path) -> None:
     assert stored.source.run_id == system.run_id and stored.source.rows_read == sum(map(sum, counts)) + sum(
         map(sum, recount([1, 2])[0])
     )
+
+
+def test_calibrate_reads_every_real_token() -> None:
+    model = models.tiny_model("mixtral")
+    bits = digest(model)
+    read = [models.tiny_batch("mixtral", seed=step, padded=True) for step in (1, 2)]
+    known = calibrate(model, read)
+    assert model.training and digest(model) == bits
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    counts, contribution = recount([1, 2])
+    assert [list(layer.counts) for layer in known.layers] == counts
+    assert known.source.tokens == sum(int(batch["attention_mask"].sum()) for batch in read)
+    for layer, expected in zip(known.layers, contribution, strict=True):
+        assert layer.contribution == pytest.approx(expected, rel=1e-5)
+        for expert, count in enumerate(layer.counts):
+            assert layer.saliency[expert] == pytest.approx(layer.contribution[expert] / count)
+            assert layer.mean_norm[expert] <= layer.max_norm[expert]
+            assert layer.saliency[expert] <= layer.max_norm[expert] * layer.gate_sum[expert] / count + 1e-6
+        assert sum(layer.gate_sum) == pytest.approx(known.source.tokens, rel=1e-5)  # Mixtral's gates sum to 1
+    plan = plan_prune(known, keep=0.5, rank="mean_norm")
+    assert plan.notes == () and plan.layers[0].scores == known.layers[0].mean_norm
+    with pytest.raises(LifecycleError, match="at least one batch"):
+        calibrate(model, [])
+
+
+@pytest.mark.parametrize("family", ["switch_transformers", "qwen3_5_moe"])
+def test_calibrate_agrees_with_what_a_wrapped_model_records(family: str) -> None:
+    config = ChronoConfig.observe(interval=10, coherence=CoherenceConfig(max_tokens=None))
+    model = chronomoe_hf.wrap(models.tiny_model(family), config)
+    system = chronomoe_hf.system_of(model)
+    batch = models.tiny_batch(family, padded=True)
+    model(**batch).loss.backward()
+    system.step(1)
+    live, known = Evidence.from_system(system), calibrate(model, [batch])
+    for ours, theirs in zip(known.layers, live.layers, strict=True):
+        assert ours.spec == theirs.spec and ours.counts == theirs.counts
+        assert ours.contribution == pytest.approx(theirs.contribution, rel=1e-3)
 
 
 def test_json_round_trip_is_exact_and_strict(tmp_path: Path) -> None:
