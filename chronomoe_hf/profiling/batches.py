@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chronomoe_hf.profiling.data import TEXT, Domain, Source, sequences
+
 IGNORED = -100
 _LOSS_ROWS = 1024  # positions whose logits are widened to fp32 at a time
 
@@ -90,3 +92,53 @@ def loss_sum(output: Any, labels_BS: Tensor, vocabulary: int) -> tuple[Tensor, i
         loss = nn.functional.cross_entropy(rows.float(), targets, ignore_index=IGNORED, reduction="sum")
         total = total + loss.double()
     return total, int((labels_BS != IGNORED).sum())
+
+
+def text_batches(
+    model: nn.Module,
+    tokenizer: Any,
+    source: Source,
+    *,
+    tokens: int | None = 16_384,
+    length: int = 512,
+    batch_size: int = 8,
+    column: str = TEXT,
+) -> list[dict[str, Tensor]]:
+    """Batches for ``lifecycle.measure`` and ``lifecycle.refit`` from anything that `profile` reads.
+
+    Args:
+        model: whose inputs they are.
+        tokenizer: of the model; None if the data are token ids.
+        source: see :data:`chronomoe_hf.profiling.data.Source`; not a mapping of domains.
+        tokens: at most so many; None reads to the end.
+        length: most tokens of a sequence.
+        batch_size: sequences in a batch.
+        column: of the text in a table.
+
+    Returns:
+        Dictionaries with ``input_ids``, ``attention_mask`` and ``labels`` (-100 where padding is), int64 ``(B, S)``.
+
+    Raises:
+        DataError: the source cannot be read, has no such column, or holds no text.
+    """
+    domain = Domain("text", source, column)
+    shares = dealt(sequences(domain, tokenizer, length, tokens), batch_size, 0, 1)
+    pad = pad_id(model, tokenizer)
+    batches = []
+    for share in shares:
+        assert share is not None
+        batch = collate(share, model, pad)
+        labels_BS = batch.labels_BS
+        if "decoder_input_ids" not in batch.inputs:  # a decoder's labels are its inputs, the loss shifts them
+            labels_BS = batch.inputs["input_ids"].masked_fill(batch.inputs["attention_mask"] == 0, IGNORED)
+        batches.append({**batch.inputs, "labels": labels_BS})
+    return batches
+
+
+def pad_id(model: nn.Module, tokenizer: Any) -> int:
+    """Token to pad with: the tokenizer's, the config's, or 0 (the mask says that it is none)."""
+    config = getattr(model, "config", None)
+    for value in (getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None)):
+        if isinstance(value, int) and value >= 0:
+            return value
+    return 0

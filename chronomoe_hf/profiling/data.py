@@ -55,7 +55,9 @@ def named_domains(data: Source, column: str) -> list[Domain]:
     Raises:
         DataError: no source, or a name that cannot be a directory.
     """
-    given: Mapping[str, Source] = data if isinstance(data, Mapping) and TOKENS not in data else {_name(data): data}
+    given: Mapping[str, Source] = (
+        data if isinstance(data, Mapping) and TOKENS not in data else {domain_name(data): data}
+    )
     if not given:
         raise DataError('no data: pass {"name": source, ...} with a file, a Hub name or a data set for each domain')
     for name in given:
@@ -64,7 +66,8 @@ def named_domains(data: Source, column: str) -> list[Domain]:
     return [Domain(name, source, column) for name, source in given.items()]
 
 
-def _name(source: Source) -> str:
+def domain_name(source: Source) -> str:
+    """Name of a domain whose caller gave none: that of its file."""
     if isinstance(source, str | Path):
         return re.sub(r"[^\w.-]+", "-", Path(str(source)).stem).strip(".") or "text"
     return "text"

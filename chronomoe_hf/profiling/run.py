@@ -24,7 +24,7 @@ from chronomoe_hf import distributed
 from chronomoe_hf.api import system_of, unwrap, wrap
 from chronomoe_hf.config import ChronoConfig, CoherenceConfig, LifecycleConfig
 from chronomoe_hf.errors import DataError, NonFiniteLossError
-from chronomoe_hf.profiling.batches import Batch, call_arguments, collate, dealt, loss_sum
+from chronomoe_hf.profiling.batches import Batch, call_arguments, collate, dealt, loss_sum, pad_id
 from chronomoe_hf.profiling.data import TEXT, Domain, Source, named_domains, sequences
 from chronomoe_hf.profiling.records import DomainProfile, ProfileReport, Records, load_distances, write_summary
 from chronomoe_hf.profiling.together import CoActivation, distributed_device, strongest_pairs
@@ -88,7 +88,7 @@ def profile(
     directory = None if output_dir is None else _fresh(Path(output_dir))
     started = time.perf_counter()
     with _recording(model, interval, rows) as system:
-        run = _Run(model, system, directory, interval, model_name, _pad_id(model, tokenizer), batch_size)
+        run = _Run(model, system, directory, interval, model_name, pad_id(model, tokenizer), batch_size)
         try:
             for domain in domains:
                 run.domain(domain, streams[domain.name], tokens, progress and distributed.is_main())
@@ -122,14 +122,6 @@ def _fresh(directory: Path) -> Path:
     if found is not None:
         raise DataError(f"{found} exists already; profile into a new directory")
     return directory
-
-
-def _pad_id(model: nn.Module, tokenizer: Any) -> int:
-    config = getattr(model, "config", None)
-    for value in (getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None)):
-        if isinstance(value, int) and value >= 0:
-            return value
-    return 0
 
 
 @contextlib.contextmanager

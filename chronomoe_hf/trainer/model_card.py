@@ -38,7 +38,7 @@ def _table(snapshot: SystemSnapshot) -> list[str]:
     for layer in snapshot.layers:
         numbers = (layer.n_effective, layer.max_violation, layer.top2_share, layer.coherence_mean)
         neff, violation, top2, phi = ("-" if number is None else f"{number:.2f}" for number in numbers)
-        dead = "-" if layer.dead is None else str(layer.dead)
+        dead = "-" if layer.dead_experts is None else str(layer.dead_experts)
         lines.append(f"| {layer.layer_id} | {layer.n_experts} | {neff} | {dead} | {violation} | {top2} | {phi} |")
     active = [a.kind if a.layer_id is None else f"{a.kind} (layer {a.layer_id})" for a in snapshot.active_alerts]
     return [*lines, "", f"Alerts in force: {', '.join(active) or 'none'}."]
