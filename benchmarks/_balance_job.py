@@ -157,7 +157,8 @@ def rate_factor(setting: Setting, step: int) -> float:
 
 def step_counts(system: ChronoSystem) -> Tensor:
     """Assignments per layer and expert since the last ``system.step``, int64 ``(L, E)``."""
-    return torch.stack([layer.recorder.train.ints[: layer.num_experts].clone() for layer in system.layers])
+    sums_LR = system.sums.on("train", system.step_state.device)
+    return torch.stack([sums_LR[layer.layer_id, : layer.num_experts].long() for layer in system.layers])
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ class Shape:
 SHAPES = {
     "d512-e32-k4": Shape(hidden=512, experts=32, top_k=4, intermediate=512),
     "d512-e128-k8": Shape(hidden=512, experts=128, top_k=8, intermediate=256),
+    "d512-e32-k4-t256": Shape(hidden=512, experts=32, top_k=4, intermediate=512, batch=1),
 }
 GRAPHS = ("eager", "compiled")
 PRESETS = ("null", "observe", "protect", "balance")
@@ -106,9 +107,9 @@ def state_bytes(system: ChronoSystem | None) -> int:
     tensors = [
         getattr(system.step_state, name) for name in (*system.step_state.NAMES, "beta_full_LE", "beta_applied_LE")
     ]
+    tensors += [part for parts in system.sums.parts.values() for part in parts.values()]
     for layer in system.layers:
-        for sums in (layer.recorder.train, layer.recorder.eval):
-            tensors += [t for t in (sums.ints, sums.floats, sums.inputs) if t is not None]
+        tensors += [*layer.recorder.held("train"), *layer.recorder.held("eval")]
         if layer.handle.lens is not None:
             tensors += [layer.handle.lens.V, layer.handle.lens.U]
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -5,6 +5,7 @@ Shape suffixes: E experts, C clocks (3: fast, mid, slow), R rows read, D model w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -70,26 +71,30 @@ def phase_coherence(output_ED: Tensor, reference_ED: Tensor) -> tuple[Tensor, Te
     Source: SPEC section 4, phi_e = cos(ybar_e, reference).
     """
     norm_E = output_ED.norm(dim=-1) * reference_ED.norm(dim=-1)
-    valid_E = (norm_E > 0) & torch.isfinite(norm_E)
+    valid_E = (norm_E > 0) & (norm_E < math.inf)
     dot_E = (output_ED * reference_ED).sum(dim=-1)
-    phi_E = torch.where(valid_E, dot_E / torch.where(valid_E, norm_E, 1.0), 0.0)
+    phi_E = (dot_E / norm_E).masked_fill(~valid_E, 0.0)
     return phi_E.clamp(-1.0, 1.0), valid_E
 
 
-def update_clocks_(ema_CE: Tensor, updates_E: Tensor, phi_E: Tensor, active_E: Tensor) -> None:
-    """Advance the three EMAs in place for the active experts only.
+def update_clocks_(
+    ema_CE: Tensor, updates_E: Tensor, phi_E: Tensor, active_E: Tensor, rate_C: Tensor | None = None
+) -> None:
+    """Advance the EMAs in place for the active experts only.
 
     Args:
-        ema_CE: raw (uncorrected) EMAs, shape ``(3, ..., E)``, floating.
+        ema_CE: raw (uncorrected) EMAs, shape ``(C, ..., E)``, floating.
         updates_E: updates so far, shape ``(..., E)``, int64.
-        phi_E: this step's phi, shape ``(..., E)``.
+        phi_E: this step's phi, shape ``(..., E)``, finite everywhere.
         active_E: experts with evidence in this step, shape ``(..., E)``, bool.
+        rate_C: 1 - alpha of each clock, in the dtype and on the device of `ema_CE`; None = the three of ALPHAS.
 
     Source: Phi <- alpha Phi + (1 - alpha) phi, SPEC section 4.
     """
-    for clock, alpha in enumerate(ALPHAS):
-        moved_E = ema_CE[clock] * alpha + phi_E.to(ema_CE.dtype) * (1.0 - alpha)
-        ema_CE[clock].copy_(torch.where(active_E, moved_E, ema_CE[clock]))
+    if rate_C is None:
+        rate_C = torch.tensor([1.0 - alpha for alpha in ALPHAS], dtype=ema_CE.dtype, device=ema_CE.device)
+    weight_CE = active_E * rate_C.view(-1, *([1] * active_E.dim()))  # a rate of exactly 0 leaves an EMA as it is
+    ema_CE.lerp_(phi_E.to(ema_CE.dtype).expand_as(ema_CE), weight_CE)
     updates_E.add_(active_E)
 
 
@@ -187,6 +192,7 @@ class CoherenceBuffer:
         active_E.index_fill_(0, ids_A, True)
         phi_E = self._scatter(torch.as_tensor(phi_raw, dtype=torch.float64, device=self.device), ids_A, "phi_raw")
         count_E = self._scatter(torch.as_tensor(num_tokens, dtype=torch.int64, device=self.device), ids_A, "num_tokens")
+        phi_E = torch.where(active_E, phi_E, 0.0)
         update_clocks_(self.ema_CE, self.updates, phi_E, active_E)
         self.phi_raw.copy_(torch.where(active_E, phi_E, self.phi_raw))
         self.total_tokens_seen.add_(torch.where(active_E, count_E, 0))

@@ -5,7 +5,6 @@ Shape suffixes: L layers, E experts (padded to the widest layer), C clocks, R nu
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from chronomoe_hf.coherence import ALPHAS, CoherenceBuffer, read_clocks, update_clocks_
 from chronomoe_hf.config import BetaConfig, VetoConfig
-from chronomoe_hf.errors import StepError
-from chronomoe_hf.recording.sums import META, PER_EXPERT, PER_LAYER
+from chronomoe_hf.recording.columns import Row
 from chronomoe_hf.router.beta_laws import (
     balance_error,
     balance_step,
@@ -25,44 +23,10 @@ from chronomoe_hf.router.beta_laws import (
 )
 from chronomoe_hf.router.state import LOGIT_STD_ALPHA, RouterState
 
-
-def check_step(step: Any) -> int:
-    """`step` as an int, if it is the number of an optimizer step: an integer of 1 or more, and no bool.
-
-    Raises:
-        StepError: It is something else.
-    """
-    if isinstance(step, bool) or not isinstance(step, numbers.Integral) or step < 1:
-        raise StepError(
-            f"system.step takes the number of optimizer steps done, an integer of 1 or more (1 after the first), got "
-            f"{step!r:.80}"
-        )
-    return int(step)
-
-
-class Row:
-    """Names the columns of a flat accumulator row ``[..., R]`` (counts, META, PER_EXPERT, PER_LAYER)."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self.size = width + len(META) + len(PER_EXPERT) * width + len(PER_LAYER)
-
-    def count(self, row: Any) -> Any:
-        """Assignments per expert."""
-        return row[..., : self.width]
-
-    def meta(self, row: Any, name: str) -> Any:
-        """One of META."""
-        return row[..., self.width + META.index(name)]
-
-    def expert(self, row: Any, name: str) -> Any:
-        """One of PER_EXPERT."""
-        start = self.width + len(META) + PER_EXPERT.index(name) * self.width
-        return row[..., start : start + self.width]
-
-    def layer(self, row: Any, name: str) -> Any:
-        """One of PER_LAYER."""
-        return row[..., self.size - len(PER_LAYER) + PER_LAYER.index(name)]
+# Names of the stacked tensors that share one storage, so that one operation or one copy serves all of them.
+_CLOCKS = ("ema_CLE", "phi_raw_LE")
+_WIDE = ("beta_LE", "beta_full_LE", "beta_applied_LE")
+_NARROW = ("logit_std_L", "relevance_L", "js_L", "flip_L", "overlap_L")
 
 
 class StepState:
@@ -97,6 +61,7 @@ class StepState:
         self.row = Row(width)
         wide = (num_layers, width)
         self.mask_LE = torch.arange(width)[None, :] < torch.tensor(num_experts)[:, None]
+        self.untouched_L = torch.tensor([not takes for takes in takes_beta or [True] * num_layers])
         self.beta_LE = torch.zeros(wide)
         self.gain_LE = torch.zeros(wide)
         self.beta_full_LE = torch.zeros(wide)
@@ -115,7 +80,31 @@ class StepState:
         self.overlap_L = torch.zeros(num_layers)
         self.window_LR = torch.zeros(num_layers, self.row.size, dtype=torch.float64)
         self.closed_2L = torch.zeros(2, num_layers, dtype=torch.float64)
-        self.untouched_L = torch.tensor([not takes for takes in takes_beta or [True] * num_layers])
+        # Constants: the raw phi is a clock that forgets at once; what each expert's count is divided by, and so on.
+        self._rate_C = torch.tensor([*(1.0 - alpha for alpha in ALPHAS), 1.0], dtype=torch.float64)
+        self._std_rate = torch.full((1,), 1.0 - LOGIT_STD_ALPHA, dtype=torch.float64)
+        self._num_L1 = torch.tensor(num_experts, dtype=torch.float64)[:, None]
+        self._mask64_LE = self.mask_LE.double()
+        self._some_beta = takes_beta is None or any(takes_beta)
+        self._even = len(set(num_experts)) == 1
+        self.mirrors: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._pack()
+
+    def _pack(self) -> None:
+        """Put tensors that are updated or copied together into one storage each; the attributes become views of it."""
+        self._clocks_CLE = torch.cat([self.ema_CLE, self.phi_raw_LE[None]])
+        self.ema_CLE, self.phi_raw_LE = self._clocks_CLE[:-1], self._clocks_CLE[-1]
+        self._wide_3LE = torch.stack([getattr(self, name) for name in _WIDE])
+        self._narrow_5L = torch.stack([getattr(self, name) for name in _NARROW])
+        for packed, names in ((self._wide_3LE, _WIDE), (self._narrow_5L, _NARROW)):
+            for at, name in enumerate(names):
+                setattr(self, name, packed[at])
+        self._gate_LE = (self.mask_LE & ~self.untouched_L[:, None]).double()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._pack()  # copying separates views from their storage
+        self.mirrors = {}
 
     @property
     def device(self) -> torch.device:
@@ -124,21 +113,39 @@ class StepState:
 
     def to_(self, device: torch.device) -> None:
         """Move every tensor; views held by RouterStates must be bound again."""
-        for name in (*self.NAMES, "mask_LE", "beta_full_LE", "beta_applied_LE", "closed_2L", "untouched_L"):
+        if device == self.device:
+            return
+        constants = ("mask_LE", "closed_2L", "untouched_L", "_rate_C", "_std_rate", "_num_L1", "_mask64_LE")
+        for name in {*self.NAMES, *_WIDE, *constants}:
             setattr(self, name, getattr(self, name).to(device))
+        self._pack()
 
-    def bind(self, state: RouterState) -> None:
-        """Make `state`'s tensors views of these stacked tensors."""
+    def bind(self, state: RouterState, device: torch.device | None = None) -> None:
+        """Make `state`'s tensors views of these stacked tensors, or, on another device, of a mirror of them.
+
+        Args:
+            state: of one layer.
+            device: where its router runs; None = here.
+        """
+        wide_3LE, narrow_5L = self._wide_3LE, self._narrow_5L
+        if device is not None and device != self.device:
+            if device not in self.mirrors:
+                self.mirrors[device] = (wide_3LE.to(device), narrow_5L.to(device))
+            wide_3LE, narrow_5L = self.mirrors[device]
         layer, num = state.layer_id, state.num_experts
-        state.beta_coeff = self.beta_LE[layer, :num]
-        state.beta_full = self.beta_full_LE[layer, :num]
-        state.beta_applied = self.beta_applied_LE[layer, :num]
-        state.logit_std_ema = self.logit_std_L[layer]
+        fields = ("beta_coeff", "beta_full", "beta_applied")
+        for at, name in enumerate(fields):
+            setattr(state, name, wide_3LE[at, layer, :num])
+        shown = ("logit_std_ema", "relevance", "disagreement_js", "disagreement_flip", "overlap_only")
+        for at, name in enumerate(shown):
+            setattr(state, name, narrow_5L[at, layer])
         state.logit_std_updates = self.std_updates_L[layer]
-        state.relevance = self.relevance_L[layer]
-        state.disagreement_js = self.js_L[layer]
-        state.disagreement_flip = self.flip_L[layer]
-        state.overlap_only = self.overlap_L[layer]
+
+    def publish(self) -> None:
+        """Bring the mirrors on other devices in line; nothing on one device."""
+        for wide_3LE, narrow_5L in self.mirrors.values():
+            wide_3LE.copy_(self._wide_3LE)
+            narrow_5L.copy_(self._narrow_5L)
 
     def coherence(self, layer: int) -> CoherenceBuffer:
         """The layer's clocks as a CoherenceBuffer over these stacked tensors."""
@@ -152,63 +159,85 @@ class StepState:
             self.last_step_LE[layer, :num],
         )
 
-    def update(self, row_LR: Tensor, step: int, veto: VetoConfig) -> None:
+    def update(self, row_LR: Tensor, step: int, veto: VetoConfig, compared: bool = True) -> None:
         """Add one optimizer step's sums (already summed over ranks) into window, clocks, logit std and veto.
 
         Args:
             row_LR: float64, see :class:`Row`.
             step: optimizer step just finished.
             veto: thresholds of the bridge veto.
+            compared: disagreement was measured; without, its columns are empty.
         """
         row = self.row
         self.window_LR.add_(row_LR)
         count_LE = row.count(row_LR)
         self.tokens_LE.add_(count_LE.long())
         self.last_step_LE.masked_fill_(count_LE > 0, step)
-
         weight_LE = row.expert(row_LR, "phi_weight")
-        active_LE = weight_LE > 0
-        phi_LE = torch.where(active_LE, row.expert(row_LR, "phi_weighted") / weight_LE.clamp_min(1e-12), 0.0)
-        update_clocks_(self.ema_CLE, self.updates_LE, phi_LE, active_LE)
-        self.phi_raw_LE.copy_(torch.where(active_LE, phi_LE, self.phi_raw_LE))
-
-        tokens_L = row.meta(row_LR, "tokens")
-        std_L = (row.layer(row_LR, "logit_var") / tokens_L.clamp_min(1.0)).sqrt()
-        seen_L = (tokens_L > 0) & (std_L > 0)
-        self.std_L.copy_(
-            torch.where(seen_L, self.std_L * LOGIT_STD_ALPHA + std_L * (1.0 - LOGIT_STD_ALPHA), self.std_L)
-        )
-        self.std_updates_L.add_(seen_L)
-        corrected_L = self.std_L / (1.0 - LOGIT_STD_ALPHA ** self.std_updates_L.double()).clamp_min(1e-12)
-        self.logit_std_L.copy_(torch.where(self.std_updates_L > 0, corrected_L, 1.0))
-
-        compared_L = row.layer(row_LR, "compared")
-        for target_L, name in ((self.js_L, "js"), (self.flip_L, "flip"), (self.overlap_L, "overlap")):
-            measured_L = row.layer(row_LR, name) / compared_L.clamp_min(1.0)
+        phi_LE = (row.expert(row_LR, "phi_weighted") / weight_LE).nan_to_num_(0.0)
+        update_clocks_(self._clocks_CLE, self.updates_LE, phi_LE, weight_LE > 0, self._rate_C)
+        self._update_std(row.layer(row_LR, "logit_var"), row.meta(row_LR, "tokens"))
+        if compared:
+            compared_L = row.layer(row_LR, "compared")
+            measured_3L = row.disagreement(row_LR).T / compared_L.clamp_min(1.0)
             # A step without a comparison (beta still zero, or no token) says nothing new.
-            target_L.copy_(torch.where(compared_L > 0, measured_L, target_L))
+            shown_3L = self._narrow_5L[2:]
+            shown_3L.copy_(torch.where(compared_L > 0, measured_3L, shown_3L))
         if veto.enabled:
             signal_L = self.js_L if veto.signal == "js" else self.overlap_L
             self.relevance_L.copy_(relevance_of(signal_L, veto.threshold))
 
+    def _update_std(self, var_L: Tensor, tokens_L: Tensor) -> None:
+        """The EMA of the logit standard deviation, and its value corrected for its youth."""
+        std_L = (var_L / tokens_L.clamp_min(1.0)).sqrt_()
+        seen_L = std_L > 0
+        self.std_L.lerp_(std_L, seen_L * self._std_rate)
+        self.std_updates_L.add_(seen_L)
+        # Before the first update this is 0 / 0, which reads as 1.
+        corrected_L = self.std_L / (1.0 - LOGIT_STD_ALPHA ** self.std_updates_L.double())
+        self.logit_std_L.copy_(corrected_L.nan_to_num_(1.0))
+
     def refresh(self, cap: float) -> None:
         """Recompute what the forward adds: relevance * clamp(beta, +-cap) * logit std."""
-        self.beta_full_LE.copy_(self.beta_LE.clamp(-cap, cap) * self.logit_std_L[:, None])
-        self.beta_applied_LE.copy_(self.beta_full_LE * self.relevance_L[:, None])
+        if not self._some_beta:
+            return  # every layer has a native bias that moves instead
+        torch.clamp(self.beta_LE, -cap, cap, out=self.beta_full_LE)
+        self.beta_full_LE.mul_(self.logit_std_L[:, None])
+        torch.mul(self.beta_full_LE, self.relevance_L[:, None], out=self.beta_applied_LE)
 
-    def apply_balance(self, count_LE: Tensor, beta: BetaConfig, frozen_L: Tensor) -> Tensor:
+    def apply_balance(self, count_LE: Tensor, beta: BetaConfig, frozen_L: Tensor | None = None) -> Tensor:
         """One step of the balance law on beta, except for layers in `frozen_L` (their native bias is updated).
 
+        The step is centred and the result clamped. A clamp that acts leaves a part that is common to all experts, which
+        no choice depends on; :meth:`recentre` takes it away when a window closes.
+
+        Args:
+            count_LE: the step's assignments.
+            beta: the law.
+            frozen_L: bool; None = the layers that take no beta.
+
         Returns:
-            The step of every layer in units of the rate, float64 ``(L, E)``, for the native biases.
+            The step of every layer in units of the rate, centred, float64 ``(L, E)``, for the native biases.
         """
-        error_LE = torch.where(self.mask_LE, balance_error(count_LE, self.mask_LE.sum(-1, keepdim=True)), 0.0)
+        error_LE = balance_error(count_LE, self._num_L1)
+        if not self._even:
+            error_LE.mul_(self._mask64_LE)  # padding is no idle expert
         if beta.rule == "quadratic":
             self.gain_LE.copy_(next_gain(self.gain_LE, error_LE))
-        step_LE = balance_step(error_LE, beta.rule, self.gain_LE)
-        moved_LE = centre_and_clamp(self.beta_LE.double() + beta.rate * step_LE, beta.balance_cap, self.mask_LE)
-        self.beta_LE.copy_(torch.where(frozen_L[:, None], self.beta_LE.double(), moved_LE))
+            step_LE = self.gain_LE * error_LE.square()  # the law's gain * e |e|: a gain has the sign of its last error
+        else:
+            step_LE = balance_step(error_LE, beta.rule)
+        mean_L1 = step_LE.mean(-1, keepdim=True) if self._even else step_LE.sum(-1, keepdim=True) / self._num_L1
+        step_LE = step_LE - mean_L1
+        if self._some_beta:
+            gate_LE = self._gate_LE if frozen_L is None else self._mask64_LE * ~frozen_L[:, None]
+            self.beta_LE.addcmul_(step_LE, gate_LE, value=beta.rate).clamp_(-beta.balance_cap, beta.balance_cap)
         return step_LE
+
+    def recentre(self, cap: float) -> None:
+        """Zero-centre the betas within +-cap, exactly, but for layers that take no beta."""
+        moved_LE = centre_and_clamp(self.beta_LE.double(), cap, self.mask_LE)
+        self.beta_LE.copy_(torch.where(self.untouched_L[:, None], self.beta_LE.double(), moved_LE))
 
     def apply_coherence(self, step: int, beta: BetaConfig, frozen_L: Tensor | None = None) -> None:
         """The coherence law on all layers, except for those in `frozen_L` (bool)."""

@@ -33,7 +33,7 @@ from chronomoe_hf.lens.direction import RouterInputs
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
 from chronomoe_hf.recording.scope import Switches
-from chronomoe_hf.recording.sums import Accumulators
+from chronomoe_hf.recording.tape import Recorded
 from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.step_state import StepState, check_step
 from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot
@@ -43,6 +43,7 @@ from chronomoe_hf.wrapping.bias_check import restore_fp32_bias
 from chronomoe_hf.wrapping.build import check_layers
 from chronomoe_hf.wrapping.fold import FoldReport, fold_layers
 from chronomoe_hf.wrapping.layer import Layer
+from chronomoe_hf.wrapping.placement import Placement
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -106,7 +107,14 @@ class ChronoSystem:
         self._warned_of_repeat = False
         self._advised = False
         self._failed_evaluation = self._told_of_failures = False
-        self._bind()
+        self.sums = layers[0].recorder.sums
+        self.placement = Placement(
+            self.step_state,
+            self.sums,
+            [layer.handle for layer in layers],
+            [layer.recorder for layer in layers],
+            [layer.adapter.weight(layer.router).device for layer in layers],
+        )
         self._set_switches()
 
     # ---- views -------------------------------------------------------------------------------------------------
@@ -135,25 +143,12 @@ class ChronoSystem:
         """The layer's router state."""
         return self.layers[layer_id].handle.state
 
-    def _bind(self) -> None:
-        for layer in self.layers:
-            self.step_state.bind(layer.handle.state)
-
-    def _follow_device(self) -> None:
-        device = self.layers[0].recorder.train.ints.device
-        if device != self.step_state.device:
-            self.step_state.to_(device)
-            self._bind()
-            for layer in self.layers:
-                if layer.handle.lens is not None:
-                    layer.handle.lens.to(layer.recorder.train.ints.device)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "on_unwrap": []}  # a copy or a pickle of the model is its own wrapped model
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._bind()  # pickling separates views from their storage
+        self.placement.arrange()  # copying separates views from their storage
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
@@ -181,7 +176,7 @@ class ChronoSystem:
         self.global_step = self._stepped = global_step
         restore_fp32_bias(self.layers)
         row_LR, inputs = self._take(with_inputs=self.switches.router_input)
-        self.step_state.update(row_LR, global_step, self.config.veto)
+        self.step_state.update(row_LR, global_step, self.config.veto, compared=self.config.veto.enabled)
         self.window_steps += not repeated
         if self.config.beta.law == "balance":
             actuate.balance(self.step_state, self.layers, self.config, self.step_state.row.count(row_LR))
@@ -190,6 +185,7 @@ class ChronoSystem:
         snapshot = self._close_window(global_step, inputs) if closing else None
         if self.config.beta.law != "none":
             self.step_state.refresh(self.cap)
+        self.step_state.publish()
         self._set_switches()
         self.overhead_s += time.perf_counter() - started
         return snapshot
@@ -206,9 +202,13 @@ class ChronoSystem:
 
     def discard(self) -> None:
         """Throw away what was recorded since the last step (leftovers before a training run starts)."""
-        for layer in self.layers:
-            for sums in (layer.recorder.train, layer.recorder.eval):
-                _zero(sums)
+        for scope in {layer.recorder.scope for layer in self.layers}:
+            scope.abandon()
+        for mode in ("train", "eval"):
+            self._zero(mode)
+
+    def _zero(self, mode: Recorded) -> None:
+        self.sums.zero(mode, [each for layer in self.layers for each in layer.recorder.held(mode)])
 
     def begin(self, new_run: bool = True) -> None:
         """Start of a training run: leftovers of earlier forwards and of an open window are dropped. Collective.
@@ -238,6 +238,7 @@ class ChronoSystem:
 
     def _set_switches(self) -> None:
         """Derive from config and state, in one place, what the next forwards record and what acts in them."""
+        self.switches.step = self.global_step + 1
         acts = self.beta_moved and self.config.beta.law != "none"
         for layer in self.layers:
             layer.handle.state.beta_on = acts and layer.takes_beta
@@ -247,30 +248,24 @@ class ChronoSystem:
         self.switches.router_input = self.config.lens.enabled and self.config.control.enabled and upcoming
         self.switches.any_steering = any(layer.handle.state.beta_on or layer.handle.lens_open for layer in self.layers)
 
-    def _take(self, mode: str = "train", with_inputs: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
+    def _take(self, mode: Recorded = "train", with_inputs: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
         """Sums of all layers since the last take, over all ranks, and (where asked) those of the router inputs."""
-        self._follow_device()
-        device = self.step_state.device
-        sums = [layer.recorder.train if mode == "train" else layer.recorder.eval for layer in self.layers]
-        ints = torch.stack([s.ints.to(device) for s in sums]).double()
-        floats = torch.stack([s.floats.to(device) for s in sums])
-        row_LR = torch.cat([ints, floats], dim=1)
-        failed = torch.full((1,), float(self._failed_save is not None), dtype=torch.float64, device=device)
-        flat = torch.cat([row_LR.reshape(-1), failed])
-        wide = {i: s.inputs for i, s in enumerate(sums) if s.inputs is not None} if with_inputs else {}
-        if wide:
-            flat = torch.cat([flat, *(w.to(device).double() for w in wide.values())])
+        home, recorders = self.step_state.device, [layer.recorder for layer in self.layers]
+        row_LR = self.sums.total(mode, home, [each.held(mode)[0] for each in recorders])
+        wide = {each.layer_id: each.inputs for each in recorders if each.inputs is not None} if with_inputs else {}
+        if not wide and not distributed.active():
+            self._zero(mode)
+            return row_LR, {}
+        failed = row_LR.new_full((1,), float(self._failed_save is not None))
+        flat = torch.cat([row_LR.reshape(-1), failed, *(each.to(home).double() for each in wide.values())])
         flat = distributed.all_reduce_sum_(flat).div_(distributed.batch_copies(self.model))
-        for s in sums:
-            _zero(s)
+        self._zero(mode)
         start = row_LR.numel()
-        row_LR = flat[:start].view_as(row_LR)
-        inputs = (
-            dict(zip(wide, flat[start + 1 :].split([w.numel() for w in wide.values()]), strict=True)) if wide else {}
-        )
+        sizes = [each.numel() for each in wide.values()]
+        inputs = dict(zip(wide, flat[start + 1 :].split(sizes), strict=True)) if wide else {}
         if self.config.checkpoint.strict_save and distributed.active():
             self._require_saved(flat[start])
-        return row_LR, inputs
+        return flat[:start].view_as(row_LR), inputs
 
     def require_saved(self) -> None:
         """Raise on every rank if a state could not be written. Collective with ``strict_save``, else nothing.
@@ -343,6 +338,8 @@ class ChronoSystem:
         if self.config.beta.law == "coherence":
             actuate.move_beta(state, self.config, step, control)
             self.governed = self.beta_moved = True
+        elif self.config.beta.law == "balance":
+            state.recentre(self.cap)
         shares = window_shares(self.layers, state.row, host)
         aimed = actuate.aim_lenses(self.layers, self.config, control, inputs, shares, host["logit_std"].tolist())
         self.governed |= aimed
@@ -454,6 +451,7 @@ class ChronoSystem:
         restore_fp32_bias(self.layers)
         self.controller.initialize(run_id=self.run_id)
         self.step_state.refresh(self.cap)
+        self.step_state.publish()
         self.discard()
         self._set_switches()
 
@@ -550,10 +548,3 @@ class ChronoSystem:
     def close_telemetry(self) -> None:
         """Close the record files; reports dropped records."""
         self.records.close()
-
-
-def _zero(sums: Accumulators) -> None:
-    sums.ints.zero_()
-    sums.floats.zero_()
-    if sums.inputs is not None:
-        sums.inputs.zero_()

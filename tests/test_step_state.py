@@ -11,40 +11,53 @@ import pytest
 import torch
 from torch import Tensor
 
-from chronomoe_hf.config import BetaConfig, CoherenceConfig, VetoConfig
-from chronomoe_hf.recording.scope import ForwardScope, Switches
-from chronomoe_hf.recording.sums import META, PER_EXPERT, PER_LAYER, Accumulators, LayerRecorder
-from chronomoe_hf.router.state import RouterState, Routing
-from chronomoe_hf.step_state import Row, StepState
+from chronomoe_hf.config import BetaConfig, VetoConfig
+from chronomoe_hf.recording.columns import META, PER_EXPERT, PER_LAYER, Row
+from chronomoe_hf.recording.sums import RouterBatch, routing_sums
+from chronomoe_hf.router.state import RouterState
+from chronomoe_hf.step_state import StepState
 
 EXPERTS = (4, 6)  # two layers of different width: the narrow one has padding columns
 WIDTH = max(EXPERTS)
 
 
 class Forward:
-    """Recorders of two layers, fed by hand, and the row that a step folds."""
+    """Sums of two layers, fed by hand, and the row that a step adds."""
 
     def __init__(self) -> None:
-        self.window = ForwardScope(Switches(), (), None)
-        self.recorders = []
-        for layer_id, num in enumerate(EXPERTS):
-            recorder = LayerRecorder(layer_id, num, WIDTH, self.window, CoherenceConfig())
-            recorder.train, recorder.eval = Accumulators.zeros(WIDTH), Accumulators.zeros(WIDTH)
-            self.recorders.append(recorder)
+        self.row_names = Row(WIDTH)
+        self.sums_LR = torch.zeros(len(EXPERTS), self.row_names.size, dtype=torch.float64)
 
     def call(self, layer: int, logits: Tensor, real: list[bool] | None = None, **extra: Any) -> None:
-        self.window.mode = "train"
-        self.window.mask_T = None if real is None else torch.tensor(real)
-        routing = Routing(logits, logits.topk(2, dim=-1).indices)
-        self.recorders[layer].routing(routing, lambda z: z.softmax(-1), extra.get("disagreement"), extra.get("differs"))
-        self.window.close()
+        """One router call of `layer`; `disagreement` per token, `differs` per token."""
+        index = logits.topk(2, dim=-1).indices
+        native = None
+        if extra.get("differs") is not None:  # another expert in the first slot of those tokens
+            num = logits.shape[-1]
+            other = torch.tensor([next(e for e in range(num) if e not in chosen) for chosen in index.tolist()])
+            native = torch.where(extra["differs"][:, None], torch.stack([other, index[:, 1]], 1), index.flip(1))
+        measured = None
+        if extra.get("disagreement") is not None:
+            counted = torch.isfinite(logits).all(-1) & (
+                torch.ones(len(logits)).bool() if real is None else torch.tensor(real)
+            )
+            table = torch.stack([*extra["disagreement"], torch.ones(len(logits))], dim=-1)
+            measured = table[counted].double().sum(0)[None]
+        batch = RouterBatch(
+            logits_GTE=logits[None],
+            index_GTK=index[None],
+            kept_GTK=None,
+            native_GTK=None if native is None else native[None],
+            mask_T=None if real is None else torch.tensor(real),
+            distribution=lambda z: z.softmax(-1),
+        )
+        head, tail = routing_sums(batch, self.row_names, measured)
+        self.sums_LR[layer, self.row_names.head] += head[0]
+        self.sums_LR[layer, self.row_names.tail] += tail[0]
 
     def row(self) -> Tensor:
-        sums = [recorder.train for recorder in self.recorders]
-        out = torch.stack([torch.cat([s.ints.double(), s.floats]) for s in sums])
-        for s in sums:
-            s.ints.zero_()
-            s.floats.zero_()
+        out = self.sums_LR.clone()
+        self.sums_LR.zero_()
         return out
 
 

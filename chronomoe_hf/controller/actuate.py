@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf import distributed
-from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.config import BetaConfig, ChronoConfig
 from chronomoe_hf.controller.decisions import ControlDecision
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.lens.basis import carried
@@ -81,11 +81,40 @@ def balance(state: StepState, layers: Sequence[Layer], config: ChronoConfig, cou
     Raises:
         ConfigError: a correction bias that is a parameter has been sharded over the ranks.
     """
-    step_LE = state.apply_balance(count_LE, config.beta, state.untouched_L)
+    step_LE = state.apply_balance(count_LE, config.beta)
+    native = [layer for layer in layers if layer.native_bias]
+    for layer in native:
+        _require_whole_bias(layer)
+    if native:
+        move_native_biases(native, step_LE, state.logit_std_L, config.beta)
+
+
+def move_native_biases(layers: Sequence[Layer], step_LE: Tensor, logit_std_L: Tensor, beta: BetaConfig) -> None:
+    """The balance law on the model's own correction biases, in their score units; only the change is centred.
+
+    Args:
+        layers: those that have such a bias.
+        step_LE: centred step of the law in units of the rate, from ``StepState.apply_balance``, of all layers.
+        logit_std_L: of all layers, for ``native_rate=None``.
+        beta: the rate.
+    """
+    if beta.native_rate is not None:
+        moved_LE = step_LE * beta.native_rate
+    else:
+        moved_LE = step_LE * logit_std_L[:, None]
+    alike: dict[tuple[torch.device, torch.dtype, float], list[Layer]] = {}
+    biases: dict[int, Tensor] = {}
     for layer in layers:
-        if layer.native_bias:
-            _require_whole_bias(layer)
-            layer.update_native_bias(step_LE[layer.layer_id, : layer.num_experts], config.beta)
+        bias_E = layer.adapter.native_bias(layer.router, layer.parent)
+        assert bias_E is not None
+        slope = 1.0 if beta.native_rate is not None else beta.rate * layer.adapter.rule.bias_slope(layer.num_experts)
+        biases[layer.layer_id] = bias_E
+        alike.setdefault((bias_E.device, bias_E.dtype, slope), []).append(layer)
+    with torch.no_grad():
+        for (device, dtype, slope), group in alike.items():
+            there_LE = moved_LE.to(device=device, dtype=dtype)  # in the bias's dtype, in one operation for all layers
+            changes = [there_LE[layer.layer_id, : layer.num_experts] for layer in group]
+            torch._foreach_add_([biases[layer.layer_id] for layer in group], changes, alpha=slope)
 
 
 def _require_whole_bias(layer: Layer) -> None:

@@ -24,6 +24,7 @@ from chronomoe_hf.config import ReaderName
 SAMPLE = 256  # tokens read per micro-batch and layer, both folds together
 RIDGE = 0.1  # penalty, in units of the mean squared length of a router input
 UNREADABLE = 1e6  # the spread of a reader that reads nothing
+PIECE = 16 * 2**20  # bytes of router inputs that are copied at a time
 _NUMBERS = 4  # after the two directions: tokens, sampled tokens, sum and square sum of their readings
 
 
@@ -32,36 +33,56 @@ def sums_width(d_model: int) -> int:
     return 2 * d_model + _NUMBERS
 
 
-def input_sums(x_TD: Tensor, real_T: Tensor, sample_S: Tensor, valid_S: Tensor, reader: ReaderName) -> Tensor:
+def input_sums(
+    x_TD: Tensor, real_T: Tensor, sample_S: Tensor | None, valid_S: Tensor | None, reader: ReaderName
+) -> Tensor:
     """Everything about one batch of router inputs that a lens is aimed by, in a form that adds up over batches.
 
-    No host transfer, and no shape that depends on values.
+    No host transfer, no shape that depends on values, and no fp32 copy of the inputs.
 
     Args:
-        x_TD: router inputs, fp32, zero where `real_T` is False.
-        real_T: float, 1 for real tokens.
-        sample_S: positions of the tokens that the reader is fitted on; the last one is left out if S is odd.
-        valid_S: bool, False for filler in the sample.
+        x_TD: router inputs, native dtype; may hold anything where `real_T` is False.
+        real_T: bool, real tokens.
+        sample_S: positions of the tokens that the reader is fitted on, None = all; the last one is left out if S is
+            odd.
+        valid_S: bool, False for filler in the sample; None = all count.
         reader: ``"ridge"`` or ``"mean"``.
 
     Returns:
         fp32 ``(2 D + 4,)``: sum of x; direction times sampled tokens; tokens; sampled tokens; sum and sum of squares
         of their readings x V, each by the V of the other fold.
     """
-    half = sample_S.shape[0] // 2
+    real_T = real_T.bool()
+    sampled_SD = x_TD if sample_S is None else x_TD.index_select(0, sample_S)
+    counts_S = real_T if sample_S is None else real_T.index_select(0, sample_S)
+    if valid_S is not None:
+        counts_S = counts_S & valid_S
+    half = sampled_SD.shape[0] // 2
     # Neighbours go to different folds, so that both see every part of the batch.
-    real_2F = (valid_S[: 2 * half].float() * real_T[sample_S[: 2 * half]]).view(half, 2).T
-    x_2FD = x_TD[sample_S[: 2 * half]].view(half, 2, x_TD.shape[-1]).transpose(0, 1) * real_2F[..., None]
+    counts_2F = counts_S[: 2 * half].view(half, 2).T
+    x_2FD = sampled_SD[: 2 * half].view(half, 2, x_TD.shape[-1]).transpose(0, 1).float()
+    x_2FD, real_2F = torch.where(counts_2F[..., None], x_2FD, 0.0), counts_2F.float()
     fitted_2D = _ridge(x_2FD, real_2F) if reader == "ridge" else _mean(x_2FD, real_2F)
     reading_2F = (x_2FD @ fitted_2D.flip(0)[..., None]).squeeze(-1)  # filler rows read 0
     weight = real_2F.sum()
     return torch.cat(
         [
-            real_T @ x_TD,
+            _sum_real(x_TD, real_T),
             fitted_2D.mean(0) * weight,
-            torch.stack([real_T.sum(), weight, reading_2F.sum(), reading_2F.square().sum()]),
+            torch.stack([real_T.sum(dtype=torch.float32), weight, reading_2F.sum(), reading_2F.square().sum()]),
         ]
     )
+
+
+def _sum_real(x_TD: Tensor, real_T: Tensor) -> Tensor:
+    """Sum of the real rows, fp32 ``(D,)``; works on a masked copy of at most PIECE bytes at a time."""
+    step = max(1, PIECE // (x_TD.shape[-1] * x_TD.element_size()))
+    if torch.compiler.is_compiling() or x_TD.shape[0] <= step:  # a graph needs no copy at all
+        return torch.where(real_T[:, None], x_TD, 0.0).sum(0, dtype=torch.float32)
+    total_D = x_TD.new_zeros(x_TD.shape[-1], dtype=torch.float32)
+    for part_TD, part_T in zip(x_TD.split(step), real_T.split(step), strict=True):
+        total_D += torch.where(part_T[:, None], part_TD, 0.0).sum(0, dtype=torch.float32)
+    return total_D
 
 
 def _mean(x_2FD: Tensor, real_2F: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from chronomoe_hf.recording.scope import TokenSample, sample_tokens
-from chronomoe_hf.recording.sums import ExpertRows, LayerRecorder
+from chronomoe_hf.recording.recorder import LayerRecorder
 from chronomoe_hf.router.state import HANDLE
 
 _TAPPED = ("grouped_mm", "batched_mm")
@@ -46,27 +45,50 @@ class _Tap:
         return rows_AD
 
 
+class _Weights:
+    """Stands in for the weights inside ``grouped_mm`` and keeps the order in which it sorts the assignments.
+
+    The backend flattens the weights and indexes them with that order. Everything else acts on the weights themselves.
+    """
+
+    def __init__(self, weight_TK: Tensor) -> None:
+        self.weight_TK = weight_TK
+        self.order_A: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.weight_TK, name)
+
+    def reshape(self, *shape: Any) -> Any:
+        return self if shape == (-1,) else self.weight_TK.reshape(*shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, Tensor) and index.shape == (self.weight_TK.numel(),):
+            self.order_A = index
+        return self.weight_TK.reshape(-1)[index]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = [arg.weight_TK if isinstance(arg, cls) else arg for arg in args]
+        return func(*args, **(kwargs or {}))
+
+
 class ChronoExperts(nn.Module):
     """Mixin placed before an experts class that follows the experts interface (hidden, index, weights)."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
         """The native module's inputs and output; records expert outputs on the way."""
         recorder: LayerRecorder = self.__dict__[HANDLE].recorder
-        if not (recorder.active and recorder.coherence.enabled):
+        if not recorder.reads_outputs:
             return super().forward(hidden_states, top_k_index, top_k_weights, *args)  # type: ignore[misc]
         config: Any = self.config
         implementation: str = config._experts_implementation
         # hasattr: the attribute exists from Transformers 5.20 on, and with it the place to look.
         tapped = implementation in _TAPPED and hasattr(self, "has_post_expert_norm") and not self._is_expert_parallel
         if tapped and not args and top_k_index.shape[-1] > 1:
-            tap = _Tap(self)
-            output: Tensor = ALL_EXPERTS_FUNCTIONS[implementation](tap, hidden_states, top_k_index, top_k_weights)
-            _read_tap(recorder, tap, implementation, top_k_index, top_k_weights)
-            return output
+            return _run_tapped(recorder, self, implementation, hidden_states, top_k_index, top_k_weights)
         output = super().forward(hidden_states, top_k_index, top_k_weights, *args)  # type: ignore[misc]
         if top_k_index.shape[-1] == 1:
-            valid_T1 = torch.ones_like(top_k_index, dtype=torch.bool)
-            _read_single(recorder, output, top_k_index, top_k_weights, valid_T1)
+            _read_single(recorder, output, top_k_index, top_k_weights, None)
         else:
             with torch.no_grad():
                 self._replay(recorder, hidden_states, top_k_index, top_k_weights)
@@ -74,13 +96,12 @@ class ChronoExperts(nn.Module):
 
     def _replay(self, recorder: LayerRecorder, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
         limit = recorder.coherence.max_tokens
-        sample = _sample(recorder, index_TK, None if limit is None else min(limit, _REPLAY_LIMIT))
-        num_k = index_TK.shape[1]
-        index_SK = index_TK[sample.position_S]
-        hidden_AD = hidden_TD[sample.position_S].repeat_interleave(num_k, 0)
+        limit = None if limit is None else min(limit, _REPLAY_LIMIT)
+        sample = recorder.sample(index_TK.shape[0], index_TK.device, limit)
+        hidden_AD = sample.pick(hidden_TD).repeat_interleave(index_TK.shape[1], 0)
         with _without_dropout(self):
-            rows_AD = self._unweighted(hidden_AD, index_SK.reshape(-1, 1))
-        _record(recorder, rows_AD.view(-1, num_k, rows_AD.shape[-1]), weight_TK, index_TK, sample)
+            rows_AD = self._unweighted(hidden_AD, sample.pick(index_TK).reshape(-1, 1))
+        recorder.outputs(rows_AD.detach(), None, sample, weight_TK, index_TK)
 
     def _unweighted(self, hidden_AD: Tensor, index_A1: Tensor) -> Tensor:
         """Native outputs of one expert a row, weight 1."""
@@ -96,7 +117,7 @@ class ChronoDirectExperts(ChronoExperts):
         recorder: LayerRecorder = self.__dict__[HANDLE].recorder
         native = super(ChronoExperts, self).forward
         output: Tensor = native(hidden_states, top_k_index, top_k_weights, *args)
-        if recorder.active and recorder.coherence.enabled:
+        if recorder.reads_outputs:
             with torch.no_grad():
                 self._replay(recorder, hidden_states.reshape(-1, hidden_states.shape[-1]), top_k_index, top_k_weights)
         return output
@@ -126,7 +147,7 @@ class ChronoSwitchExperts(nn.Module):
         """The native module's inputs and output; records expert outputs on the way."""
         recorder: LayerRecorder = self.__dict__[HANDLE].recorder
         output: Tensor = super().forward(hidden_states, selected_experts, routing_weights)  # type: ignore[misc]
-        if recorder.active and recorder.coherence.enabled:
+        if recorder.reads_outputs:
             mask_TE = selected_experts.reshape(output.shape[0], -1)
             index_T1 = mask_TE.argmax(-1, keepdim=True)
             _read_single(recorder, output, index_T1, routing_weights, mask_TE.sum(-1, keepdim=True) > 0)
@@ -146,61 +167,59 @@ def _without_dropout(experts: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _sample(recorder: LayerRecorder, index_TK: Tensor, limit: int | None) -> TokenSample:
-    return sample_tokens(recorder.window.rows(index_TK.shape[0]), index_TK.shape[0], limit, index_TK.device)
-
-
-def _read_tap(recorder: LayerRecorder, tap: _Tap, implementation: str, index_TK: Tensor, weight_TK: Tensor) -> None:
+def _run_tapped(
+    recorder: LayerRecorder, experts: Any, implementation: str, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
+) -> Tensor:
+    """Run a library backend on the experts and record the rows of the sampled tokens on the way."""
+    backend = ALL_EXPERTS_FUNCTIONS[implementation]
+    tap = _Tap(experts)
+    order_A: Tensor | None = None
+    if implementation == "grouped_mm" and not torch.compiler.is_compiling():
+        weights = _Weights(weight_TK)
+        output: Tensor = backend(tap, hidden_TD, index_TK, weights)
+        order_A = weights.order_A
+    else:
+        output = backend(tap, hidden_TD, index_TK, weight_TK)
     assert tap.rows_AD is not None, "the backend did not pass its rows through post_expert_norm"
+    pick_A: Tensor | None
     with torch.no_grad():
-        sample = _sample(recorder, index_TK, recorder.coherence.max_tokens)
         num_tokens, num_k = index_TK.shape
-        slot_A = torch.arange(num_tokens * num_k, device=index_TK.device)
+        sample = recorder.sample(num_tokens, index_TK.device)
         if implementation == "grouped_mm":
-            # The backend sorts assignments by expert with this very call; invert it to find a token's rows.
-            order_A = torch.sort(index_TK.reshape(-1))[1]
-            slot_A = torch.empty_like(order_A).index_copy_(0, order_A, slot_A)
-        slot_A = slot_A.view(num_tokens, num_k)[sample.position_S].reshape(-1)
-        rows_SKD = tap.rows_AD.detach()[slot_A].view(-1, num_k, tap.rows_AD.shape[-1])
-        _record(recorder, rows_SKD, weight_TK, index_TK, sample)
+            pick_A = _sorted_slots(recorder, sample, index_TK, order_A)
+        else:
+            pick_A = recorder.slots(sample, num_k, index_TK.device)
+        recorder.outputs(tap.rows_AD.detach(), pick_A, sample, weight_TK, index_TK)
+    return output
+
+
+def _sorted_slots(recorder: LayerRecorder, sample: Any, index_TK: Tensor, order_A: Tensor | None) -> Tensor:
+    """Where ``grouped_mm``, which sorts assignments by expert, has put those of the sampled tokens.
+
+    Args:
+        recorder: of the layer.
+        sample: the tokens.
+        index_TK: expert ids of the call.
+        order_A: the order that the backend has used; None = repeat its very call.
+    """
+    if order_A is None:
+        order_A = torch.sort(index_TK.reshape(-1))[1]
+    num = order_A.shape[0]
+    if torch.compiler.is_compiling():
+        place_A = torch.arange(num, device=order_A.device)
+    else:
+        place_A = recorder.scope.count_up(num, order_A.device)
+    at_A = torch.empty_like(order_A).scatter_(0, order_A, place_A)
+    slots: Tensor = sample.pick(at_A.view(index_TK.shape)).flatten()
+    return slots
 
 
 def _read_single(
-    recorder: LayerRecorder, output_TD: Tensor, index_T1: Tensor, weight_T1: Tensor, valid_T1: Tensor
+    recorder: LayerRecorder, output_TD: Tensor, index_T1: Tensor, weight_T1: Tensor, valid_T1: Tensor | None
 ) -> None:
     """One expert a token: y = output / weight, exact up to one rounding of the model's dtype."""
-    with torch.no_grad(), torch.autocast(output_TD.device.type, enabled=False):
-        sample = _sample(recorder, index_T1, recorder.coherence.max_tokens)
-        weight_S1 = weight_T1.detach()[sample.position_S].float()
-        usable_S1 = (weight_S1 > 0) & valid_T1[sample.position_S]
-        rows_SD = output_TD.detach()[sample.position_S].float() / torch.where(usable_S1, weight_S1, 1.0)
-        recorder.expert_rows(
-            ExpertRows(
-                output_SKD=rows_SD[:, None],
-                weight_SK=weight_S1,
-                index_SK=index_T1[sample.position_S],
-                valid_SK=usable_S1 & sample.valid_S[:, None],
-                scale=sample.scale,
-            )
-        )
-
-
-def _record(
-    recorder: LayerRecorder, rows_SKD: Tensor, weight_TK: Tensor, index_TK: Tensor, sample: TokenSample
-) -> None:
-    weight_SK = weight_TK.detach()[sample.position_S]
-    index_SK = index_TK[sample.position_S]
-    finite_S = torch.isfinite(weight_SK.float().sum(-1)) & sample.valid_S
-    in_range_SK = index_SK < recorder.num_experts  # expert-parallel sentinels are not experts
-    recorder.expert_rows(
-        ExpertRows(
-            output_SKD=rows_SKD,
-            weight_SK=weight_SK,
-            index_SK=index_SK.clamp(max=recorder.num_experts - 1),
-            valid_SK=finite_S[:, None] & in_range_SK,
-            scale=sample.scale,
-        )
-    )
+    sample = recorder.sample(output_TD.shape[0], output_TD.device)
+    recorder.outputs(output_TD.detach(), sample.position_S, sample, weight_T1, index_T1, valid_T1, divided=True)
 
 
 _MIXINS: dict[str, type[nn.Module]] = {

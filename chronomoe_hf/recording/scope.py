@@ -1,18 +1,20 @@
-"""Which forwards are recorded, which of their rows are real tokens, and which of those are read for coherence.
+"""Which forwards are recorded, and which of their rows are real tokens.
 
-Shape suffixes: T router rows (tokens), B batch, S sequence (in `real_tokens`) or tokens read (in `sample_tokens`).
+Shape suffixes: T router rows (tokens), B batch, S sequence.
 """
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.recording.padding import DECODER_LABELS, PadToken, real_tokens
+from chronomoe_hf.recording.sampling import TokenSample, sample_tokens
+from chronomoe_hf.recording.tape import Sums, Tape
 from chronomoe_hf.router.shared import SharedInParts
 
 Mode = Literal["off", "train", "eval"]
@@ -23,30 +25,50 @@ DECODER = "_chrono_decoder"
 
 @dataclass
 class Switches:
-    """Host-side switches shared by all windows of a system.
+    """Host-side switches shared by all scopes of a system.
 
     Args:
         training: record training forwards.
         evaluation: record forwards in eval mode (set while Trainer evaluates, or by ``system.recording_eval()``).
         router_input: also sum router inputs (set for the one step before a lens may be steered).
         any_steering: beta or a lens acts in some layer (only compiled graphs go by it, see ``ChronoRouter.forward``).
+        step: the optimizer step that the next training forward belongs to.
     """
 
     training: bool = True
     evaluation: bool = False
     router_input: bool = False
     any_steering: bool = False
+    step: int = 1
+
+
+@dataclass
+class _Cache:
+    """What the calls of one forward share: masks and samples by size and device."""
+
+    masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    samples: dict[Any, TokenSample] = field(default_factory=dict)
+    ranges: dict[Any, Tensor] = field(default_factory=dict)
 
 
 class ForwardScope(SharedInParts):
-    """Whether the running forward counts, and which of its rows are real tokens.
+    """Whether the running forward counts, which of its rows are real tokens, and what it has left to be summed.
 
-    One window belongs to each innermost PreTrainedModel that owns routers. Its pre-hook opens it, its
-    always-called post-hook closes it, so the recompute of activation checkpointing (which runs outside
-    the owner), evaluation, generation and no-grad forwards in training mode are all left out.
+    One scope belongs to each innermost PreTrainedModel that owns routers. Its pre-hook opens it, its always-called
+    post-hook closes it, so the recompute of activation checkpointing (which runs outside the owner), evaluation,
+    generation and no-grad forwards in training mode are all left out. Closing sums up the tape; a forward that failed
+    is in no sum.
+
+    Args:
+        switches: shared with the system.
+        parameters: names of the owner's positional parameters.
+        pad_token_id: of the owner.
+        sums: where the tape goes.
     """
 
-    def __init__(self, switches: Switches, parameters: tuple[str, ...], pad: PadToken) -> None:
+    def __init__(
+        self, switches: Switches, parameters: tuple[str, ...], pad: PadToken, sums: Sums | None = None
+    ) -> None:
         self.switches = switches
         self.parameters = parameters
         self.pad = pad
@@ -54,9 +76,14 @@ class ForwardScope(SharedInParts):
         self.mask_T: Tensor | None = None
         self.labels: Tensor | None = None
         self.note: str | None = None
+        self.tape = Tape(Sums(1, 1) if sums is None else sums)
+        self._cache = _Cache()
+        self._step, self._micro = 0, 0
 
     def open(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide the mode and read the padding mask from the owner's arguments."""
+        if not torch.compiler.is_compiling():
+            self.abandon()  # an interrupted forward never came to its end
         self.mode = self._mode(training)
         if self.mode != "off":
             named = dict(zip(self.parameters, args, strict=False)) | kwargs
@@ -64,6 +91,9 @@ class ForwardScope(SharedInParts):
                 named[DECODER_LABELS] = self.labels
             self.mask_T, note = real_tokens(named, self.pad)
             self.note = note or self.note
+        if self.mode == "train" and not torch.compiler.is_compiling():
+            step = self.switches.step
+            self._step, self._micro = step, self._micro + 1 if step == self._step else 0
 
     def _mode(self, training: bool) -> Mode:
         if training:
@@ -76,29 +106,75 @@ class ForwardScope(SharedInParts):
         return "eval" if self.switches.evaluation else "off"
 
     def close(self) -> None:
-        """Forget the forward."""
+        """Sum up and forget the forward."""
+        if self.mode != "off" and not torch.compiler.is_compiling():
+            self.tape.sum_up(self.mode, self.rows, self.sample)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Forget the forward without summing it."""
         self.mode = "off"
         self.mask_T = None
+        if not torch.compiler.is_compiling():
+            self.tape.clear()
+            self._cache = _Cache()
 
-    def rows(self, num_rows: int) -> Tensor | None:
+    def reads_outputs(self, every: int) -> bool:
+        """Whether expert outputs are read in this forward: always in evaluation, else in every n-th micro-batch.
+
+        Which one follows from the step and the micro-batch alone, so a resumed run reads the same ones.
+        """
+        if self.mode == "off":
+            return False
+        return every == 1 or self.mode == "eval" or (self._step + self._micro) % every == 0
+
+    def rows(self, num_rows: int, device: torch.device) -> Tensor | None:
         """Real-token mask for a router that sees `num_rows` rows, or None where all rows count as real."""
+        if torch.compiler.is_compiling():
+            return self._rows(num_rows, device)
+        key = (num_rows, device)
+        if key not in self._cache.masks:
+            self._cache.masks[key] = self._rows(num_rows, device)
+        return self._cache.masks[key]
+
+    def _rows(self, num_rows: int, device: torch.device) -> Tensor | None:
         mask_T = self.mask_T
         if mask_T is not None and mask_T.shape[0] != num_rows:
             self.note = (
                 f"padding is counted as real tokens: the router sees {num_rows} rows, the mask has {mask_T.shape[0]}"
             )
             return None
-        return mask_T
+        return None if mask_T is None else mask_T.to(device)
+
+    def sample(self, num_rows: int, limit: int | None, device: torch.device) -> TokenSample:
+        """Up to `limit` of the real rows, the same for every caller in this forward."""
+        if torch.compiler.is_compiling():
+            return sample_tokens(self._rows(num_rows, device), num_rows, limit, device)
+        key = (num_rows, limit, device)
+        if key not in self._cache.samples:
+            self._cache.samples[key] = sample_tokens(self.rows(num_rows, device), num_rows, limit, device)
+        return self._cache.samples[key]
+
+    def count_up(self, num: int, device: torch.device) -> Tensor:
+        """0, 1, ..., num - 1 on `device`; made once a forward."""
+        key = (num, device)
+        if key not in self._cache.ranges:
+            self._cache.ranges[key] = torch.arange(num, device=device)
+        return self._cache.ranges[key]
 
 
 def open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an owner; finds its window through the module, so a deep copy records into its own."""
+    """Forward pre-hook of an owner; finds its scope through the module, so a deep copy records into its own."""
     module.__dict__[SCOPE].open(module.training, args, kwargs)
 
 
 def close_scope(module: nn.Module, args: Any, output: Any) -> None:
-    """Always-called forward hook of an owner."""
-    module.__dict__[SCOPE].close()
+    """Always-called forward hook of an owner; torch gives it no output where the forward raised."""
+    scope: ForwardScope = module.__dict__[SCOPE]
+    if output is None:
+        scope.abandon()
+    else:
+        scope.close()
 
 
 def open_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -115,41 +191,3 @@ def close_decoder(module: nn.Module, args: Any, output: Any) -> None:
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
     """Names of the positional parameters of the module's class-level forward."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def sample_tokens(mask_T: Tensor | None, num_rows: int, limit: int | None, device: torch.device) -> TokenSample:
-    """Up to `limit` real tokens, spread evenly over the call, chosen without talking to the host.
-
-    Args:
-        mask_T: bool, real tokens; None = all.
-        num_rows: T.
-        limit: most tokens to read; None = all.
-        device: of the call.
-
-    Returns:
-        Positions ``(S,)`` int64, bool ``(S,)`` (False = filler), and real tokens / tokens read.
-    """
-    if limit is None or num_rows <= limit:
-        position_S = torch.arange(num_rows, device=device)
-        valid_S = torch.ones(num_rows, dtype=torch.bool, device=device) if mask_T is None else mask_T.to(device)
-        return TokenSample(position_S, valid_S, 1.0)
-    slot_S = torch.arange(limit, device=device)
-    if mask_T is None:
-        return TokenSample(
-            slot_S * num_rows // limit, torch.ones(limit, dtype=torch.bool, device=device), num_rows / limit
-        )
-    rank_T = mask_T.to(device).cumsum(0)
-    total = rank_T[-1]
-    wanted_S = torch.where(total > limit, slot_S * total // limit, slot_S) + 1
-    position_S = torch.searchsorted(rank_T, wanted_S).clamp_(max=num_rows - 1)
-    scale = total.clamp_min(limit).float() / limit
-    return TokenSample(position_S, wanted_S <= total, scale)
-
-
-@dataclass(frozen=True)
-class TokenSample:
-    """Which tokens are read: see :func:`sample_tokens`."""
-
-    position_S: Tensor
-    valid_S: Tensor
-    scale: Tensor | float

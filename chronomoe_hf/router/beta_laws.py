@@ -142,7 +142,7 @@ def balance_error(count_LE: Tensor, num_experts_L: Tensor | int) -> Tensor:
     """
     count_LE = count_LE.double()
     fair_L = count_LE.sum(-1, keepdim=True) / num_experts_L
-    return torch.where(fair_L > 0, ((fair_L - count_LE) / fair_L.clamp_min(1e-12)).clamp(-1.0, 1.0), 0.0)
+    return ((fair_L - count_LE) / fair_L.clamp_min(1e-12)).clamp(-1.0, 1.0)
 
 
 def next_gain(gain_LE: Tensor, error_LE: Tensor) -> Tensor:
@@ -159,15 +159,14 @@ def next_gain(gain_LE: Tensor, error_LE: Tensor) -> Tensor:
     Returns:
         New gains, dtype of `gain_LE`; unchanged in a layer without a count.
     """
-    factor_LE = torch.where(gain_LE == 0, 1.0, gain_LE.abs().double())
-    side_LE = gain_LE.sign().double()
-    turned_LE = side_LE * error_LE.sign() < 0
-    swings_LE = turned_LE & (error_LE.abs() > _SWING)
-    grown_LE = torch.where(turned_LE, factor_LE, (_GROW * factor_LE).clamp_max(1.0))
-    factor_LE = torch.where(swings_LE, (_SHRINK * factor_LE).clamp_min(_SMALLEST), grown_LE)
-    side_LE = torch.where(error_LE != 0, error_LE.sign(), torch.where(side_LE == 0, 1.0, side_LE))
-    counted_L = (error_LE != 0).any(-1, keepdim=True)
-    return torch.where(counted_L, side_LE * factor_LE, gain_LE.double()).to(gain_LE.dtype)
+    # No `where` with a number in it: on a GPU each costs a launch of its own.
+    size_LE = torch.nn.functional.threshold(gain_LE.abs(), _SMALLEST / 2, 1.0)  # 0, before the first error, reads as 1
+    side_LE = gain_LE.sign() * error_LE  # below zero where the error has turned
+    grown_LE = torch.where(side_LE < 0, size_LE, size_LE * _GROW)
+    size_LE = torch.where(side_LE < -_SWING, size_LE * _SHRINK, grown_LE).clamp_(_SMALLEST, 1.0)
+    some_LE = error_LE != 0
+    signed_LE = size_LE.copysign_(torch.where(some_LE, error_LE, gain_LE))
+    return torch.where(some_LE.any(-1, keepdim=True), signed_LE, gain_LE)
 
 
 def balance_step(error_LE: Tensor, rule: str = "quadratic", gain_LE: Tensor | None = None) -> Tensor:

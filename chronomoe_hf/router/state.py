@@ -51,7 +51,7 @@ class RouterRule(Protocol):
 
 
 class Recorder(Protocol):
-    """What the forward tells its observer; implemented in ``observe``."""
+    """What the forward tells its observer; implemented in ``recording.recorder``."""
 
     @property
     def active(self) -> bool:
@@ -62,16 +62,19 @@ class Recorder(Protocol):
         """Whether anything steers in any layer of the system."""
 
     def routing(
-        self,
-        routing: Routing,
-        distribution: Any,
-        disagreement: tuple[Tensor, Tensor, Tensor] | None,
-        differs_T: Tensor | None = None,
+        self, router: nn.Module, routing: Routing, native_TK: Tensor | None, beta_full_E: Tensor | None
     ) -> None:
-        """Add one router call to the accumulators."""
+        """One router call: what was decided, what would have been, and the full beta while it acts."""
 
     def router_input(self, hidden: Tensor) -> None:
-        """Add the router's input to the running mean, where a lens will need it."""
+        """The router's input, where a lens will need it."""
+
+
+class Placer(Protocol):
+    """Where the state of every layer lies; implemented in ``wrapping.placement``."""
+
+    def place(self, layer_id: int, device: torch.device) -> None:
+        """A layer's router runs on `device`: move what belongs to it there."""
 
 
 LOGIT_STD_ALPHA = 0.99
@@ -199,6 +202,12 @@ class RouterHandle(SharedInParts):
     state: RouterState
     recorder: Recorder
     lens: ChronoLens | None = None
+    placer: Placer | None = None
+
+    def follow(self, hidden: Tensor) -> None:
+        """Have the state where the router runs, from its first forward there on."""
+        if hidden.device != self.state.beta_applied.device and self.placer is not None:
+            self.placer.place(self.state.layer_id, hidden.device)
 
     @property
     def lens_open(self) -> bool:

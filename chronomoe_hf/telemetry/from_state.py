@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from chronomoe_hf.config import ChronoConfig
-from chronomoe_hf.step_state import Row
+from chronomoe_hf.recording.columns import Row
 from chronomoe_hf.telemetry import RoutingEvent
 from chronomoe_hf.telemetry.alerts import UNOBSERVED
 from chronomoe_hf.wrapping.layer import Layer

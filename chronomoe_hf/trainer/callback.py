@@ -282,7 +282,7 @@ class ChronoCallback(TrainerCallback):
         for module in system.model.modules():
             scope = module.__dict__.get(SCOPE)
             if scope is not None:
-                scope.close()  # torch calls no always_call hook for a KeyboardInterrupt
+                scope.abandon()  # torch calls no always_call hook for a KeyboardInterrupt
         system.discard()
         if whole:  # after an error of our own the open window may lack a part
             system.close_window()

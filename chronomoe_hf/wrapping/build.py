@@ -18,8 +18,9 @@ from chronomoe_hf.errors import AlreadyWrappedError, NoMoELayersError, Unsupport
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.patches import Adapter, probe
 from chronomoe_hf.recording.padding import PadToken
+from chronomoe_hf.recording.recorder import LayerRecorder
 from chronomoe_hf.recording.scope import ForwardScope, Switches, forward_parameters
-from chronomoe_hf.recording.sums import Accumulators, LayerRecorder
+from chronomoe_hf.recording.tape import Sums
 from chronomoe_hf.router.state import HANDLE, RouterHandle, RouterState
 from chronomoe_hf.wrapping.class_swap import check_swappable, experts_class, router_class
 from chronomoe_hf.wrapping.discovery import FoundLayer, Modules, find_layers
@@ -63,16 +64,17 @@ def build_layers(root: nn.Module, config: ChronoConfig, switches: Switches) -> B
     for layer in found:
         for _, module, _ in layer.modules():
             check_swappable(layer.name, module)
-    width = max(layer.adapter.num_experts(layer.router) for layer in found)
+    sums = Sums(len(found), max(layer.adapter.num_experts(layer.router) for layer in found))
     scopes: dict[nn.Module, ForwardScope] = {}
     built = Built([], scopes, {}, [], [])
     for layer_id, layer in enumerate(found):
         scope = scopes.get(layer.owner)
         if scope is None:
-            scope = ForwardScope(switches, forward_parameters(layer.owner), PadToken.of(_config_of(layer.owner)))
+            pad = PadToken.of(_config_of(layer.owner))
+            scope = ForwardScope(switches, forward_parameters(layer.owner), pad, sums)
         for one in (layer, *layer.copies):
             scopes.setdefault(one.owner, scope)
-        made = _make_layer(root, layer_id, layer, scope, width, config)
+        made = _make_layer(root, layer_id, layer, scope, sums, config)
         built.layers.append(made)
         if made.native_bias:
             built.bias_holders.extend((one.adapter, one.router, one.parent) for one in (layer, *layer.copies))
@@ -151,7 +153,7 @@ def check_layers(root: nn.Module, layers: list[Layer]) -> None:
 
 
 def _make_layer(
-    root: nn.Module, layer_id: int, found: FoundLayer, window: ForwardScope, width: int, config: ChronoConfig
+    root: nn.Module, layer_id: int, found: FoundLayer, scope: ForwardScope, sums: Sums, config: ChronoConfig
 ) -> Layer:
     router, adapter, parent = found.router, found.adapter, found.parent
     for one in (found, *found.copies):
@@ -159,7 +161,6 @@ def _make_layer(
     _probe(adapter, router, parent)
     num_experts = adapter.num_experts(router)
     notes = []
-    recorder = LayerRecorder(layer_id, num_experts, width, window, config.coherence, config.lens.reader)
     native = config.beta.law == "balance" and config.beta.native and adapter.native_bias(router, parent) is not None
     refused_beta = adapter.refused("beta") if config.beta.law != "none" and not native else None
     if refused_beta is not None:
@@ -168,20 +169,27 @@ def _make_layer(
     state.scope = "selection" if config.beta.law == "balance" else config.beta.scope
     if config.beta.law == "balance":
         state.k_max = config.beta.balance_cap
-    handle = RouterHandle(state=state, recorder=recorder)
+    lens = None
     if config.lens.enabled and config.control.enabled:
         if reason := adapter.refused("lens"):
             notes.append(f"no lens: {reason}")
         else:
-            handle.lens = ChronoLens(
+            lens = ChronoLens(
                 d_model=int(distributed.whole_shape(adapter.weight(router))[-1]),
                 rank=1,
                 layer_id=layer_id,
                 train_router=config.lens.train_router,
             )
-    input_width = handle.lens.d_model if handle.lens is not None else 0
-    recorder.train = Accumulators.zeros(width, input_width)
-    recorder.eval = Accumulators.zeros(width)
+    recorder = LayerRecorder(
+        layer_id,
+        num_experts,
+        scope,
+        sums,
+        config.coherence,
+        config.lens.reader,
+        input_width=lens.d_model if lens is not None else 0,
+        compares=config.veto.enabled,
+    )
     if config.coherence.enabled and found.unreadable is not None:
         notes.append(f"no coherence: {found.unreadable}")
     readable = config.coherence.enabled and found.unreadable is None
@@ -194,7 +202,7 @@ def _make_layer(
         wrapped=Modules(router, parent, found.experts),
         num_experts=num_experts,
         top_k=adapter.top_k(router),
-        handle=handle,
+        handle=RouterHandle(state=state, recorder=recorder, lens=lens),
         recorder=recorder,
         reads_experts=readable,
         native_bias=native,

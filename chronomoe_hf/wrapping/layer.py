@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from chronomoe_hf.config import BetaConfig
 from chronomoe_hf.patches import Adapter
-from chronomoe_hf.recording.sums import LayerRecorder
+from chronomoe_hf.recording.recorder import LayerRecorder
 from chronomoe_hf.router.state import RouterHandle
 from chronomoe_hf.wrapping.discovery import Modules, running_modules
 
@@ -64,7 +63,7 @@ class Layer:
         self._share()
 
     def _share(self) -> None:
-        self.handle.root = self.recorder.window.root = weakref.ref(self.root)
+        self.handle.root = self.recorder.scope.root = weakref.ref(self.root)
 
     @property
     def modules(self) -> Modules:
@@ -89,7 +88,7 @@ class Layer:
     @property
     def notes(self) -> list[str]:
         """What is not supported on this layer, and what could not be told of the batches seen, in plain words."""
-        seen = self.recorder.window.note
+        seen = self.recorder.scope.note
         return [*self.known, *([] if seen is None else [seen])]
 
     @property
@@ -110,21 +109,3 @@ class Layer:
             "num_groups": num_groups,
             "groups_kept": groups_kept,
         }
-
-    def update_native_bias(self, step_E: Tensor, beta: BetaConfig) -> None:
-        """The balance law on the model's own correction bias, in its score units; only the change is centred.
-
-        Args:
-            step_E: step of the law in units of the rate, from ``StepState.apply_balance``.
-            beta: the rate.
-        """
-        modules = self.modules
-        bias_E = self.adapter.native_bias(modules.router, modules.parent)
-        assert bias_E is not None
-        if beta.native_rate is not None:
-            step_E = step_E * beta.native_rate
-        else:
-            slope = self.adapter.rule.bias_slope(self.num_experts)
-            step_E = step_E * (beta.rate * slope * self.handle.state.logit_std_ema.double())
-        with torch.no_grad():
-            bias_E.add_((step_E - step_E.mean()).to(device=bias_E.device, dtype=bias_E.dtype))

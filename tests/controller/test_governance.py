@@ -106,7 +106,7 @@ def test_activation_checkpointing_changes_no_gradient_while_governing(
                 loss.detach(),
                 grads,
                 calls(),
-                int(system.layers[0].recorder.train.ints[: system.step_state.row.width].sum()),
+                int(system.step_state.row.count(system.sums.on("train", torch.device("cpu"))[0]).sum()),
             )
         )
         system.discard()
@@ -286,7 +286,7 @@ def test_a_step_without_a_snapshot_never_waits_for_the_gpu(preset: str) -> None:
         system.step(step)
     if preset == "protect":
         open_lens(system, 0)
-    window = system.layers[0].recorder.window
+    window = system.layers[0].recorder.scope
     for step in (5, 6, 7):
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -305,7 +305,7 @@ def test_an_open_lens_and_a_veto_read_nothing_on_the_host() -> None:
     model, system = govern("mixtral", backend="grouped_mm", interval=4)
     batch = tiny.tiny_batch("mixtral", padded=True)
     hidden = torch.randn(4, 16, 32, requires_grad=True)
-    window = system.layers[0].recorder.window
+    window = system.layers[0].recorder.scope
     for step in (5, 6, 7):
         with NoHost() as guard:
             window.open(True, (), {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})

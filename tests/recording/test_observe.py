@@ -14,7 +14,7 @@ from support.oracles import Recount, naive_phi, train_step
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.config import CoherenceConfig
-from chronomoe_hf.recording.scope import sample_tokens
+from chronomoe_hf.recording.sampling import sample_tokens
 
 FIRST_CLASS = sorted(tiny.FAMILIES)
 EXACT = CoherenceConfig(max_tokens=None)
@@ -215,7 +215,7 @@ def test_samples_are_distinct_real_tokens_spread_over_the_call(real: int) -> Non
     assert all(mask[p] for p in chosen)
     assert float(sample.scale) == pytest.approx(max(real, 8) / 8)
     everything = sample_tokens(mask, 50, None, torch.device("cpu"))
-    assert torch.equal(everything.position_S[everything.valid_S], mask.nonzero().flatten())
+    assert everything.position_S is None and torch.equal(everything.valid_S, mask)
 
 
 # ---- faults ------------------------------------------------------------------------------------------------------
@@ -265,11 +265,11 @@ def test_counts_do_not_round_beyond_what_a_float32_can_count() -> None:
     model = tiny.tiny_model("mixtral")
     chronomoe_hf.wrap(model, ChronoConfig.observe())
     system = chronomoe_hf.system_of(model)
-    recorder = system.layers[0].recorder
-    recorder.train.ints[0] += 2**24
+    sums_LR = system.sums.on("train", torch.device("cpu"))
+    sums_LR[0, 0] += 2**24
     model(**tiny.tiny_batch("mixtral")).loss.backward()
-    before = int(recorder.train.ints[0])
-    assert recorder.train.ints.dtype == torch.int64
+    before = int(sums_LR[0, 0])
+    assert sums_LR.dtype == torch.float64
     system.step(1)
     assert system.snapshot().layers[0].expert_token_counts[0] == before > 2**24
 
@@ -289,7 +289,7 @@ def test_no_value_reaches_the_host_between_snapshots(preset: str) -> None:
         system.step(step)
     hidden = torch.randn(4, 16, 32, requires_grad=True)
     block = model.model.layers[0].mlp
-    window = system.layers[0].recorder.window
+    window = system.layers[0].recorder.scope
     model.set_experts_implementation("grouped_mm")
     for step in (5, 6, 7):
         with NoHost() as guard:

@@ -1,0 +1,215 @@
+"""One layer's recorder: what its router and its experts leave on the tape, or, in a compiled graph, sum at once.
+
+A tape cannot live in a graph: it would be filled in one graph and summed in another, and a list of another length
+would compile anew. So a compiled forward sums every layer by itself (a group of one, which the compiler fuses), into
+a row of its own that the next step collects.
+
+Shape suffixes: E experts, T router rows (tokens), K experts per token, D router input width, S tokens read, R numbers
+of one row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from chronomoe_hf.config import CoherenceConfig, ReaderName
+from chronomoe_hf.lens.direction import SAMPLE, input_sums, sums_width
+from chronomoe_hf.recording.sampling import TokenSample
+from chronomoe_hf.recording.scope import ForwardScope
+from chronomoe_hf.recording.sums import DISAGREEMENT_SAMPLE, output_sums, routing_sums
+from chronomoe_hf.recording.tape import OutputCall, Recorded, RoutedCall, Sums, compare, output_batch, router_batch
+from chronomoe_hf.router.state import Routing
+
+
+class LayerRecorder:
+    """Records one layer's router calls and expert outputs.
+
+    Args:
+        layer_id: position among the wrapped layers.
+        num_experts: E of the layer.
+        scope: of the module that owns the layer.
+        sums: of the system.
+        coherence: how expert outputs are read.
+        reader: how the lens reads router inputs.
+        input_width: D where a lens may act, else 0.
+        compares: measure what the full beta does to the scores (the veto needs it).
+
+    Attributes:
+        graph_train_R, graph_eval_R: float64 ``(R,)``: what compiled graphs add; see the top of this file.
+        inputs: fp32 ``(2 D + 4,)``: sums over router inputs, laid out by ``lens.direction.input_sums``; None without
+            a lens.
+    """
+
+    def __init__(
+        self,
+        layer_id: int,
+        num_experts: int,
+        scope: ForwardScope,
+        sums: Sums,
+        coherence: CoherenceConfig,
+        reader: ReaderName = "ridge",
+        input_width: int = 0,
+        compares: bool = True,
+    ) -> None:
+        self.layer_id = layer_id
+        self.num_experts = num_experts
+        self.scope = scope
+        self.sums = sums
+        self.coherence = coherence
+        self.reader = reader
+        self.compares = compares
+        self.graph_train_R = torch.zeros(sums.row.size, dtype=torch.float64)
+        self.graph_eval_R = torch.zeros(sums.row.size, dtype=torch.float64)
+        self.inputs = torch.zeros(sums_width(input_width)) if input_width else None
+
+    @property
+    def reference(self) -> str:
+        """What an expert's output is compared with."""
+        return self.coherence.reference
+
+    @property
+    def active(self) -> bool:
+        """Whether the running forward is recorded."""
+        return self.scope.mode != "off"
+
+    @property
+    def any_steering(self) -> bool:
+        """Whether anything steers in any layer of the system."""
+        return self.scope.switches.any_steering
+
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether the running forward's expert outputs are read. A compiled graph reads them every time."""
+        if torch.compiler.is_compiling():
+            return self.active and self.coherence.enabled
+        return self.coherence.enabled and self.scope.reads_outputs(self.coherence.every)
+
+    def to_(self, device: torch.device) -> None:
+        """Move what the recorder holds itself."""
+        self.graph_train_R = self.graph_train_R.to(device)
+        self.graph_eval_R = self.graph_eval_R.to(device)
+        if self.inputs is not None:
+            self.inputs = self.inputs.to(device)
+
+    def held(self, mode: Recorded) -> list[Tensor]:
+        """The sums that the recorder holds itself: the row of compiled graphs first, then those of router inputs."""
+        if mode == "eval":
+            return [self.graph_eval_R]
+        return [self.graph_train_R] if self.inputs is None else [self.graph_train_R, self.inputs]
+
+    @property
+    def _graph_R(self) -> Tensor:
+        return self.graph_train_R if self.scope.mode == "train" else self.graph_eval_R
+
+    # ---- routers -------------------------------------------------------------------------------------------------
+
+    def routing(
+        self, router: nn.Module, routing: Routing, native_TK: Tensor | None, beta_full_E: Tensor | None
+    ) -> None:
+        """One router call.
+
+        Args:
+            router: the wrapped router.
+            routing: what it decided, after steering.
+            native_TK: what it would have decided without; None while nothing steers.
+            beta_full_E: the full beta, in logits; None while beta does not act.
+        """
+        call = RoutedCall(
+            layer=self,
+            router=router,
+            logits_TE=routing.logits_TE.detach(),
+            index_TK=routing.index_TK.detach(),
+            kept_TK=None if routing.kept_TK is None else routing.kept_TK.detach(),
+            native_TK=native_TK,
+            beta_E=beta_full_E if self.compares else None,
+        )
+        if torch.compiler.is_compiling():
+            self._sum_routing(call)
+        else:
+            self.scope.tape.calls.append(call)
+
+    def _sum_routing(self, call: RoutedCall) -> None:
+        row, device, num_rows = self.sums.row, call.logits_TE.device, call.logits_TE.shape[0]
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            disagreement_14 = None
+            if call.beta_E is not None:
+                disagreement_14 = compare([call], self.scope.sample(num_rows, DISAGREEMENT_SAMPLE, device))
+            head, tail = routing_sums(router_batch([call], self.scope.rows(num_rows, device)), row, disagreement_14)
+            self._graph_R[row.head].add_(head[0])
+            self._graph_R[row.tail].add_(tail[0])
+
+    def router_input(self, hidden: Tensor) -> None:
+        """Mean and direction of the router inputs, only in the step before a lens may be steered.
+
+        A compiled graph does it in every step: a switch would cost a second variant of the graph.
+        """
+        wanted = torch.compiler.is_compiling() or self.scope.switches.router_input
+        if not wanted or self.scope.mode != "train" or self.inputs is None:
+            return
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            x_TD = hidden.detach().reshape(-1, hidden.shape[-1])
+            real_T = x_TD.sum(-1, dtype=torch.float32).abs() < math.inf  # False for NaN too
+            mask_T = self.scope.rows(x_TD.shape[0], hidden.device)
+            if mask_T is not None:
+                real_T = real_T & mask_T
+            sample = self.scope.sample(x_TD.shape[0], SAMPLE, hidden.device)
+            self.inputs.add_(input_sums(x_TD, real_T, sample.position_S, sample.valid_S, self.reader))
+
+    # ---- experts -------------------------------------------------------------------------------------------------
+
+    def sample(self, num_rows: int, device: torch.device, limit: int | None = None) -> TokenSample:
+        """The tokens whose expert outputs are read: `limit` of them, or as many as the settings say."""
+        return self.scope.sample(num_rows, self.coherence.max_tokens if limit is None else limit, device)
+
+    def outputs(
+        self,
+        rows_AD: Tensor,
+        pick_A: Tensor | None,
+        sample: TokenSample,
+        weight_TK: Tensor,
+        index_TK: Tensor,
+        valid_TK: Tensor | None = None,
+        divided: bool = False,
+    ) -> None:
+        """Expert outputs of the tokens of a sample.
+
+        Args:
+            rows_AD: detached rows that hold them.
+            pick_A: which of these rows, token by token and slot by slot; None = all, in that order.
+            sample: the tokens.
+            weight_TK: combine weights of the whole call.
+            index_TK: expert ids of the whole call.
+            valid_TK: bool, slots that count; None = all.
+            divided: the rows hold weight times output.
+        """
+        num_k, width = index_TK.shape[-1], rows_AD.shape[-1]
+        num_tokens = (rows_AD.shape[0] if pick_A is None else pick_A.shape[0]) // num_k
+        call = OutputCall(self, weight_TK.detach(), index_TK.detach(), valid_TK)
+        with torch.no_grad(), torch.autocast(rows_AD.device.type, enabled=False):
+            if torch.compiler.is_compiling():
+                rows_AD = rows_AD.clone() if pick_A is None else rows_AD.index_select(0, pick_A)
+                rows_GSKD = rows_AD.view(1, num_tokens, num_k, width)
+                batch = output_batch([call], rows_GSKD, sample, sample.scale, divided)
+                value_1C = output_sums(batch, self.num_experts, self.sums.row.width, self.reference)
+                self._graph_R[self.sums.row.outputs].add_(value_1C[0])
+                return
+            mode = self.scope.mode
+            assert mode != "off"
+            every = self.coherence.every if mode == "train" else 1
+            chunk = self.scope.tape.slot((num_tokens, num_k, width), rows_AD, sample, every, divided)
+            target_AD = chunk.rows_GSKD[len(chunk.calls)].view(-1, width)
+            if pick_A is None:
+                target_AD.copy_(rows_AD)
+            else:
+                torch.index_select(rows_AD, 0, pick_A, out=target_AD)
+            self.scope.tape.added(mode, chunk, call)
+
+    def slots(self, sample: TokenSample, num_k: int, device: torch.device) -> Tensor | None:
+        """Rows of the sampled tokens in a call whose rows lie token by token, slot by slot; None = all of them."""
+        if sample.position_S is None:
+            return None
+        within_K = torch.arange(num_k, device=device)
+        return (sample.position_S[:, None] * num_k + within_K).flatten()

@@ -1,0 +1,361 @@
+"""The tape of a running forward: routers and experts only leave references here; closing the scope sums them up.
+
+Layers of one shape are summed together, in chunks whose working memory stays below LIMIT bytes. Expert rows are the
+one thing that is copied (the backend's own are too large to keep), into a buffer for as many layers as fit; a full
+buffer is summed at once, the rest when the scope closes.
+
+Shape suffixes: L layers, E experts, T router rows (tokens), K experts per token, S tokens read, D width, R numbers of
+one row, G layers of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from chronomoe_hf.recording.columns import Row
+from chronomoe_hf.recording.sampling import TokenSample
+from chronomoe_hf.recording.sums import (
+    DISAGREEMENT_SAMPLE,
+    OutputBatch,
+    RouterBatch,
+    disagreement_sums,
+    output_sums,
+    routing_sums,
+)
+
+LIMIT = 64 * 2**20
+Recorded = Literal["train", "eval"]
+
+
+class Sums:
+    """The sums of all layers since the last step: one float64 ``[L, R]`` for training and one for evaluation.
+
+    Where routers lie on several devices, each device has such a pair and holds the rows of its own layers.
+
+    Args:
+        num_layers: L.
+        width: experts of the widest layer.
+    """
+
+    def __init__(self, num_layers: int, width: int) -> None:
+        self.num_layers = num_layers
+        self.row = Row(width)
+        self.parts: dict[Recorded, dict[torch.device, Tensor]] = {"train": {}, "eval": {}}
+
+    def on(self, mode: Recorded, device: torch.device) -> Tensor:
+        """The sums on `device`, ``(L, R)``; made when first asked for."""
+        part = self.parts[mode].get(device)
+        if part is None:
+            part = torch.zeros(self.num_layers, self.row.size, dtype=torch.float64, device=device)
+            self.parts[mode][device] = part
+        return part
+
+    def settle(self, devices: set[torch.device], home: torch.device) -> None:
+        """Have a pair on each of `devices`, and move what lies elsewhere to `home`."""
+        for mode, parts in self.parts.items():
+            for device in devices:
+                self.on(mode, device)
+            for device in set(parts) - devices:
+                self.on(mode, home).add_(parts.pop(device).to(home))
+
+    def add(self, mode: Recorded, layer_ids: Sequence[int], columns: slice, value_GC: Tensor) -> None:
+        """Add to some columns of distinct layers."""
+        target_LC = self.on(mode, value_GC.device)[:, columns]
+        first, num = layer_ids[0], len(layer_ids)
+        if tuple(layer_ids) == tuple(range(first, first + num)):
+            target_LC[first : first + num].add_(value_GC)
+        else:
+            target_LC.index_add_(0, _index(tuple(layer_ids), value_GC.device), value_GC.double())
+
+    def total(self, mode: Recorded, home: torch.device, graph_rows: Sequence[Tensor]) -> Tensor:
+        """The sums of all layers, a new tensor ``(L, R)`` on `home`.
+
+        Args:
+            mode: of training or of evaluation.
+            home: where they are wanted.
+            graph_rows: float64 ``(R,)`` per layer: what compiled graphs have added.
+        """
+        total_LR = torch.stack([row_R.to(home) for row_R in graph_rows])
+        for part_LR in self.parts[mode].values():
+            total_LR.add_(part_LR.to(home))
+        return total_LR
+
+    def zero(self, mode: Recorded, more: Sequence[Tensor]) -> None:
+        """Start at zero again, with all of `more`: one launch for all tensors of one device and dtype."""
+        alike: dict[Any, list[Tensor]] = {}
+        for tensor in (*self.parts[mode].values(), *more):
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for tensors in alike.values():
+            torch._foreach_zero_(tensors)
+
+
+_INDEX: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
+def _index(layer_ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """The ids on a device; kept, so that they are moved there once."""
+    key = (layer_ids, device)
+    if key not in _INDEX:
+        _INDEX[key] = torch.tensor(layer_ids, device=device)
+    return _INDEX[key]
+
+
+class Layerlike(Protocol):
+    """What the tape must know of a layer's recorder."""
+
+    layer_id: int
+    num_experts: int
+
+    @property
+    def reference(self) -> str:
+        """What an expert's output is compared with; see ``CoherenceConfig``."""
+
+
+@dataclass(frozen=True)
+class RoutedCall:
+    """What one router decided; see ``RouterBatch``.
+
+    Args:
+        layer: whose call it was.
+        router: supplies the score distribution of its family.
+        logits_TE, index_TK, kept_TK, native_TK: detached, as the router made them.
+        beta_E: the full bias, while its effect is measured; else None.
+    """
+
+    layer: Layerlike
+    router: Any
+    logits_TE: Tensor
+    index_TK: Tensor
+    kept_TK: Tensor | None
+    native_TK: Tensor | None
+    beta_E: Tensor | None
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """Scores of logits, fp32."""
+        scores: Tensor = self.router.adapter.distribution(self.router, logits)
+        return scores
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Calls of one key can be summed together."""
+        optional = tuple(part is None for part in (self.kept_TK, self.native_TK, self.beta_E))
+        shape = (self.logits_TE.shape, self.index_TK.shape, self.logits_TE.dtype, self.logits_TE.device)
+        return (*shape, id(self.router.adapter), self.layer.num_experts, optional)
+
+    @property
+    def bytes(self) -> int:
+        """Working memory of summing it: logits as stacked, in fp32 and as scores; ids, weights and comparisons."""
+        num_rows, num_k = self.index_TK.shape
+        per_expert = self.logits_TE.element_size() + 3 * 4
+        return num_rows * (self.logits_TE.shape[-1] * per_expert + num_k * (3 * 8 + 2 * num_k))
+
+
+@dataclass(frozen=True)
+class OutputCall:
+    """Which assignments a layer's copied rows belong to: weights ``[T, K]``, ids ``[T, K]``, usable slots or None."""
+
+    layer: Layerlike
+    weight_TK: Tensor
+    index_TK: Tensor
+    valid_TK: Tensor | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Calls of one key can be summed together."""
+        return self.layer.num_experts, self.weight_TK.shape, self.weight_TK.dtype, self.valid_TK is None
+
+
+@dataclass
+class OutputChunk:
+    """Copied expert rows of up to G layers of one shape, with what they belong to."""
+
+    rows_GSKD: Tensor
+    sample: TokenSample
+    scale: Tensor | float
+    divided: bool
+    calls: list[OutputCall] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        """Whether another layer fits."""
+        return len(self.calls) == self.rows_GSKD.shape[0]
+
+
+class Tape:
+    """What the running forward has left, until it is summed.
+
+    Args:
+        sums: where it goes.
+    """
+
+    def __init__(self, sums: Sums) -> None:
+        self.sums = sums
+        self.calls: list[RoutedCall] = []
+        self.chunks: dict[Any, OutputChunk] = {}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.calls.clear()
+        self.chunks.clear()
+
+    def slot(
+        self, shape: tuple[int, int, int], like: Tensor, sample: TokenSample, every: int, divided: bool
+    ) -> OutputChunk:
+        """A chunk with room for one more layer's rows of that shape.
+
+        Args:
+            shape: (S, K, D).
+            like: a tensor of the rows' dtype and device.
+            sample: which tokens are read.
+            every: of how many micro-batches this is the one that is read.
+            divided: see ``OutputBatch``.
+        """
+        key = (shape, like.dtype, like.device, divided)
+        chunk = self.chunks.get(key)
+        if chunk is None:
+            num_tokens, num_k, width = shape
+            rows = num_tokens * num_k * width * like.element_size()
+            working = rows + self.sums.row.width * (6 * num_tokens * num_k * 2 + 2 * 4 * width)
+            num = max(1, min(self.sums.num_layers, LIMIT // working))
+            chunk = OutputChunk(like.new_empty(num, *shape), sample, sample.scale * every, divided)
+            self.chunks[key] = chunk
+        return chunk
+
+    def added(self, mode: Recorded, chunk: OutputChunk, call: OutputCall) -> None:
+        """The caller has written a layer's rows; sums the chunk if it is full."""
+        chunk.calls.append(call)
+        if chunk.full:
+            self.chunks = {key: other for key, other in self.chunks.items() if other is not chunk}
+            self._sum_outputs(mode, chunk)
+
+    def sum_up(self, mode: Recorded, mask: Callable[[int, torch.device], Tensor | None], sample: Sampler) -> None:
+        """Add everything to the sums and forget it."""
+        chunks, calls = list(self.chunks.values()), self.calls
+        self.chunks, self.calls = {}, []
+        while chunks:
+            self._sum_outputs(mode, chunks.pop())
+        for group in _groups(calls):
+            for part in _chunks(group):
+                self._sum_routing(mode, part, mask, sample)
+
+    def _sum_outputs(self, mode: Recorded, chunk: OutputChunk) -> None:
+        with torch.no_grad(), torch.autocast(chunk.rows_GSKD.device.type, enabled=False):
+            for calls, rows_GSKD in _runs(chunk):
+                value_GC = output_sums(
+                    output_batch(calls, rows_GSKD, chunk.sample, chunk.scale, chunk.divided),
+                    calls[0].layer.num_experts,
+                    self.sums.row.width,
+                    calls[0].layer.reference,
+                )
+                self.sums.add(mode, [call.layer.layer_id for call in calls], self.sums.row.outputs, value_GC)
+
+    def _sum_routing(self, mode: Recorded, calls: list[RoutedCall], mask: Any, sample: Sampler) -> None:
+        device, num_rows = calls[0].logits_TE.device, calls[0].logits_TE.shape[0]
+        row = self.sums.row
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            mask_T = mask(num_rows, device)
+            disagreement_G4 = None
+            if calls[0].beta_E is not None:
+                disagreement_G4 = compare(calls, sample(num_rows, DISAGREEMENT_SAMPLE, device))
+            layer_ids = [call.layer.layer_id for call in calls]
+            for rows in _pieces(calls, num_rows):
+                part_T = mask_T if mask_T is None or rows is None else mask_T[rows]
+                head, tail = routing_sums(router_batch(calls, part_T, rows), row, disagreement_G4)
+                disagreement_G4 = None
+                if rows is not None and rows.start > 0:
+                    head[:, row.width + 3] = 0.0  # one call, however many pieces
+                self.sums.add(mode, layer_ids, row.head, head)
+                self.sums.add(mode, layer_ids, row.tail, tail)
+
+
+Sampler = Callable[[int, int | None, torch.device], TokenSample]
+
+
+def router_batch(calls: list[RoutedCall], mask_T: Tensor | None, rows: slice | None = None) -> RouterBatch:
+    """Calls of one key, stacked; only some rows of them where `rows` says so."""
+
+    def stacked(name: str) -> Any:
+        parts = [getattr(call, name) for call in calls]
+        if parts[0] is None:
+            return None
+        return _stack([part if rows is None else part[rows] for part in parts])
+
+    return RouterBatch(
+        logits_GTE=stacked("logits_TE"),
+        index_GTK=stacked("index_TK"),
+        kept_GTK=stacked("kept_TK"),
+        native_GTK=stacked("native_TK"),
+        mask_T=mask_T,
+        distribution=calls[0].distribution,
+    )
+
+
+def compare(calls: list[RoutedCall], sample: TokenSample) -> Tensor:
+    """Disagreement of calls of one key, ``(G, 4)``; see ``disagreement_sums``."""
+    logits_GSE = _stack([sample.pick(call.logits_TE) for call in calls])
+    beta_GE = _stack([call.beta_E for call in calls if call.beta_E is not None])
+    return disagreement_sums(logits_GSE, beta_GE, sample, calls[0].distribution)
+
+
+def output_batch(
+    calls: list[OutputCall], rows_GSKD: Tensor, sample: TokenSample, scale: Tensor | float, divided: bool
+) -> OutputBatch:
+    """Rows and what they belong to, of calls of one shape."""
+    weight_GSK = sample.pick(_stack([call.weight_TK for call in calls]), 1).float()
+    index_GSK = sample.pick(_stack([call.index_TK for call in calls]), 1)
+    valid = None if sample.valid_S is None else sample.valid_S[None, :, None]
+    usable = [call.valid_TK for call in calls if call.valid_TK is not None]
+    if usable:
+        usable_GSK = sample.pick(_stack(usable), 1)
+        valid = usable_GSK if valid is None else usable_GSK & valid
+    return OutputBatch(rows_GSKD, weight_GSK, index_GSK, valid, scale, divided)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+
+
+def _groups(calls: list[RoutedCall]) -> Iterator[list[RoutedCall]]:
+    """Calls by key, in layer order; a layer that was called twice is in two groups."""
+    groups: dict[Any, list[RoutedCall]] = {}
+    seen: dict[Any, int] = {}
+    for call in calls:
+        key = (call.key, call.layer.layer_id)
+        seen[key] = seen.get(key, 0) + 1
+        groups.setdefault((call.key, seen[key]), []).append(call)
+    for group in groups.values():
+        yield sorted(group, key=lambda call: call.layer.layer_id)
+
+
+def _chunks(group: list[RoutedCall]) -> Iterator[list[RoutedCall]]:
+    size = max(1, LIMIT // max(1, group[0].bytes))
+    for start in range(0, len(group), size):
+        yield group[start : start + size]
+
+
+def _pieces(calls: list[RoutedCall], num_rows: int) -> Iterator[slice | None]:
+    """Row ranges of a chunk of one layer that is too large by itself; None = all rows."""
+    pieces = -(-len(calls) * calls[0].bytes // LIMIT)
+    if pieces <= 1:
+        yield None
+        return
+    step = -(-num_rows // pieces)
+    for start in range(0, num_rows, step):
+        yield slice(start, min(num_rows, start + step))
+
+
+def _runs(chunk: OutputChunk) -> Iterator[tuple[list[OutputCall], Tensor]]:
+    """The chunk's calls in runs of distinct layers with the same E and the same kind of slots."""
+    start = 0
+    for at in range(1, len(chunk.calls) + 1):
+        if at < len(chunk.calls):
+            run, call = chunk.calls[start:at], chunk.calls[at]
+            if call.key == run[0].key and call.layer.layer_id > run[-1].layer.layer_id:
+                continue
+        yield chunk.calls[start:at], chunk.rows_GSKD[start:at]
+        start = at

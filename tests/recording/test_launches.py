@@ -1,0 +1,205 @@
+"""What wrapping adds on an accelerator: launches, host reads and memory, counted on a pretend device."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support import models as tiny
+from support import phantom
+
+import chronomoe_hf
+from chronomoe_hf import ChronoConfig, ChronoSystem
+from chronomoe_hf.config import CoherenceConfig
+from chronomoe_hf.recording import tape
+
+INTERVAL = 4
+FAST = ("qwen3_moe",)
+FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in sorted(tiny.FAMILIES)]
+# A layer and micro-batch over the untouched model, and what comes once per micro-batch: the promise of the README.
+A_LAYER = {"observe": 12, "protect": 25, "balance": 16}
+FIXED, A_STEP = 150, 60
+
+
+def counted(family: str, preset: str | None, layers: int, **coherence: Any) -> dict[str, Any]:
+    """Launches, host reads and uploads of one micro-batch, and of one step, between windows with governance acting."""
+    depth = {"num_layers": 2 * layers, "num_sparse_encoder_layers": layers} if "switch" in family else {}
+    if not depth:
+        depth = {"num_hidden_layers": layers}
+        if "layer_types" in tiny.FAMILIES[family][2]:
+            depth["layer_types"] = ["full_attention"] * layers
+    with phantom.device():
+        model = tiny.tiny_model(family, **depth)
+        if family != "switch_transformers":
+            model.set_experts_implementation("grouped_mm")
+        phantom.to_device(model)
+        batch = phantom.to_device(tiny.tiny_batch(family, padded=True))
+        system: ChronoSystem | None = None
+        if preset is not None:
+            config = ChronoConfig.preset(preset, interval=INTERVAL, coherence=CoherenceConfig(**coherence))
+            chronomoe_hf.wrap(model, config)
+            system = chronomoe_hf.system_of(model)
+            for step in range(1, INTERVAL + 1):
+                model(**batch).loss.backward()
+                system.step(step)
+        model.zero_grad()  # a gradient that is there already costs a launch more
+        with phantom.counting() as micro:
+            model(**batch).loss.backward()
+        with phantom.counting() as stepping:
+            if system is not None:
+                assert system.step(INTERVAL + 1) is None, "bad test setup: a window closed"
+                assert preset == "observe" or any(layer.handle.state.beta_on for layer in system.layers)
+    reads = sum(micro.reads.values())
+    return {
+        "launches": micro.total,
+        "reads": reads,
+        "uploads": sum(micro.uploads.values()),
+        "step": stepping.total,
+        "step_reads": sum(stepping.reads.values()) + sum(stepping.uploads.values()),
+    }
+
+
+@pytest.mark.parametrize("preset", ["observe", "protect", "balance"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_launches_stay_within_the_budget_and_nothing_reads_the_host(family: str, preset: str) -> None:
+    if family == "switch_transformers" and preset != "observe":
+        pytest.skip("its experts launch one by one, as many as have a token: steering changes that number")
+    few, many = 2, 4
+    plain = {layers: counted(family, None, layers) for layers in (few, many)}
+    mine = {layers: counted(family, preset, layers) for layers in (few, many)}
+    added = {layers: mine[layers]["launches"] - plain[layers]["launches"] for layers in (few, many)}
+    a_layer = (added[many] - added[few]) / (many - few)
+    fixed = added[few] - few * a_layer
+    # Switch has an encoder and a decoder, each with a scope of its own; its routers are read with a softmax more.
+    scopes, more = (2, 12) if family == "switch_transformers" else (1, 0)
+    assert 0 < a_layer <= A_LAYER[preset] + more, (a_layer, fixed)
+    assert fixed <= FIXED * scopes, (a_layer, fixed)
+    for layers in (few, many):
+        if family != "switch_transformers":  # its experts read the host for every expert that has a token
+            assert mine[layers]["reads"] == plain[layers]["reads"]
+        assert mine[layers]["uploads"] == plain[layers]["uploads"]
+        assert mine[layers]["step_reads"] == 0
+        assert mine[layers]["step"] <= A_STEP
+    assert mine[few]["step"] == mine[many]["step"], "a step costs the same whatever the number of layers"
+
+
+def test_reading_every_fourth_micro_batch_costs_a_quarter_of_the_readings() -> None:
+    read, skipped = counted("qwen3_moe", "observe", 2, every=1), counted("qwen3_moe", "observe", 2, every=4)
+    assert skipped["launches"] < read["launches"] - 20
+
+
+def test_sums_stay_estimates_when_only_every_second_micro_batch_is_read() -> None:
+    model = tiny.tiny_model("mixtral")
+    every = copy.deepcopy(model)
+    chronomoe_hf.wrap(model, ChronoConfig.observe())
+    chronomoe_hf.wrap(every, ChronoConfig.observe(coherence=CoherenceConfig(every=2)))
+    system, other = chronomoe_hf.system_of(model), chronomoe_hf.system_of(every)
+    read = 0
+    for step in range(1, 4):
+        batch = tiny.tiny_batch("mixtral", seed=0)
+        for one, each in ((model, system), (every, other)):
+            for _ in range(2):  # the same batch twice: one of both is read, and counts for two
+                one(**batch).loss.backward()
+            each.step(step)
+        got, want = other.snapshot().layers[0], system.snapshot().layers[0]
+        assert got.counts == want.counts, "counting is not sampled"
+        assert got.contribution == pytest.approx(want.contribution, rel=1e-5)
+        assert got.phi_fast == pytest.approx(want.phi_fast, abs=1e-5)
+        assert 2 * sum(got.phi_rows) == sum(want.phi_rows)
+        read += sum(got.phi_rows)
+    assert read > 0, "bad test setup"
+
+
+def test_two_runs_on_the_device_give_the_same_bits() -> None:
+    rows = []
+    with phantom.device():
+        for _ in range(2):
+            model = tiny.tiny_model("mixtral")
+            model.set_experts_implementation("grouped_mm")
+            chronomoe_hf.wrap(phantom.to_device(model), ChronoConfig(interval=2))
+            system = chronomoe_hf.system_of(model)
+            for step in (1, 2, 3):
+                model(**phantom.to_device(tiny.tiny_batch("mixtral", seed=step, padded=True))).loss.backward()
+                system.step(step)
+            rows.append([value.cpu() for value in system.step_state.state_dict().values()])
+    assert all(torch.equal(one, other) for one, other in zip(*rows, strict=True))
+    assert any(value.any() for value in rows[0])
+
+
+def no_atomics(model: Any, batch: Any) -> set[str]:
+    with phantom.counting() as seen:
+        model(**batch)
+    return set(seen.launches)
+
+
+def test_no_float_sum_depends_on_the_order_in_which_a_device_adds() -> None:
+    """The only scatter that adds has whole numbers in float64; what a GPU would add in any order is not used."""
+    with phantom.device():
+        model = phantom.to_device(tiny.tiny_model("mixtral"))
+        model.set_experts_implementation("grouped_mm")
+        batch = phantom.to_device({k: v for k, v in tiny.tiny_batch("mixtral").items() if k != "labels"})
+        plain = no_atomics(model, batch)
+        chronomoe_hf.wrap(model, ChronoConfig.observe())
+        mine = no_atomics(model, batch) - plain
+    assert "scatter_add_" in mine, "bad test setup: nothing was counted"
+    assert not mine & {"index_add_", "index_put_", "scatter_reduce_", "_index_put_impl_", "bincount", "histc"}
+
+
+@pytest.mark.parametrize("limit", [2**14, 2**17])
+def test_small_chunks_give_the_same_sums(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of few layers, and pieces of one layer that is too large by itself."""
+    snapshots = []
+    for each in (2**40, limit):
+        monkeypatch.setattr(tape, "LIMIT", each)
+        model = tiny.tiny_model("mixtral", num_hidden_layers=5)
+        chronomoe_hf.wrap(model, ChronoConfig(interval=1))
+        system = chronomoe_hf.system_of(model)
+        for step in (1, 2):
+            model(**tiny.tiny_batch("mixtral", batch=8, length=64, seed=step, padded=True)).loss.backward()
+            snapshots.append(system.step(step))
+    for got, want in zip(snapshots[2:], snapshots[:2], strict=True):
+        for one, other in zip(got.layers, want.layers, strict=True):
+            assert (one.counts, one.tokens, one.calls) == (other.counts, other.tokens, other.calls)
+            assert one.prob_mean == pytest.approx(other.prob_mean, abs=1e-6)
+            assert one.phi_fast == pytest.approx(other.phi_fast, abs=1e-6)
+            assert one.disagreement_js == pytest.approx(other.disagreement_js, abs=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [2, 6])
+def test_memory_is_bounded_at_a_large_shape(layers: int) -> None:
+    """T 8192, E 128, k 8, D 2048 in bf16: what recording holds at its peak, with the model's own tensors left out."""
+    from types import SimpleNamespace
+
+    from chronomoe_hf.recording.recorder import LayerRecorder
+    from chronomoe_hf.recording.scope import ForwardScope, Switches
+    from chronomoe_hf.recording.tape import Sums
+    from chronomoe_hf.router.state import Routing
+
+    tokens, experts, k, width = 8192, 128, 8, 2048
+    adapter = SimpleNamespace(distribution=lambda router, z: z.softmax(-1))
+    router: Any = SimpleNamespace(adapter=adapter)
+    sums = Sums(layers, experts)
+    scope = ForwardScope(Switches(), ("input_ids", "attention_mask"), None, sums)
+    recorders = [LayerRecorder(i, experts, scope, sums, CoherenceConfig()) for i in range(layers)]
+    ids = torch.ones(8, tokens // 8, dtype=torch.long)
+    with phantom.device() as seen:
+        put = phantom.to_device
+        rows_AD = put(torch.randn(1, width).expand(tokens * k, width).bfloat16().contiguous())
+        scope.open(True, (put(ids), put(ids)), {})
+        before = phantom._Block.alive
+        for recorder in recorders:
+            logits_TE = put(torch.randn(tokens, experts).bfloat16())
+            index_TK = put(torch.rand(tokens, experts).topk(k).indices)
+            weight_TK = put(torch.rand(tokens, k).bfloat16())
+            sample = recorder.sample(tokens, rows_AD.device)
+            recorder.outputs(rows_AD, recorder.slots(sample, k, rows_AD.device), sample, weight_TK, index_TK)
+            beta_E = put(torch.randn(experts) * 0.1)
+            recorder.routing(router, Routing(logits_TE, index_TK), index_TK, beta_E)
+            del logits_TE, index_TK, weight_TK
+        scope.close()
+        peak = seen.peak + seen.start - before
+    assert peak <= (64 + 3 * layers) * 2**20, f"{peak / 2**20:.1f} MB"
+    assert float(sums.on("train", torch.device("phantom", 0)).cpu()[:, :experts].sum()) == layers * tokens * k
