@@ -38,7 +38,8 @@ class ChronoRouter(nn.Module):
         handle: RouterHandle = self.__dict__[HANDLE]
         state, lens, adapter = handle.state, handle.lens, self.adapter
         recording = handle.recorder.active
-        # When compiled, all lenses run (scale 0 where closed), so that one graph serves all patterns.
+        # Lenses open layer by layer, and a graph for every pattern of open ones would soon reach the compiler's limit:
+        # in a compiled graph they open together, those at scale 0 shifting by exactly 0.
         together = torch.compiler.is_compiling() and lens is not None and handle.recorder.any_steering
         lens_open = together or handle.lens_open
         if not (recording or state.beta_on or lens_open):
