@@ -38,8 +38,8 @@ def row_norm_ratio(weight_ED: Tensor) -> Tensor:
     """How far each expert's logit spreads over tokens, relative to the layer: centred row norms over their rms.
 
     A normalised router input spreads much the same in every direction, so the spread of an expert's logit follows the
-    length of its row. Where rows differ in length, one shift for all would throw an expert of short row from idle to
-    busy.
+    length of its row. Where rows differ in length, one shift for all would move an expert with a small weight row too
+    far.
 
     Returns:
         Shape ``(E,)``, float64 on the CPU, rms 1; all ones where the rows do not differ at all.

@@ -1,4 +1,4 @@
-"""How the lens tells that a token is there: a direction V with x V = 1 for every token, as nearly as can be.
+"""Fits the direction V for which x V is about 1 for every token.
 
 A lens can only shift the logits of all tokens alike if x V hardly differs between them. The mean router input mu alone
 is a poor reader wherever it is short beside the spread of the tokens about it: a lens so read scatters tokens instead

@@ -82,8 +82,8 @@ def _stands(frame: Frame, history: History, run: Run | None) -> bool:
 
 
 def counts_of(record: dict[str, Any]) -> Any:
-    """The counts of an event under the names they have had."""
-    return record.get("expert_token_counts", record.get("counts"))
+    """The counts of an event."""
+    return record.get(COUNTS)
 
 
 def _is_event(record: dict[str, Any]) -> bool:

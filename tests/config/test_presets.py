@@ -234,3 +234,21 @@ def test_a_tuned_observe_still_leaves_the_model_alone() -> None:
     model.eval()
     assert all(layer.tokens for layer in system.last_snapshot.layers)  # type: ignore[union-attr]
     assert torch.equal(model(input_ids=ids).logits, native)
+
+
+def test_original_runs_by_its_own_laws() -> None:
+    """Beta is not centred, and its first move is the plan's: eta (phi_slow - 0.5) for every expert that was seen."""
+    torch.manual_seed(0)
+    ids = torch.randint(4, 60, (8, 16))
+    model = chronomoe_hf.wrap(tiny_model("mixtral").train(), ChronoConfig.original(interval=1))
+    system = chronomoe_hf.system_of(model)
+    model(input_ids=ids)
+    system.step(1)
+    for layer_id in range(2):
+        states = system.coherence(layer_id).snapshot(1)
+        want = [0.0 if s.phi_slow is None else 0.01 * (s.phi_slow - 0.5) for s in states.values()]
+        beta = system.router_state(layer_id).beta_coeff.tolist()
+        assert beta == pytest.approx(want, abs=1e-7)
+        assert abs(sum(beta)) > 0.01, "a centred law would pass too"
+    model(input_ids=ids)
+    assert system.step(2) is not None

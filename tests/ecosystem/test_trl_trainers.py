@@ -236,7 +236,7 @@ def test_counts_equal_a_recount_of_the_policys_own_passes(
     trainer.train()
     system = callback.system
     assert system is not None and system.last_snapshot is not None and trainer.state.global_step == STEPS
-    assert [layer.counts for layer in system.last_snapshot.layers] == passes.counts["train"]
+    assert [layer.expert_token_counts for layer in system.last_snapshot.layers] == passes.counts["train"]
     assert sum(passes.counts["train"][0]) > 0
     if name.split()[0] in ("GRPO", "RLOO", "OnlineDPO", "KTO") or "peft" in name:
         assert passes.others["train"] > 0, "bad test setup: no pass to leave out"
@@ -248,7 +248,7 @@ def test_counts_equal_a_recount_of_the_policys_own_passes(
     passes.counts["eval"] = [[0] * SMALL.experts for _ in passes.routers]
     metrics = trainer.evaluate()
     assert system.last_evaluation is not None
-    assert [layer.counts for layer in system.last_evaluation.layers] == passes.counts["eval"]
+    assert [layer.expert_token_counts for layer in system.last_evaluation.layers] == passes.counts["eval"]
     assert sum(passes.counts["eval"][0]) > 0 and "eval_moe/neff_mean" in metrics
     if name.split()[0] in ("GRPO", "RLOO", "KTO") or "peft" in name:
         assert passes.others["eval"] > 0, "bad test setup: no pass to leave out"

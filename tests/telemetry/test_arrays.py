@@ -34,7 +34,9 @@ def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
 def test_events_are_the_same_wherever_they_are_kept(both: tuple[Path, Path]) -> None:
     lines, arrays = both
     assert (arrays / "chronomoe" / "arrays.bin").is_file() and not (lines / "chronomoe" / "arrays.bin").exists()
-    assert "counts" not in json.loads((arrays / "chronomoe" / "routing_events.jsonl").read_text().splitlines()[0])
+    assert "expert_token_counts" not in json.loads(
+        (arrays / "chronomoe" / "routing_events.jsonl").read_text().splitlines()[0]
+    )
     left, right = events_of(lines), events_of(arrays)
     assert len(left) == len(right) == 15
     for one, other in zip(left, right, strict=True):
@@ -46,7 +48,7 @@ def test_events_are_the_same_wherever_they_are_kept(both: tuple[Path, Path]) -> 
                 assert other[name] == value, name
     for one, other in zip(*(list(read_windows(d / "chronomoe")) for d in both), strict=True):
         assert (one.step, one.layers, one.experts) == (other.step, other.layers, other.experts)
-        assert np.array_equal(one.arrays["counts"], other.arrays["counts"])
+        assert np.array_equal(one.arrays["expert_token_counts"], other.arrays["expert_token_counts"])
 
 
 def test_the_limit_is_that_of_a_window(tmp_path: Path) -> None:
@@ -60,12 +62,12 @@ def test_the_limit_is_that_of_a_window(tmp_path: Path) -> None:
 def test_what_is_missing_and_what_is_large_survives(tmp_path: Path) -> None:
     frame_LE = stack([[1, None, 2**40], None], [3, 2], integers=True)
     float_LE = stack([[0.1, None, float("nan")], [1e-30, 3.0]], [3, 2], integers=False)
-    data = pack("run", 0, 5, "TRAIN", [0, 7], [3, 2], {"counts": frame_LE, "beta": float_LE})
+    data = pack("run", 0, 5, "TRAIN", [0, 7], [3, 2], {"expert_token_counts": frame_LE, "beta": float_LE})
     path = tmp_path / "arrays.bin"
     path.write_bytes(data)
     ((offset, frame),) = read_frames(path)
     assert offset == 0 and frame is not None
-    assert frame.row("counts", 0) == [1, None, 2**40] and frame.row("counts", 7) is None
+    assert frame.row("expert_token_counts", 0) == [1, None, 2**40] and frame.row("expert_token_counts", 7) is None
     assert frame.row("beta", 0) == [0.1, None, None] and frame.row("beta", 7) == pytest.approx([1e-30, 3.0], rel=1e-6)
     assert frame.row("phi_slow", 0) is None
 

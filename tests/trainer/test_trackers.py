@@ -33,7 +33,7 @@ def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def snapshot(*counts: list[int]) -> SystemSnapshot:
-    layers = [LayerSnapshot(layer_id=i, n_experts=len(c), top_k=1, counts=c) for i, c in enumerate(counts)]
+    layers = [LayerSnapshot(layer_id=i, n_experts=len(c), top_k=1, expert_token_counts=c) for i, c in enumerate(counts)]
     return SystemSnapshot(step=1, layers=layers)
 
 
