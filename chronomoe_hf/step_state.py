@@ -5,6 +5,7 @@ Shape suffixes: L layers, E experts (padded to the widest layer), C clocks, R nu
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from chronomoe_hf.coherence import ALPHAS, CoherenceBuffer, read_clocks, update_clocks_
 from chronomoe_hf.config import BetaConfig, VetoConfig
+from chronomoe_hf.errors import StepError
 from chronomoe_hf.recording.columns import Row
 from chronomoe_hf.router.beta_laws import (
     balance_error,
@@ -27,6 +29,20 @@ from chronomoe_hf.router.state import LOGIT_STD_ALPHA, RouterState
 _CLOCKS = ("ema_CLE", "phi_raw_LE")
 _WIDE = ("beta_LE", "beta_full_LE", "beta_applied_LE")
 _NARROW = ("logit_std_L", "relevance_L", "js_L", "flip_L", "overlap_L")
+
+
+def check_step(step: Any) -> int:
+    """`step` as an int, if it is the number of an optimizer step: an integer of 1 or more, and no bool.
+
+    Raises:
+        StepError: It is something else.
+    """
+    if isinstance(step, bool) or not isinstance(step, numbers.Integral) or step < 1:
+        raise StepError(
+            f"system.step takes the number of optimizer steps done, an integer of 1 or more (1 after the first), got "
+            f"{step!r:.80}"
+        )
+    return int(step)
 
 
 class StepState:
