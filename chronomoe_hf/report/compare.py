@@ -36,7 +36,7 @@ def compare(run: RunData, other: RunData) -> Comparison:
     measures: list[tuple[str, str, Callable[[RunData], dict[int, float]]]] = [
         ("training loss", ".3f", lambda r: dict(r.loss)),
         ("mean Neff / E", ".3f", lambda r: _over(r, lambda w: _mean(w, lambda layer: layer.neff_fraction))),
-        ("dead experts", ".0f", lambda r: _over(r, lambda w: _sum(w, "dead"))),
+        ("dead experts", ".0f", lambda r: _over(r, lambda w: _sum(w, "dead_experts"))),
         ("mean max violation", ".3f", lambda r: _over(r, lambda w: _mean(w, lambda layer: layer.get("max_violation")))),
         ("layers with an open lens", ".0f", lambda r: {step: float(now.acting) for step, now in r.governing.items()}),
     ]

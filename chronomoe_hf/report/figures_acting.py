@@ -107,9 +107,9 @@ def lifecycle(run: RunData) -> list[Figure]:
     head = ["layer", "expert", "case", "state", "since step", "tokens", "share", "phi", "contribution rank"]
     rows = [
         [
-            *(case[name] for name in ("layer_id", "expert_id", "reason", "state")),
+            *(case[name] for name in ("layer_id", "expert", "reason", "state")),
             _number(case["step"], ".0f"),
-            _number(case["tokens_seen"], ",.0f"),
+            _number(case["total_tokens_seen"], ",.0f"),
             _number(case["share"], ".4f"),
             _number(case["phi_slow"], "+.2f"),
             f"{_number(case['contribution_rank'], '.0f')} of {_number(case['num_experts'], '.0f')}",
@@ -163,7 +163,7 @@ def timeline(run: RunData) -> Figure:
         lanes["lens open"] = [[step, step, counted(run.governing[step].acting, "layer")] for step in _thin(opened)]
     for case in run.cases:
         if case["state"] == "confirmed" and case["step"] is not None:
-            where = f"layer {case['layer_id']} expert {case['expert_id']}"
+            where = f"layer {case['layer_id']} expert {case['expert']}"
             lanes.setdefault("case confirmed", []).append([case["step"], case["step"], where])
     for attempt, step in run.resumes:
         lanes.setdefault("resumed", []).append([step, step, f"attempt {attempt}"])

@@ -88,7 +88,7 @@ def _states(run: RunData) -> list[Finding]:
     thin = [layer.layer_id for layer in layers if not layer.sufficient and layer.observed]
     if thin:
         seen["INSUFFICIENT"] = f"The last window was too small to judge {listed([f'layer {i}' for i in thin])}."
-    dead = {layer.layer_id: int(layer.get("dead") or 0) for layer in layers if layer.get("dead")}
+    dead = {layer.layer_id: int(layer.get("dead_experts") or 0) for layer in layers if layer.get("dead_experts")}
     if dead:
         where = listed([f"layer {i} ({n})" for i, n in dead.items()])
         seen["DEAD"] = f"{counted(sum(dead.values()), 'expert')} without a token in the last window: {where}."
@@ -136,7 +136,7 @@ def _numbers(run: RunData) -> list[tuple[str, str, str]]:
     if not run.windows:
         return []
     last = run.windows[-1]
-    dead = sum(int(layer.get("dead") or 0) for layer in last.layers)
+    dead = sum(int(layer.get("dead_experts") or 0) for layer in last.layers)
     experts = sum(layer.num_experts or 0 for layer in last.layers)
     worst = lowest(last.layers)
     high = max(

@@ -118,7 +118,7 @@ def test_names_inject_nothing(tmp_path: Path) -> None:
     directory = tmp_path / "chronomoe"
     record = {"schema": 1, "run_id": HOSTILE, "attempt": 0, "step": 10}
     alert = {"kind": HOSTILE, "layer_id": HOSTILE, "state": "raised", "detail": HOSTILE}
-    case = {"layer_id": HOSTILE, "expert_id": HOSTILE, "reason": HOSTILE, "state": "confirmed", "evidence": {}}
+    case = {"layer_id": HOSTILE, "expert": HOSTILE, "reason": HOSTILE, "state": "confirmed", "evidence": {}}
     decision = {"layer_id": 0, "scale": 0, "abstain_reason": HOSTILE}
     for kind, line in (("alerts", alert), ("lifecycle_decisions", case), ("control_decisions", decision)):
         with (directory / f"{kind}.jsonl").open("a") as file:

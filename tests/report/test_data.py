@@ -47,14 +47,14 @@ def test_the_data_block_equals_the_metrics_of_the_recorded_counts(trained: Path)
     assert data["steps"] == [2, 4, 6] and data["layers"] == ["0", "1"]
     for event in events:
         at, layer = data["steps"].index(event["step"]), event["layer_id"]
-        counts = event["counts"]
+        counts = event["expert_token_counts"]
         expected = {
             "n_effective": metrics.compute_n_effective(counts),
             "top2_share": metrics.top2_share(counts),
             "max_violation": metrics.max_violation(counts),
             "gini": metrics.gini(counts),
             "load_cv": metrics.load_cv(counts),
-            "dead": sum(count == 0 for count in counts),
+            "dead_experts": sum(count == 0 for count in counts),
         }
         for name, value in expected.items():
             assert data["metrics"][name][layer][at] == pytest.approx(value, rel=1e-6), name
@@ -76,7 +76,7 @@ def test_the_cells_are_the_shares(trained: Path) -> None:
     events, _ = read_jsonl(trained / "chronomoe" / "routing_events.jsonl")
     for event in events:
         code_E = code_FLE[spec["frames"].index(str(event["step"])), event["layer_id"]]
-        fair_E = np.array(event["counts"]) * 8 / sum(event["counts"])
+        fair_E = np.array(event["expert_token_counts"]) * 8 / sum(event["expert_token_counts"])
         assert ((code_E == DEAD) == (fair_E == 0)).all()
         shown_E = 2.0 ** (-3.0 + (code_E.astype(float) - LOW) / (HIGH - LOW) * 6.0)
         used = fair_E > 0
@@ -172,7 +172,7 @@ def test_two_runs_are_compared_in_words_and_numbers(tmp_path: Path, trained: Pat
     for name, form, value in (
         ("training loss", ".3f", lambda r: r.loss[-1][1]),
         ("mean Neff / E", ".3f", lambda r: np.mean([layer.neff_fraction for layer in r.windows[-1].layers])),
-        ("dead experts", ".0f", lambda r: sum(layer.get("dead") for layer in r.windows[-1].layers)),
+        ("dead experts", ".0f", lambda r: sum(layer.get("dead_experts") for layer in r.windows[-1].layers)),
     ):
         assert table[name][:2] == [f"{value(one):{form}}", f"{value(two):{form}}"], name
     assert all(name in " ".join(compared.sentences) for name in compared.names)
@@ -196,7 +196,7 @@ NOTHING: dict[str, Any] = {
     "n_effective": None,
     "max_violation": None,
     "coherence_mean": None,
-    "dead": None,
+    "dead_experts": None,
     "gini": None,
 }
 
@@ -222,6 +222,9 @@ def test_measured_effects_are_found(tmp_path: Path) -> None:
     effect = {"rank": "contribution", "num_kept": 3, "loss": 2.0, "plan": mask, "random": [{**mask, "delta_loss": 0.5}]}
     (tmp_path / "effect.json").write_text(json.dumps(effect))
     (tmp_path / "other.json").write_text("[1")
+    line = {**effect, "schema": 2, "run_id": "run", "attempt": 0, "step": 20, "num_kept": 2}
+    (tmp_path / "chronomoe" / "lifecycle_effects.jsonl").write_text(json.dumps(line) + "\n")
     run = load_run(tmp_path)
     assert run.effects[0]["rise"] == 0.12 and run.effects[0]["random"] == 0.5 and run.effects[0]["worst"] is None
+    assert run.effects[1]["where"] == "step 20" and run.effects[1]["kept"] == 2
     assert "raises the loss by +0.1200 nats, against +0.5000" in render(run)

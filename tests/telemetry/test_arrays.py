@@ -34,7 +34,9 @@ def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
 def test_events_are_the_same_wherever_they_are_kept(both: tuple[Path, Path]) -> None:
     lines, arrays = both
     assert (arrays / "chronomoe" / "arrays.bin").is_file() and not (lines / "chronomoe" / "arrays.bin").exists()
-    assert "counts" not in json.loads((arrays / "chronomoe" / "routing_events.jsonl").read_text().splitlines()[0])
+    assert "expert_token_counts" not in json.loads(
+        (arrays / "chronomoe" / "routing_events.jsonl").read_text().splitlines()[0]
+    )
     left, right = events_of(lines), events_of(arrays)
     assert len(left) == len(right) == 15
     for one, other in zip(left, right, strict=True):
@@ -46,7 +48,7 @@ def test_events_are_the_same_wherever_they_are_kept(both: tuple[Path, Path]) -> 
                 assert other[name] == value, name
     for one, other in zip(*(list(read_windows(d / "chronomoe")) for d in both), strict=True):
         assert (one.step, one.layers, one.experts) == (other.step, other.layers, other.experts)
-        assert np.array_equal(one.arrays["counts"], other.arrays["counts"])
+        assert np.array_equal(one.arrays["expert_token_counts"], other.arrays["expert_token_counts"])
 
 
 def test_the_limit_is_that_of_a_window(tmp_path: Path) -> None:
