@@ -65,6 +65,7 @@ class RunData:
         resumes: ``(attempt, step)``.
         others: names of other runs in the directory.
         broken: lines and records that could not be read.
+        profile: ``profile.json`` of a profile; empty for a training run.
     """
 
     name: str
@@ -81,6 +82,7 @@ class RunData:
     resumes: list[tuple[int, int]]
     others: list[str]
     broken: int
+    profile: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -142,6 +144,7 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         resumes=[] if run is None else list(run.resumes),
         others=[plain_text(r.name, 80) for r in history.runs if run is None or r.name != run.name],
         broken=broken + len(shown) - len(windows),
+        profile=_json(directory / "profile.json") or {},
     )
 
 
