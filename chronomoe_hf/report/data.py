@@ -17,7 +17,7 @@ from chronomoe_hf.telemetry.arrays import Frame
 from chronomoe_hf.telemetry.cases import last_cases
 from chronomoe_hf.telemetry.events import COUNTS
 from chronomoe_hf.telemetry.expert_records import read_windows
-from chronomoe_hf.telemetry.reader import DIRECTORY, LOGS, read_jsonl, read_last, read_lines, read_manifest
+from chronomoe_hf.telemetry.reader import DIRECTORY, EFFECTS, LOGS, read_jsonl, read_last, read_lines, read_manifest
 from chronomoe_hf.telemetry.runs import History, Run
 from chronomoe_hf.telemetry.windows import AlertView, Window, alert_views, number, plain_text, whole
 
@@ -65,6 +65,7 @@ class RunData:
         resumes: ``(attempt, step)``.
         others: names of other runs in the directory.
         broken: lines and records that could not be read.
+        profile: ``profile.json`` of a profile; empty for a training run.
     """
 
     name: str
@@ -81,6 +82,7 @@ class RunData:
     resumes: list[tuple[int, int]]
     others: list[str]
     broken: int
+    profile: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -137,11 +139,12 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         governing=_governing(directory, history, run),
         alerts=alerts,
         cases=last_cases(lifecycle),
-        effects=[*_effects(root, directory), *_effects_in(lifecycle)],
+        effects=[*_effects(root, directory), *_effects_in(read_jsonl(directory / f"{EFFECTS}.jsonl", run=run)[0])],
         loss=_logged(directory, run) or _loss(root),
         resumes=[] if run is None else list(run.resumes),
         others=[plain_text(r.name, 80) for r in history.runs if run is None or r.name != run.name],
         broken=broken + len(shown) - len(windows),
+        profile=_json(directory / "profile.json") or {},
     )
 
 
@@ -233,7 +236,7 @@ def _effects(*directories: Path) -> list[dict[str, Any]]:
 
 
 def _effects_in(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    effects = [_effect(record.get("effect"), f"step {plain_text(record.get('step'), 20)}") for record in records]
+    effects = [_effect(record, f"step {plain_text(record.get('step'), 20)}") for record in records]
     return [effect for effect in effects if effect is not None]
 
 

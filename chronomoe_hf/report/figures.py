@@ -127,8 +127,13 @@ def _grid(
     }
 
 
-def work(run: RunData) -> Figure:
-    """Share of every expert in units of the fair share, with a slider over the windows."""
+def work(run: RunData, names: Sequence[str] = ()) -> Figure:
+    """Share of every expert in units of the fair share, with a slider over the windows.
+
+    Args:
+        run: the run.
+        names: of the windows, where they are domains and not steps.
+    """
     shown = [window for window in run.picked if window.step in run.frames]
     ids = sorted({layer for window in shown for layer in run.frames[window.step].layers})
     size = max((max(run.frames[w.step].experts, default=0) for w in shown), default=0)
@@ -154,13 +159,18 @@ def work(run: RunData) -> Figure:
         "high": 3.0,
         "unit": "x fair share",
         "scale": "diverging",
-        "frames": [str(window.step) for window in shown],
+        "frames": [_called(run, window, names) for window in shown],
     }
     last_LE, layers = relative_load(run, shown[-1].step)
     rows_shown = [_work_row(layer, row) for layer, row in zip(layers, last_LE, strict=True)]
     note = "1 is the fair share 1/E. A cross, or a black cell, is an expert without a token in that window."
     head = ["layer", "busiest", "x fair share", "idlest with tokens", "x fair share", "without a token"]
-    return Figure("work", "Who does the work", _work_sentence(last_LE, layers, shown[-1]), spec, head, rows_shown, note)
+    sentence = _work_sentence(last_LE, layers, _called(run, shown[-1], names), "domain" if names else "window")
+    return Figure("work", "Who does the work", sentence, spec, head, rows_shown, note)
+
+
+def _called(run: RunData, window: Window, names: Sequence[str]) -> str:
+    return names[run.windows.index(window)] if names else f"step {window.step}"
 
 
 def relative_load(run: RunData, step: int) -> tuple[Array, list[int]]:
@@ -185,15 +195,16 @@ def _work_row(layer: int, relative_E: Array) -> list[str]:
     return [str(layer), str(busy), f"{relative_E[busy]:.2f}", str(idle), f"{relative_E[idle]:.2f}", listed(dead, 8)]
 
 
-def _work_sentence(relative_LE: Array, layers: list[int], window: Window) -> str:
+def _work_sentence(relative_LE: Array, layers: list[int], name: str, kind: str) -> str:
     if not np.isfinite(relative_LE).any():
-        return f"No token was routed in the window of step {window.step}."
+        return f"No token was routed in the last {kind} ({name})."
     row, expert = np.unravel_index(int(np.nanargmax(relative_LE)), relative_LE.shape)
     dead = int((relative_LE == 0).sum())
     rest = "every expert got some" if not dead else f"{counted(dead, 'expert')} got none"
     return (
-        f"In the last window (step {window.step}) the busiest expert is number {expert} of layer {layers[row]}, with "
-        f"{relative_LE[row, expert]:.1f} times its fair share; {rest}. The slider goes back in time."
+        f"In the last {kind} ({name}) the busiest expert is number {expert} of layer {layers[row]}, with "
+        f"{relative_LE[row, expert]:.1f} times its fair share; {rest}. The slider shows "
+        f"{'the other domains' if kind == 'domain' else 'earlier windows'}."
     )
 
 

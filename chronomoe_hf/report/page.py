@@ -19,6 +19,7 @@ from chronomoe_hf.errors import ChronoError
 from chronomoe_hf.report import figures, figures_acting
 from chronomoe_hf.report.compare import compare
 from chronomoe_hf.report.data import RunData, load_run
+from chronomoe_hf.report.domains import domain_names, domains
 from chronomoe_hf.report.figures import Figure
 from chronomoe_hf.report.verdict import judge
 from chronomoe_hf.telemetry.events import COUNTS
@@ -101,6 +102,8 @@ def sections(run: RunData) -> list[Figure]:
     """The plots in reading order."""
     if not run.windows:
         return [figures_acting.timeline(run)]
+    if names := domain_names(run):
+        return [*domains(run), figures.work(run, names), *figures_acting.lifecycle(run)]
     return [
         figures.effective_experts(run),
         figures.work(run),

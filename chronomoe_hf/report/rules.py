@@ -203,3 +203,17 @@ REASONS = {
 def rule_of(key: str) -> Rule | None:
     """The row of an alert or a state; None for an alert kind that this version does not know."""
     return ALERTS.get(key) or STATES.get(key)
+
+
+def rules_markdown() -> str:
+    """The table as the sections of docs/alerts.md."""
+    words = {"act": "act now", "watch": "watch", "fine": "nothing wrong"}
+    parts = []
+    for title, rules in (("Alerts", ALERTS), ("States that the report names", STATES)):
+        parts.append(f"## {title}\n")
+        for key, rule in rules.items():
+            parts.append(f"### {key}: {rule.title} ({words[rule.level]})\n")
+            parts.append(f"**Meaning.** {rule.meaning}\n\n**Cause.** {rule.cause}\n\n**What to do.** {rule.advice}\n")
+            if rule.config:
+                parts.append(f"Setting: `{rule.config}`\n")
+    return "\n".join(parts)

@@ -25,13 +25,14 @@ DIRECTORY = "chronomoe"
 MANIFEST = "run_manifest.json"
 ATTEMPTS = "attempts"
 EVENTS = "routing_events"
+EFFECTS = "lifecycle_effects"
 LOGS = "logs"  # losses, as Trainer logged them
 KINDS = (
     EVENTS,
     "snapshots",
     "control_decisions",
     "lifecycle_decisions",
-    "lifecycle_effects",
+    EFFECTS,
     "alerts",
     LOGS,
     ATTEMPTS,

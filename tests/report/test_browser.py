@@ -95,8 +95,8 @@ def test_the_slider_changes_the_cells_and_the_dead_marks(tmp_path: Path) -> None
             slider.fill(str(at))
             now = plots(page)["work"]
             seen[now["step"]] = (now["dead"], now["sum"])
-            assert page.locator("#work output").inner_text() == f"step {now['step']}"
-        assert {step: dead for step, (dead, _) in seen.items()} == {"100": "1", "50": "0", "10": "0"}
+            assert page.locator("#work output").inner_text() == now["step"]
+        assert {step: dead for step, (dead, _) in seen.items()} == {"step 100": "1", "step 50": "0", "step 10": "0"}
         assert len({total for _, total in seen.values()}) == 3
         assert said == []
 

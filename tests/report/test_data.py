@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import texts
 from support.made_runs import random_run, train_into
+from support.models import tiny_model
 
+import chronomoe_hf
 import chronomoe_hf.config as config
 from chronomoe_hf import metrics
 from chronomoe_hf.controller.policy import AbstainReason
@@ -71,11 +74,11 @@ def test_the_loss_is_the_one_trainer_logged(trained: Path) -> None:
 def test_the_cells_are_the_shares(trained: Path) -> None:
     run = load_run(trained)
     spec = work(run).spec
-    assert spec is not None and spec["frames"] == ["2", "4", "6"]
+    assert spec is not None and spec["frames"] == ["step 2", "step 4", "step 6"]
     code_FLE = np.frombuffer(base64.b64decode(spec["cells"]), dtype=np.uint8).reshape(3, 2, 8)
     events, _ = read_jsonl(trained / "chronomoe" / "routing_events.jsonl")
     for event in events:
-        code_E = code_FLE[spec["frames"].index(str(event["step"])), event["layer_id"]]
+        code_E = code_FLE[spec["frames"].index(f"step {event['step']}"), event["layer_id"]]
         fair_E = np.array(event["expert_token_counts"]) * 8 / sum(event["expert_token_counts"])
         assert ((code_E == DEAD) == (fair_E == 0)).all()
         shown_E = 2.0 ** (-3.0 + (code_E.astype(float) - LOW) / (HIGH - LOW) * 6.0)
@@ -222,6 +225,28 @@ def test_measured_effects_are_found(tmp_path: Path) -> None:
     effect = {"rank": "contribution", "num_kept": 3, "loss": 2.0, "plan": mask, "random": [{**mask, "delta_loss": 0.5}]}
     (tmp_path / "effect.json").write_text(json.dumps(effect))
     (tmp_path / "other.json").write_text("[1")
+    line = {**effect, "schema": 2, "run_id": "run", "attempt": 0, "step": 20, "num_kept": 2}
+    (tmp_path / "chronomoe" / "lifecycle_effects.jsonl").write_text(json.dumps(line) + "\n")
     run = load_run(tmp_path)
     assert run.effects[0]["rise"] == 0.12 and run.effects[0]["random"] == 0.5 and run.effects[0]["worst"] is None
+    assert run.effects[1]["where"] == "step 20" and run.effects[1]["kept"] == 2
     assert "raises the loss by +0.1200 nats, against +0.5000" in render(run)
+
+
+# ---- profiles --------------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_is_shown_by_domain(tmp_path: Path) -> None:
+    docs = texts.documents(12)
+    domains = {"prose": list(docs[:5]), "code": list(docs[5:])}
+    chronomoe_hf.profile(tiny_model("mixtral", vocab_size=texts.VOCAB), texts.tokenizer(), domains, output_dir=tmp_path)
+    run = load_run(tmp_path)
+    assert run.windows and [figure.key for figure in sections(run)][:3] == ["domains", "pairs", "work"]
+    shown = {figure.key: figure for figure in sections(run)}
+    assert [row[0] for row in shown["domains"].rows] == ["prose", "code"]
+    record = json.loads((tmp_path / "chronomoe" / "profile.json").read_text())
+    assert [row[2] for row in shown["domains"].rows] == [f"{d['loss']:.4f}" for d in record["domains"]]
+    assert shown["work"].spec is not None and shown["work"].spec["frames"] == ["prose", "code"]
+    code_DD = np.frombuffer(base64.b64decode(shown["domains"].spec["cells"]), dtype=np.uint8).reshape(2, 2)  # type: ignore[index]
+    assert code_DD[0, 1] == round(LOW + record["distance"]["mean"][0][1] * (HIGH - LOW))
+    render(run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,8 +73,11 @@ def test_wandb_offline_gets_pictures_and_alerts(tmp_path: Path) -> None:
     wandb.finish()
     assert len(list(tmp_path.rglob("media/images/**/load_heatmap*.png"))) == 2
     (log,) = tmp_path.rglob("run-*.wandb")
-    data = log.read_bytes()
-    assert b"load_histogram" in data and b"PRE_COLLAPSE raised (layer 0)" in data
+    wanted = (b"load_histogram", b"PRE_COLLAPSE raised (layer 0)")
+    ends = time.monotonic() + 60  # W&B's own process writes it, when it gets to it
+    while not all(word in log.read_bytes() for word in wanted) and time.monotonic() < ends:
+        time.sleep(0.2)
+    assert all(word in log.read_bytes() for word in wanted)
 
 
 def test_trackio_gets_pictures_and_alerts(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@
     };
     if (spec.frames.length > 1) {
       const bar = make("div", plot, "controls");
-      const label = make("label", bar, "", "window ");
+      const label = make("label", bar, "", "shown ");
       const slider = make("input", bar);
       slider.type = "range";
       slider.min = 0;
@@ -91,7 +91,7 @@
       output.htmlFor = slider.id;
       const follow = () => {
         frame = Number(slider.value);
-        output.textContent = `step ${spec.frames[frame]}`;
+        output.textContent = spec.frames[frame];
         draw();
       };
       slider.addEventListener("input", follow);
