@@ -1,6 +1,7 @@
 """One rank of tests/distributed/test_state_loading.py: ``state_loading.py directory``; only rank 0 knows it.
 
-``directory`` holds a sound state (``sound``) and one with a fault in it (``faulty``). Prints one JSON line per rank.
+``directory`` holds a sound state (``sound``) and one with a fault in it (``faulty``). Leaves
+``rank-<n>.json`` there.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ def main(given: str) -> None:
     system.step(1)
     before = system.state_dict()["tensors"]
     found: dict[str, Any] = {
-        "rank": rank,
         "missing": attempt(lambda: system.load(directory / "typo")),
         "faulty": attempt(lambda: system.load(directory / "faulty")),
         "step": attempt(lambda: system.load(directory / "sound", step=99)),
@@ -54,7 +54,7 @@ def main(given: str) -> None:
     found["left"] = "Chrono" not in type(other.model.layers[0].mlp.gate).__name__
     found["sound"] = attempt(lambda: chronomoe_hf.wrap(other, CONFIG, state=directory / "sound"))
     found["beta"] = chronomoe_hf.system_of(other).step_state.beta_LE.tolist()
-    print(json.dumps(found), flush=True)
+    (Path(given) / f"rank-{rank}.json").write_text(json.dumps(found))
     gloo_exit.leave()
 
 
