@@ -90,7 +90,7 @@ def test_the_copy_that_trains_is_the_one_that_is_counted(part: str, order: str) 
     snapshot = system.snapshot()
     first = [layer.tokens for layer in snapshot.layers]
     assert first == [2 * 58] * 2, "two forwards were recorded, the one without gradient was not"
-    assert [layer.counts for layer in snapshot.layers] == [[2 * n for n in row] for row in recount.lists()]
+    assert [layer.expert_token_counts for layer in snapshot.layers] == [[2 * n for n in row] for row in recount.lists()]
     assert all(v is not None for layer in snapshot.layers for v in layer.phi_slow)
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert any("modules_to_save" in name for name in grads)
@@ -128,9 +128,11 @@ def test_several_adapters_switching_and_disabling(part: str, order: str) -> None
         recount = Recount(nn.ModuleList(ran), "mixtral")
         model(**batch)
         recount.enabled = False
-        snapshot_before = [[0] * 8, [0] * 8] if step == 1 else [layer.counts for layer in system.snapshot().layers]
+        snapshot_before = (
+            [[0] * 8, [0] * 8] if step == 1 else [layer.expert_token_counts for layer in system.snapshot().layers]
+        )
         system.step(step)
-        after = [layer.counts for layer in system.snapshot().layers]
+        after = [layer.expert_token_counts for layer in system.snapshot().layers]
         gained = [
             [a - b for a, b in zip(rows, old, strict=True)] for rows, old in zip(after, snapshot_before, strict=True)
         ]

@@ -83,7 +83,7 @@ def test_a_router_called_by_keyword_is_recorded_and_steered(steering: bool) -> N
         logits = model(**tiny.tiny_batch("mixtral")).logits.detach()
         snapshot = system.step(1)
         assert snapshot is not None
-        outputs.append((logits, [layer.counts for layer in snapshot.layers]))
+        outputs.append((logits, [layer.expert_token_counts for layer in snapshot.layers]))
     assert torch.equal(outputs[0][0], outputs[1][0])
     assert outputs[0][1] == outputs[1][1] and sum(outputs[0][1][0]) == 4 * 16 * 2
 
