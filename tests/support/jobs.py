@@ -39,6 +39,7 @@ class Job:
         model: overrides of the tiny model's configuration; ``dtype`` by name.
         pretrained: directory to load the weights from, instead of making them from `seed`.
         resume: checkpoint to resume from, or True.
+        remade: Trainer makes its model anew (``model_init``).
         fault: ``[name, step]``, one of FAULTS.
         blank: every second row is nothing but padding.
         trace: keep the weights at every step's start and every micro-batch.
@@ -56,6 +57,7 @@ class Job:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     pretrained: str | None = None
     resume: str | bool | None = None
+    remade: bool = False
     fault: tuple[str, int] | None = None
     blank: bool = False
     trace: bool = False
@@ -246,15 +248,18 @@ def make_trainer(job: Job, kind: type[Tracing] = Tracing, data: Any = None) -> T
     """Model, data, Trainer and ``attach``, as a user would write them."""
     arguments = training_arguments(job)
     overrides = {**job.model, "dtype": getattr(torch, job.model.get("dtype", "float32"))}
-    model = tiny_model(job.family, seed=job.seed, **overrides)
-    if job.pretrained is not None:
-        model = type(model).from_pretrained(job.pretrained)
+
+    def build() -> Any:
+        model = tiny_model(job.family, seed=job.seed, **overrides)
+        return model if job.pretrained is None else type(model).from_pretrained(job.pretrained)
+
     data = rows(job.examples) if data is None else data
     if job.blank:
         for row in data[1::2]:
             row.update(input_ids=row["input_ids"] * 0, attention_mask=row["attention_mask"] * 0)
             row["labels"] = torch.full_like(row["labels"], -100)
-    trainer = kind(model, arguments, train_dataset=data, eval_dataset=rows(6, seed=11))
+    source = {"model_init": build} if job.remade else {"model": build()}
+    trainer = kind(args=arguments, train_dataset=data, eval_dataset=rows(6, seed=11), **source)
     trainer.fed = [[]]
     chronomoe_hf.attach(trainer, chrono_config(job))
     return trainer
