@@ -76,7 +76,11 @@ class ForwardScope(SharedInParts):
         return "eval" if self.switches.evaluation else "off"
 
     def close(self) -> None:
-        """Forget the forward."""
+        """The forward has ended."""
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Forget a forward, also one that never came to its end."""
         self.mode = "off"
         self.mask_T = None
 

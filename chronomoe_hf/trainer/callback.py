@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,22 +13,21 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from chronomoe_hf.api import system_of, unwrap, wrap
 from chronomoe_hf.checkpoint.state_file import has_state
 from chronomoe_hf.config import ChronoConfig
-from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError, WrapError
+from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError
 from chronomoe_hf.lifecycle.in_run import measure_dry_run
 from chronomoe_hf.recording.scope import SCOPE
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import SystemSnapshot
-from chronomoe_hf.trainer.evaluation import recording_policy
+from chronomoe_hf.trainer.binding import Binding
+from chronomoe_hf.trainer.evaluation import evaluate_apart
 from chronomoe_hf.trainer.hooks import TrainerHooks, calling_trainer, refuse_data_parallel
 from chronomoe_hf.trainer.model_card import write_model_card
 from chronomoe_hf.trainer.resume import ResumePath, restore
 from chronomoe_hf.trainer.trackers import publish, record_log
 from chronomoe_hf.trainer.weight_repair import check_weights
 from chronomoe_hf.trainer.window_log import WindowLog, logs_now
-from chronomoe_hf.wrapping.owner import find_system
 from chronomoe_hf.wrapping.save_pretrained import state_saved
 
 logger = logging.getLogger("chronomoe_hf")
@@ -38,15 +36,14 @@ logger = logging.getLogger("chronomoe_hf")
 class ChronoCallback(TrainerCallback):
     """Calls the system at every optimizer step, writes records, and adds ``moe/...`` scalars to the logs.
 
-    Prefer :func:`attach`, which also makes the scalars reach TensorBoard, W&B and trackio. Without a Trainer, call
+    Prefer ``attach``, which also makes the scalars reach TensorBoard, W&B and trackio. Without a Trainer, call
     ``system_of(model).step(global_step)`` after each optimizer step yourself.
 
     Args:
         config: settings for a model that is not wrapped yet; None = the default preset.
 
     Attributes:
-        system: of the model that trains; None before there is one and after :meth:`detach`.
-        attached: put first in the list by :func:`attach`.
+        attached: put first in the list by ``attach``.
 
     Raises:
         ConfigError: `config` is not a ChronoConfig.
@@ -58,15 +55,20 @@ class ChronoCallback(TrainerCallback):
                 f"config is a {type(config).__name__}; give a ChronoConfig, for example ChronoConfig.balance()"
             )
         self.config = config
-        self.system: ChronoSystem | None = None
         self.attached = False
+        self._told = False
         self.hooks: TrainerHooks | None = None
         self.resume_path = ResumePath()
-        self._wrapped_here = False
+        self._binding = Binding(self._left)
         self._new_run = True
         self._log = WindowLog()
 
     # ---- which model, which Trainer ------------------------------------------------------------------------------
+
+    @property
+    def system(self) -> ChronoSystem | None:
+        """The ChronoSystem of the model that trains; None before there is one and after :meth:`detach`."""
+        return self._binding.system
 
     def bind(self, model: nn.Module) -> ChronoSystem:
         """Make `model` the one that is watched: wrap it if needed, and let go of the one before.
@@ -74,31 +76,15 @@ class ChronoCallback(TrainerCallback):
         Raises:
             WrapError: it cannot be wrapped, or is wrapped with another config.
         """
-        if self.system is not None and find_system(model) is self.system:
-            wrap(model, self.config)
-            return self.system
-        self.release()
-        new = find_system(model) is None
-        self.system = system_of(wrap(model, self.config))
-        self._wrapped_here = new
-        self.system.on_unwrap.append(self._left)
-        return self.system
+        if self.system is not None and self.config is None:
+            self.config = self.system.config  # the next model gets the same settings, also where they came with it
+        return self._binding.bind(model, self.config)
 
     def release(self) -> None:
-        """Let go of the model: what this callback wrapped is unwrapped, what came wrapped stays wrapped."""
-        system, self.system = self.system, None
-        if system is None:
-            return
-        # The next model gets the same settings, also where those came with the model.
-        self.config = self.config or system.config
-        if self._left in system.on_unwrap:
-            system.on_unwrap.remove(self._left)
-        system.close_telemetry()
-        if self._wrapped_here and find_system(system.model) is system:
-            try:
-                unwrap(system.model)
-            except WrapError as error:
-                logger.warning("the model stays wrapped: %s", error)
+        """Let go of the model before the next one is made."""
+        if self.system is not None and self.config is None:
+            self.config = self.system.config
+        self._binding.release()
 
     def hook(self, trainer: Trainer) -> None:
         """Replace the methods of `trainer` that have to know of us, once."""
@@ -110,13 +96,12 @@ class ChronoCallback(TrainerCallback):
         self.hooks = TrainerHooks(trainer, self)
 
     def detach(self) -> None:
-        """Undo :func:`attach`, see :func:`detach`."""
+        """Undo ``attach``; see there for the function of the same name."""
         self.release()
         self._left()
 
     def _left(self) -> None:
         """The model is not wrapped any more, or the callback was removed: nothing of ours stays on the Trainer."""
-        self.system = None
         self._log.pending = None
         self.attached = False
         if self.hooks is None:
@@ -145,13 +130,13 @@ class ChronoCallback(TrainerCallback):
         if self.hooks is None:
             self._begin_unknown(resumed)
         system = self.bind(kwargs["model"])
-        if not self.attached:
+        if not (self.attached or self._told):
             warnings.warn(
                 "ChronoCallback was passed as callbacks=[...]: TensorBoard, W&B and trackio run before it and will not "
                 "see moe/... numbers; use chronomoe_hf.attach(trainer) instead",
                 stacklevel=2,
             )
-            self.attached = True  # say it once
+            self._told = True
         again = not self._new_run  # a second start within one train(), with a smaller batch
         system.begin(new_run=self._new_run)
         self._new_run = False
@@ -282,7 +267,7 @@ class ChronoCallback(TrainerCallback):
         for module in system.model.modules():
             scope = module.__dict__.get(SCOPE)
             if scope is not None:
-                scope.close()  # torch calls no always_call hook for a KeyboardInterrupt
+                scope.abandon()  # torch calls no always_call hook for a KeyboardInterrupt
         system.discard()
         if whole:  # after an error of our own the open window may lack a part
             system.close_window()
@@ -293,13 +278,7 @@ class ChronoCallback(TrainerCallback):
         system = self.system
         if system is None or self.hooks is None or not system.config.telemetry.evaluation:
             return loop()
-        with recording_policy(self.hooks.trainer, system):
-            output = loop()
-        snapshot = system.take_evaluation(prefix)
-        if snapshot is not None and output.metrics is not None:
-            scalars = snapshot.scalars(prefix=f"{prefix}_moe/")
-            output.metrics.update({key: value for key, value in scalars.items() if math.isfinite(value)})
-        return output
+        return evaluate_apart(self.hooks.trainer, system, prefix, loop)
 
     # ---- logging ---------------------------------------------------------------------------------------------------
 

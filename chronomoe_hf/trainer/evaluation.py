@@ -7,6 +7,7 @@ they have to be told apart by what Trainer and TRL do around them.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -107,6 +108,24 @@ class PolicyPasses:
             return result
 
         return set_adapter
+
+
+def evaluate_apart(trainer: Trainer, system: ChronoSystem, prefix: str, loop: Callable[[], Any]) -> Any:
+    """Run an evaluation loop; its forwards are recorded apart, and its metrics gain ``<prefix>_moe/...``.
+
+    Args:
+        trainer: whose loop it is.
+        system: of its model.
+        prefix: of the metrics.
+        loop: returns an EvalLoopOutput.
+    """
+    with recording_policy(trainer, system):
+        output = loop()
+    snapshot = system.take_evaluation(prefix)
+    if snapshot is not None and output.metrics is not None:
+        scalars = snapshot.scalars(prefix=f"{prefix}_moe/")
+        output.metrics.update({key: value for key, value in scalars.items() if math.isfinite(value)})
+    return output
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,54 @@ def test_a_model_that_the_user_wrapped_stays_wrapped(tmp_path: Path) -> None:
     chronomoe_hf.detach(trainer)  # nothing to do: no error
     chronomoe_hf.unwrap(model)
     assert not wrapped(model)
+
+
+def test_the_last_of_two_trainers_of_one_model_unwraps_it(tmp_path: Path) -> None:
+    model = tiny.tiny_model("mixtral")
+    first, second = trainer_for(tmp_path / "a", model), trainer_for(tmp_path / "b", model)
+    assert chronomoe_hf.attach(first, CONFIG).system is chronomoe_hf.attach(second).system
+    chronomoe_hf.detach(first)
+    second.train()
+    assert chronomoe_hf.system_of(model).global_step == 4
+    chronomoe_hf.detach(second)
+    assert not wrapped(model)
+    # As in a notebook: the first Trainer is forgotten, not detached, and is not kept alive.
+    third = trainer_for(tmp_path / "c", model)
+    gone = weakref.ref(chronomoe_hf.attach(third, CONFIG))
+    fourth = trainer_for(tmp_path / "d", model)
+    chronomoe_hf.attach(fourth)
+    del third
+    gc.collect()
+    assert gone() is None
+    chronomoe_hf.detach(fourth)
+    assert not wrapped(model)
+    for trainer in (first, second):
+        assert not {"save_model", "train", "evaluation_loop"} & set(vars(trainer))
+
+
+def test_a_model_under_peft_is_left_as_it_was(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny.tiny_model("mixtral"), peft.LoraConfig(target_modules=["q_proj"]))
+    inner = model.get_base_model()
+    trainer = trainer_for(tmp_path, model)
+    before = set(vars(model)), set(vars(inner))
+    chronomoe_hf.attach(trainer, CONFIG)
+    assert "save_pretrained" in vars(model)
+    chronomoe_hf.detach(trainer)
+    assert (set(vars(model)), set(vars(inner))) == before and not wrapped(model)
+
+
+def test_attach_puts_a_callback_first_that_was_passed_to_the_trainer(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path)
+    callback = ChronoCallback(CONFIG)
+    trainer.add_callback(callback)
+    with pytest.warns(UserWarning, match="use chronomoe_hf.attach"):
+        trainer.train()
+    assert trainer.callback_handler.callbacks[-1] is callback
+    assert chronomoe_hf.attach(trainer) is callback and trainer.callback_handler.callbacks[0] is callback
+    assert sum(isinstance(other, ChronoCallback) for other in trainer.callback_handler.callbacks) == 1
+    chronomoe_hf.detach(trainer)
+    assert not {"save_model", "train", "evaluation_loop"} & set(vars(trainer))
 
 
 def test_unwrapping_in_the_middle_of_training_leaves_the_other_callbacks_their_turn(tmp_path: Path) -> None:
