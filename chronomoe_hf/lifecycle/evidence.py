@@ -293,8 +293,7 @@ def _assemble(specs: list[LayerSpec], events: list[dict[str, Any]], **source: An
 
 def _layer(spec: LayerSpec, events: list[dict[str, Any]]) -> LayerEvidence:
     num = spec.num_experts
-    count_names = ("expert_token_counts", "counts")
-    rows = [next((event[name] for name in count_names if name in event), [0] * num) for event in events]
+    rows = [event["expert_token_counts"] for event in events]
     for values in rows:
         if len(values) != num:
             raise EvidenceError(
