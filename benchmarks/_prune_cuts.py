@@ -92,7 +92,7 @@ def run(name: str, seed: int) -> list[Row]:
             common["dense_loss"] = float(dense_N.mean())
             with masked(sub.model, plan):
                 rows.append({**common, "refit": False, **rise(losses(sub.model, text_NS), dense_N)})
-            if rank == "contribution":
+            if rank == "contribution" and seed == 0:
                 rows[-1]["measure"] = measure(sub.model, plan, chunks(text_NS[::2]), controls=CONTROLS).to_record()
             if rank in (REFITTED_HALF if cut == 0.5 else REFITTED):
                 rows.append({**common, "refit": True, **_refitted(sub, plan, text_NS, dense_N, seed)})
