@@ -6,16 +6,19 @@ Legend: N blocks of text, S positions.
 from __future__ import annotations
 
 import math
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from _prune_job import SHAPES, Subject, subject
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.export import export
 from chronomoe_hf.lifecycle import PrunePlan, masked, measure, plan_prune, random_plan, refit, worst_plan
 
 CUTS = (0.125, 0.25, 0.5)
@@ -97,6 +100,32 @@ def run(name: str, seed: int) -> list[Row]:
             if rank in (REFITTED_HALF if cut == 0.5 else REFITTED):
                 rows.append({**common, "refit": True, **_refitted(sub, plan, text_NS, dense_N, seed)})
             print(name, seed, cut, rank, *(f"{row['rise']:.4f}" for row in rows[-2:]), flush=True)
+    return rows
+
+
+def exported(name: str, seed: int) -> list[Row]:
+    """The default rank's cuts as checkpoints on disk, loaded again by stock Transformers: rise on the odd blocks.
+
+    Returns:
+        One row per size, one-shot and refitted: ``cut``, ``refit``, ``rise``, ``error``.
+    """
+    sub = subject(SHAPES[name], seed)
+    text_NS = held_out(sub)[1::2]
+    dense_N = losses(sub.model, text_NS)
+    rows = []
+    for cut in CUTS:
+        plan = plans(sub, cut).get("contribution")
+        for refitted in (False, True) if plan is not None else ():
+            report = refit(sub.model, plan, calibration(sub, seed)) if refitted else None
+            with tempfile.TemporaryDirectory() as directory:
+                export(sub.model, plan, Path(directory) / "small", refit=report)
+                small = AutoModelForCausalLM.from_pretrained(Path(directory) / "small").eval()
+            if report is not None:
+                report.undo()
+            delta_N = losses(small, text_NS) - dense_N
+            error = float(delta_N.std() / math.sqrt(len(delta_N)))
+            rows.append({"cut": cut, "refit": refitted, "rise": float(delta_N.mean()), "error": error})
+            print(name, seed, "exported", rows[-1], flush=True)
     return rows
 
 

@@ -91,14 +91,18 @@ def _quarter(rows: list[Row]) -> list[Row]:
 def _prediction(rows: list[Row]) -> list[Row]:
     out = []
     for refit in (False, True):
-        z = []
+        z, exported = [], 0
         for row in pick(rows, refit=refit, rank="contribution"):
-            both = math.hypot(row["error_predicted"], row["error_realised"])
-            z.append(abs(row["rise_predicted"] - row["rise_realised"]) / both if both > 0 else 0.0)
+            exported += "rise_exported" in row
+            realised, error = (row.get(f"{name}_exported", row[f"{name}_realised"]) for name in ("rise", "error"))
+            both = math.hypot(row["error_predicted"], error)
+            z.append(abs(row["rise_predicted"] - realised) / both if both > 0 else 0.0)
         if z:
             within = sum(value <= 2.0 for value in z)
             text = f"predicted cost is within two standard errors of the realised one{', with refit' * refit}"
-            numbers = f"{within} of {len(z)}; largest {max(z):.1f} standard errors"
+            numbers = (
+                f"{within} of {len(z)}; largest {max(z):.1f} standard errors; {exported} of them exported checkpoints"
+            )
             out.append({"claim": text, "holds": within == len(z), "numbers": numbers})
     return out
 
@@ -145,11 +149,15 @@ def markdown(results: Row) -> str:
         lines += [
             "## Refit of one layer",
             "",
-            "| layer | tokens | seconds | peak memory, GB |",
-            "| --- | --- | --- | --- |",
+            "CPU seconds of one thread, reading the tokens and the check included; memory of the whole process, and how",
+            "much of it was there before (the model and the libraries).",
+            "",
+            "| layer | tokens | CPU seconds | peak memory, GB | before, GB |",
+            "| --- | --- | --- | --- | --- |",
         ]
         lines += [
-            f"| {c['layer']} | {c['tokens']} | {c['seconds']:.0f} | {c['peak_gb']:.1f} |" for c in results["layer_cost"]
+            f"| {c['layer']} | {c['tokens']} | {c['seconds']:.0f} | {c['peak_gb']:.1f} | {c['before_gb']:.1f} |"
+            for c in results["layer_cost"]
         ]
         lines += [""]
     lines += [
