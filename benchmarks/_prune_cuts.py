@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.export import export
 from chronomoe_hf.lifecycle import PrunePlan, masked, measure, plan_prune, random_plan, refit, worst_plan
+from chronomoe_hf.lifecycle.live import match_layers
+from chronomoe_hf.lifecycle.masking import mask_experts
 
 CUTS = (0.125, 0.25, 0.5)
 RANKS = ("contribution", "reap", "frequency", "fisher", "phi")
@@ -100,6 +102,46 @@ def run(name: str, seed: int) -> list[Row]:
             if rank in (REFITTED_HALF if cut == 0.5 else REFITTED):
                 rows.append({**common, "refit": True, **_refitted(sub, plan, text_NS, dense_N, seed)})
             print(name, seed, cut, rank, *(f"{row['rise']:.4f}" for row in rows[-2:]), flush=True)
+    return [*rows, *free_budgets(name, seed)]
+
+
+def free_drops(sub: Subject, cut: float) -> list[list[int]]:
+    """As many experts as a uniform cut drops, wherever contribution is lowest in the whole model; ids per layer.
+
+    Every layer keeps at least k experts and every routing group two. No stock config can hold such a model.
+    """
+    layers = sub.evidence.layers
+    pool = sorted(
+        (score or 0.0, layer.spec.layer_id, expert)
+        for layer in layers
+        for expert, score in enumerate(layer.contribution or ())
+    )
+    wanted = sum(round(cut * layer.spec.num_experts) for layer in layers)
+    out: list[list[int]] = [[] for _ in layers]
+    for _, layer_id, expert in pool:
+        spec, gone = layers[layer_id].spec, out[layer_id]
+        in_group = sum(e // spec.group_size == expert // spec.group_size for e in gone)
+        enough = spec.num_experts - len(gone) > spec.top_k
+        if sum(map(len, out)) < wanted and enough and (spec.num_groups == 1 or spec.group_size - in_group > 2):
+            gone.append(expert)
+    return out
+
+
+def free_budgets(name: str, seed: int) -> list[Row]:
+    """Rows of cuts that keep another number of experts in every layer."""
+    sub = subject(SHAPES[name], seed)
+    text_NS = held_out(sub)
+    dense_N = losses(sub.model, text_NS)
+    layers = match_layers(sub.model, [layer.spec for layer in sub.evidence.layers])
+    rows = []
+    for cut in CUTS:
+        drops = free_drops(sub, cut)
+        with mask_experts(layers, drops):
+            row = rise(losses(sub.model, text_NS), dense_N)
+        common = {"shape": name, "seed": seed, "cut": cut, "rank": "free budgets", "refit": False}
+        kept = [layer.spec.num_experts - len(gone) for layer, gone in zip(sub.evidence.layers, drops, strict=True)]
+        rows.append({**common, "dense_loss": float(dense_N.mean()), "kept_per_layer": kept, **row})
+        print(name, seed, "free", cut, kept, rows[-1]["rise"], flush=True)
     return rows
 
 

@@ -119,9 +119,11 @@ def markdown(results: Row) -> str:
         f"the mean over seeds, and each seed ({', '.join(map(str, seeds))}). `random` is the mean of five draws (with",
         "refit: one). Predicted is on the even blocks, realised on the odd ones. `refit` rewrites",
         "the survivors' output projections from about 16,000 training tokens, without labels. The cut is a mask.",
+        "`free budgets` drops as many experts by contribution, but not the same number in every layer: no stock config",
+        "can hold such a model.",
         "",
     ]
-    ranks = ("contribution", "reap", "frequency", "fisher", "phi", "random", "worst")
+    ranks = ("contribution", "reap", "frequency", "fisher", "phi", "random", "worst", "free budgets")
     for shape in shapes_of(rows):
         dense = [row["dense_loss"] for row in pick(rows, shape=shape, rank="contribution", cut=0.25, refit=False)]
         lines += [f"## {shape} (dense loss {', '.join(f'{value:.3f}' for value in dense)})", ""]
@@ -149,8 +151,8 @@ def markdown(results: Row) -> str:
         lines += [
             "## Refit of one layer",
             "",
-            "CPU seconds of one thread, reading the tokens and the check included; memory of the whole process, and how",
-            "much of it was there before (the model and the libraries).",
+            "CPU seconds of one thread, reading the tokens and the check included; memory of the whole process, and",
+            "how much of it was there before (the model and the libraries). Weights and tokens are random.",
             "",
             "| layer | tokens | CPU seconds | peak memory, GB | before, GB |",
             "| --- | --- | --- | --- | --- |",

@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--layer-cost", action="store_true")
     parser.add_argument("--exported", action="store_true")
+    parser.add_argument("--free", action="store_true", help="add free budgets per layer to rows that lack them")
     parser.add_argument("--render", action="store_true")
     arguments = parser.parse_args()
     results = load(arguments.output / "prune_quality.json")
@@ -77,7 +78,17 @@ def main() -> None:
         results["layer_cost"] = layer_cost()
         save(results, arguments.output)
         return
-    from _prune_cuts import exported, run
+    from _prune_cuts import exported, free_budgets, run
+
+    if arguments.free:
+        for shape, seed in sorted({(row["shape"], row["seed"]) for row in results["rows"]}):
+            if not any(
+                row["rank"] == "free budgets" and (row["shape"], row["seed"]) == (shape, seed)
+                for row in results["rows"]
+            ):
+                results["rows"] += free_budgets(shape, seed)
+                save(results, arguments.output)
+        return
 
     if arguments.exported:
         for shape in arguments.shapes:
