@@ -64,8 +64,9 @@ def _default_rank(rows: list[Row]) -> list[Row]:
 
 
 def _error(gaps: list[float], single: list[float]) -> float:
-    """Standard error of the mean gap over seeds; of one seed, that of its blocks."""
-    return statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else single[0]
+    """Standard error of the mean gap: its spread over seeds, and the error of a seed's rise over its blocks."""
+    over_seeds = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+    return math.hypot(over_seeds, statistics.fmean(single) / math.sqrt(len(gaps)))
 
 
 def _quarter(rows: list[Row]) -> list[Row]:
