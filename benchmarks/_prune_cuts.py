@@ -65,10 +65,10 @@ def held_out(sub: Subject) -> Tensor:
     return sub.valid_NS[::step][:HELD_OUT]
 
 
-def calibration(sub: Subject, seed: int) -> list[dict[str, Tensor]]:
-    """Training blocks for the refit, without labels."""
+def calibration(sub: Subject, seed: int, times: int = 1) -> list[dict[str, Tensor]]:
+    """Training blocks for the refit, without labels; `times` as many as usual."""
     order_N = torch.randperm(len(sub.train_NS), generator=torch.Generator().manual_seed(1000 + seed))
-    blocks_NS = sub.train_NS[order_N[:CALIBRATION]]
+    blocks_NS = sub.train_NS[order_N[: times * CALIBRATION]]
     return [{"input_ids": block} for block in blocks_NS.split(8)]
 
 
@@ -168,6 +168,24 @@ def exported(name: str, seed: int) -> list[Row]:
             error = float(delta_N.std() / math.sqrt(len(delta_N)))
             rows.append({"cut": cut, "refit": refitted, "rise": float(delta_N.mean()), "error": error})
             print(name, seed, "exported", rows[-1], flush=True)
+    return rows
+
+
+def refit_settings(name: str, seed: int) -> list[Row]:
+    """Half of the experts cut by contribution and refitted with other settings: ridge, sweeps, four times the text."""
+    sub = subject(SHAPES[name], seed)
+    text_NS = held_out(sub)
+    dense_N = losses(sub.model, text_NS)
+    plan = plans(sub, 0.5)["contribution"]
+    rows = []
+    for ridge, sweeps, times in ((0.1, 3, 1), (0.01, 1, 1), (0.01, 3, 1), (0.001, 3, 1), (0.001, 8, 1), (0.01, 3, 4)):
+        report = refit(sub.model, plan, calibration(sub, seed, times), ridge=ridge, sweeps=sweeps)
+        with masked(sub.model, plan):
+            row = rise(losses(sub.model, text_NS), dense_N)
+        report.undo()
+        tokens = report.layers[0].tokens
+        rows.append({"shape": name, "seed": seed, "ridge": ridge, "sweeps": sweeps, "tokens": tokens, **row})
+        print(name, seed, rows[-1], flush=True)
     return rows
 
 

@@ -148,6 +148,14 @@ def markdown(results: Row) -> str:
         lines += ["## Claims", "", "| claim | holds | numbers |", "| --- | --- | --- |"]
         lines += [f"| {c['claim']} | {'yes' if c['holds'] else '**no**'} | {c['numbers']} |" for c in claims(rows)]
         lines += [""]
+    if results.get("settings"):
+        lines += ["## Settings of the refit (half of the experts, by contribution, one seed)", ""]
+        lines += ["| shape | ridge | sweeps | tokens | rise |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {r['shape']} | {r['ridge']} | {r['sweeps']} | {r['tokens']} | {r['rise']:.4f} |"
+            for r in results["settings"]
+        ]
+        lines += [""]
     if results["layer_cost"]:
         lines += [
             "## Refit of one layer",

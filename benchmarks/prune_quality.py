@@ -37,7 +37,7 @@ def load(path: Path) -> dict[str, Any]:
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    return {"rows": [], "layer_cost": [], "versions": {}, "machine": ""}
+    return {"rows": [], "settings": [], "layer_cost": [], "versions": {}, "machine": ""}
 
 
 def save(results: dict[str, Any], directory: Path) -> None:
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--layer-cost", action="store_true")
     parser.add_argument("--exported", action="store_true")
+    parser.add_argument("--settings", action="store_true", help="other settings of the refit, first seed")
     parser.add_argument("--free", action="store_true", help="add free budgets per layer to rows that lack them")
     parser.add_argument("--render", action="store_true")
     arguments = parser.parse_args()
@@ -78,7 +79,12 @@ def main() -> None:
         results["layer_cost"] = layer_cost()
         save(results, arguments.output)
         return
-    from _prune_cuts import exported, free_budgets, run
+    from _prune_cuts import exported, free_budgets, refit_settings, run
+
+    if arguments.settings:
+        results["settings"] = [row for shape in arguments.shapes for row in refit_settings(shape, 0)]
+        save(results, arguments.output)
+        return
 
     if arguments.free:
         for shape, seed in sorted({(row["shape"], row["seed"]) for row in results["rows"]}):
