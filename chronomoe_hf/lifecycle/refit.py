@@ -30,6 +30,7 @@ from chronomoe_hf.lifecycle.samples import collect_samples, sample_bytes
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 logger = logging.getLogger("chronomoe_hf")
+FEW_ROWS = 4.0  # tokens per input of a projection below which refit warns
 _CHUNK = 512  # positions whose distributions over the vocabulary are held at a time
 
 
@@ -147,6 +148,7 @@ def refit(
                         f"layer {index}: error on held-out tokens {report.error_before:.4f} -> {report.error_after:.4f}"
                     )
         before, after, tokens = _check_model(model, layers, drops, check, stored)
+    _warn_of_few_tokens(reports)
     reason = "" if stored and after < before else "the KL to the full model on held-out tokens does not fall"
     if not stored:
         reason = "no layer's error on held-out tokens falls"
@@ -167,6 +169,17 @@ def refit(
         seconds=time.perf_counter() - started,
         _stored=[] if reason else stored,
     )
+
+
+def _warn_of_few_tokens(reports: Sequence[LayerRefit]) -> None:
+    fewest = min((report.rows_per_width for report in reports), default=FEW_ROWS)
+    if fewest < FEW_ROWS:
+        logger.warning(
+            "refit: a survivor sees %.1f tokens per input of its projection in the thinnest layer, %.0f are good; give "
+            "more batches, or a larger ridge",
+            fewest,
+            FEW_ROWS,
+        )
 
 
 def _split(batches: list[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:
