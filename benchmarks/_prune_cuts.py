@@ -6,17 +6,22 @@ Legend: N blocks of text, S positions.
 from __future__ import annotations
 
 import math
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from _prune_job import SHAPES, Subject, subject
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.export import export
 from chronomoe_hf.lifecycle import PrunePlan, masked, measure, plan_prune, random_plan, refit, worst_plan
+from chronomoe_hf.lifecycle.live import match_layers
+from chronomoe_hf.lifecycle.masking import mask_experts
 
 CUTS = (0.125, 0.25, 0.5)
 RANKS = ("contribution", "reap", "frequency", "fisher", "phi")
@@ -60,10 +65,10 @@ def held_out(sub: Subject) -> Tensor:
     return sub.valid_NS[::step][:HELD_OUT]
 
 
-def calibration(sub: Subject, seed: int) -> list[dict[str, Tensor]]:
-    """Training blocks for the refit, without labels."""
+def calibration(sub: Subject, seed: int, times: int = 1) -> list[dict[str, Tensor]]:
+    """Training blocks for the refit, without labels; `times` as many as usual."""
     order_N = torch.randperm(len(sub.train_NS), generator=torch.Generator().manual_seed(1000 + seed))
-    blocks_NS = sub.train_NS[order_N[:CALIBRATION]]
+    blocks_NS = sub.train_NS[order_N[: times * CALIBRATION]]
     return [{"input_ids": block} for block in blocks_NS.split(8)]
 
 
@@ -92,11 +97,95 @@ def run(name: str, seed: int) -> list[Row]:
             common["dense_loss"] = float(dense_N.mean())
             with masked(sub.model, plan):
                 rows.append({**common, "refit": False, **rise(losses(sub.model, text_NS), dense_N)})
-            if rank == "contribution":
+            if rank == "contribution" and seed == 0:
                 rows[-1]["measure"] = measure(sub.model, plan, chunks(text_NS[::2]), controls=CONTROLS).to_record()
             if rank in (REFITTED_HALF if cut == 0.5 else REFITTED):
                 rows.append({**common, "refit": True, **_refitted(sub, plan, text_NS, dense_N, seed)})
             print(name, seed, cut, rank, *(f"{row['rise']:.4f}" for row in rows[-2:]), flush=True)
+    return [*rows, *free_budgets(name, seed)]
+
+
+def free_drops(sub: Subject, cut: float) -> list[list[int]]:
+    """As many experts as a uniform cut drops, wherever contribution is lowest in the whole model; ids per layer.
+
+    Every layer keeps at least k experts and every routing group two. No stock config can hold such a model.
+    """
+    layers = sub.evidence.layers
+    pool = sorted(
+        (score or 0.0, layer.spec.layer_id, expert)
+        for layer in layers
+        for expert, score in enumerate(layer.contribution or ())
+    )
+    wanted = sum(round(cut * layer.spec.num_experts) for layer in layers)
+    out: list[list[int]] = [[] for _ in layers]
+    for _, layer_id, expert in pool:
+        spec, gone = layers[layer_id].spec, out[layer_id]
+        in_group = sum(e // spec.group_size == expert // spec.group_size for e in gone)
+        enough = spec.num_experts - len(gone) > spec.top_k
+        if sum(map(len, out)) < wanted and enough and (spec.num_groups == 1 or spec.group_size - in_group > 2):
+            gone.append(expert)
+    return out
+
+
+def free_budgets(name: str, seed: int) -> list[Row]:
+    """Rows of cuts that keep another number of experts in every layer."""
+    sub = subject(SHAPES[name], seed)
+    text_NS = held_out(sub)
+    dense_N = losses(sub.model, text_NS)
+    layers = match_layers(sub.model, [layer.spec for layer in sub.evidence.layers])
+    rows = []
+    for cut in CUTS:
+        drops = free_drops(sub, cut)
+        with mask_experts(layers, drops):
+            row = rise(losses(sub.model, text_NS), dense_N)
+        common = {"shape": name, "seed": seed, "cut": cut, "rank": "free budgets", "refit": False}
+        kept = [layer.spec.num_experts - len(gone) for layer, gone in zip(sub.evidence.layers, drops, strict=True)]
+        rows.append({**common, "dense_loss": float(dense_N.mean()), "kept_per_layer": kept, **row})
+        print(name, seed, "free", cut, kept, rows[-1]["rise"], flush=True)
+    return rows
+
+
+def exported(name: str, seed: int) -> list[Row]:
+    """The default rank's cuts as checkpoints on disk, loaded again by stock Transformers: rise on the odd blocks.
+
+    Returns:
+        One row per size, one-shot and refitted: ``cut``, ``refit``, ``rise``, ``error``.
+    """
+    sub = subject(SHAPES[name], seed)
+    text_NS = held_out(sub)[1::2]
+    dense_N = losses(sub.model, text_NS)
+    rows = []
+    for cut in CUTS:
+        plan = plans(sub, cut).get("contribution")
+        for refitted in (False, True) if plan is not None else ():
+            report = refit(sub.model, plan, calibration(sub, seed)) if refitted else None
+            with tempfile.TemporaryDirectory() as directory:
+                export(sub.model, plan, Path(directory) / "small", refit=report)
+                small = AutoModelForCausalLM.from_pretrained(Path(directory) / "small").eval()
+            if report is not None:
+                report.undo()
+            delta_N = losses(small, text_NS) - dense_N
+            error = float(delta_N.std() / math.sqrt(len(delta_N)))
+            rows.append({"cut": cut, "refit": refitted, "rise": float(delta_N.mean()), "error": error})
+            print(name, seed, "exported", rows[-1], flush=True)
+    return rows
+
+
+def refit_settings(name: str, seed: int) -> list[Row]:
+    """Half of the experts cut by contribution and refitted with other settings: ridge, sweeps, four times the text."""
+    sub = subject(SHAPES[name], seed)
+    text_NS = held_out(sub)
+    dense_N = losses(sub.model, text_NS)
+    plan = plans(sub, 0.5)["contribution"]
+    rows = []
+    for ridge, sweeps, times in ((0.1, 3, 1), (0.01, 1, 1), (0.01, 3, 1), (0.001, 3, 1), (0.001, 8, 1), (0.01, 3, 4)):
+        report = refit(sub.model, plan, calibration(sub, seed, times), ridge=ridge, sweeps=sweeps)
+        with masked(sub.model, plan):
+            row = rise(losses(sub.model, text_NS), dense_N)
+        report.undo()
+        tokens = report.layers[0].tokens
+        rows.append({"shape": name, "seed": seed, "ridge": ridge, "sweeps": sweeps, "tokens": tokens, **row})
+        print(name, seed, rows[-1], flush=True)
     return rows
 
 

@@ -44,7 +44,7 @@ def layer_cost(shape: dict[str, int] | None = None, length: int = LENGTH) -> lis
     report = refit(model, plan, batches, held_out=CHECK / (FIT + CHECK))
     return [
         {
-            "layer": f"Qwen3-30B-A3B ({', '.join(f'{name} {value}' for name, value in shape.items())}, bf16, half kept)",
+            "layer": f"Qwen3-30B-A3B ({', '.join(f'{key} {value}' for key, value in shape.items())}, bf16, half kept)",
             "tokens": report.layers[0].tokens,
             "seconds": time.process_time() - started,
             "wall_seconds": time.perf_counter() - wall,

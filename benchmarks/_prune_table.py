@@ -64,8 +64,9 @@ def _default_rank(rows: list[Row]) -> list[Row]:
 
 
 def _error(gaps: list[float], single: list[float]) -> float:
-    """Standard error of the mean gap over seeds; of one seed, that of its blocks."""
-    return statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else single[0]
+    """Standard error of the mean gap: its spread over seeds, and the error of a seed's rise over its blocks."""
+    over_seeds = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+    return math.hypot(over_seeds, statistics.fmean(single) / math.sqrt(len(gaps)))
 
 
 def _quarter(rows: list[Row]) -> list[Row]:
@@ -91,14 +92,18 @@ def _quarter(rows: list[Row]) -> list[Row]:
 def _prediction(rows: list[Row]) -> list[Row]:
     out = []
     for refit in (False, True):
-        z = []
+        z, exported = [], 0
         for row in pick(rows, refit=refit, rank="contribution"):
-            both = math.hypot(row["error_predicted"], row["error_realised"])
-            z.append(abs(row["rise_predicted"] - row["rise_realised"]) / both if both > 0 else 0.0)
+            exported += "rise_exported" in row
+            realised, error = (row.get(f"{name}_exported", row[f"{name}_realised"]) for name in ("rise", "error"))
+            both = math.hypot(row["error_predicted"], error)
+            z.append(abs(row["rise_predicted"] - realised) / both if both > 0 else 0.0)
         if z:
             within = sum(value <= 2.0 for value in z)
             text = f"predicted cost is within two standard errors of the realised one{', with refit' * refit}"
-            numbers = f"{within} of {len(z)}; largest {max(z):.1f} standard errors"
+            numbers = (
+                f"{within} of {len(z)}; largest {max(z):.1f} standard errors; {exported} of them exported checkpoints"
+            )
             out.append({"claim": text, "holds": within == len(z), "numbers": numbers})
     return out
 
@@ -115,9 +120,11 @@ def markdown(results: Row) -> str:
         f"the mean over seeds, and each seed ({', '.join(map(str, seeds))}). `random` is the mean of five draws (with",
         "refit: one). Predicted is on the even blocks, realised on the odd ones. `refit` rewrites",
         "the survivors' output projections from about 16,000 training tokens, without labels. The cut is a mask.",
+        "`free budgets` drops as many experts by contribution, but not the same number in every layer: no stock config",
+        "can hold such a model.",
         "",
     ]
-    ranks = ("contribution", "reap", "frequency", "fisher", "phi", "random", "worst")
+    ranks = ("contribution", "reap", "frequency", "fisher", "phi", "random", "worst", "free budgets")
     for shape in shapes_of(rows):
         dense = [row["dense_loss"] for row in pick(rows, shape=shape, rank="contribution", cut=0.25, refit=False)]
         lines += [f"## {shape} (dense loss {', '.join(f'{value:.3f}' for value in dense)})", ""]
@@ -141,15 +148,27 @@ def markdown(results: Row) -> str:
         lines += ["## Claims", "", "| claim | holds | numbers |", "| --- | --- | --- |"]
         lines += [f"| {c['claim']} | {'yes' if c['holds'] else '**no**'} | {c['numbers']} |" for c in claims(rows)]
         lines += [""]
+    if results.get("settings"):
+        lines += ["## Settings of the refit (half of the experts, by contribution, one seed)", ""]
+        lines += ["| shape | ridge | sweeps | tokens | rise |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {r['shape']} | {r['ridge']} | {r['sweeps']} | {r['tokens']} | {r['rise']:.4f} |"
+            for r in results["settings"]
+        ]
+        lines += [""]
     if results["layer_cost"]:
         lines += [
             "## Refit of one layer",
             "",
-            "| layer | tokens | seconds | peak memory, GB |",
-            "| --- | --- | --- | --- |",
+            "CPU seconds of one thread, reading the tokens and the check included; memory of the whole process, and",
+            "how much of it was there before (the model and the libraries). Weights and tokens are random.",
+            "",
+            "| layer | tokens | CPU seconds | peak memory, GB | before, GB |",
+            "| --- | --- | --- | --- | --- |",
         ]
         lines += [
-            f"| {c['layer']} | {c['tokens']} | {c['seconds']:.0f} | {c['peak_gb']:.1f} |" for c in results["layer_cost"]
+            f"| {c['layer']} | {c['tokens']} | {c['seconds']:.0f} | {c['peak_gb']:.1f} | {c['before_gb']:.1f} |"
+            for c in results["layer_cost"]
         ]
         lines += [""]
     lines += [

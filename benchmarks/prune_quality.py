@@ -7,6 +7,8 @@ fine-tuning text. The cut is a mask, which equals the smaller checkpoint.
 
     python benchmarks/prune_quality.py                       # all shapes, seeds 0 1 2 (about 90 minutes on one core)
     python benchmarks/prune_quality.py --shapes e8 --seeds 0 # a part; what the results file holds already is kept
+    python benchmarks/prune_quality.py --exported            # the default rank's cuts on the first seed again, as
+                                                             # exported checkpoints: the realised cost
     python benchmarks/prune_quality.py --layer-cost          # time and peak memory of refitting one layer of
                                                              # Qwen3-30B-A3B's shape
     python benchmarks/prune_quality.py --render              # Markdown and plot from the results file
@@ -35,7 +37,7 @@ def load(path: Path) -> dict[str, Any]:
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    return {"rows": [], "layer_cost": [], "versions": {}, "machine": ""}
+    return {"rows": [], "settings": [], "layer_cost": [], "versions": {}, "machine": ""}
 
 
 def save(results: dict[str, Any], directory: Path) -> None:
@@ -62,18 +64,47 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--layer-cost", action="store_true")
+    parser.add_argument("--exported", action="store_true")
+    parser.add_argument("--settings", action="store_true", help="other settings of the refit, first seed")
+    parser.add_argument("--free", action="store_true", help="add free budgets per layer to rows that lack them")
     parser.add_argument("--render", action="store_true")
     arguments = parser.parse_args()
     results = load(arguments.output / "prune_quality.json")
     if arguments.render:
-        return save(results, arguments.output)
+        save(results, arguments.output)
+        return
     if arguments.layer_cost:
         from _prune_layer_cost import layer_cost
 
         results["layer_cost"] = layer_cost()
-        return save(results, arguments.output)
-    from _prune_cuts import run
+        save(results, arguments.output)
+        return
+    from _prune_cuts import exported, free_budgets, refit_settings, run
 
+    if arguments.settings:
+        results["settings"] = [row for shape in arguments.shapes for row in refit_settings(shape, 0)]
+        save(results, arguments.output)
+        return
+
+    if arguments.free:
+        for shape, seed in sorted({(row["shape"], row["seed"]) for row in results["rows"]}):
+            if not any(
+                row["rank"] == "free budgets" and (row["shape"], row["seed"]) == (shape, seed)
+                for row in results["rows"]
+            ):
+                results["rows"] += free_budgets(shape, seed)
+                save(results, arguments.output)
+        return
+
+    if arguments.exported:
+        for shape in arguments.shapes:
+            for new in exported(shape, 0):
+                for row in results["rows"]:
+                    found = (row["shape"], row["seed"], row["rank"]) == (shape, 0, "contribution")
+                    if found and row["cut"] == new["cut"] and row["refit"] == new["refit"]:
+                        row |= {"rise_exported": new["rise"], "error_exported": new["error"]}
+            save(results, arguments.output)
+        return
     shapes, seeds = (["quick"], [0]) if arguments.quick else (arguments.shapes, arguments.seeds)
     for seed in seeds:
         for shape in shapes:

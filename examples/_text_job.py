@@ -32,7 +32,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.switch_transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-ARCHITECTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "switch_transformers")
+ARCHITECTURES = ("mixtral", "qwen3_moe", "switch_transformers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,15 +7,17 @@ from chronomoe_hf.lifecycle.calibrate import calibrate
 from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator
 from chronomoe_hf.lifecycle.decisions import PruneDecision
 from chronomoe_hf.lifecycle.effect import Effect, MaskEffect
-from chronomoe_hf.lifecycle.evidence import Evidence, LayerEvidence
+from chronomoe_hf.lifecycle.evidence import Evidence
+from chronomoe_hf.lifecycle.evidence_layer import LayerEvidence
 from chronomoe_hf.lifecycle.fisher import FisherSums
+from chronomoe_hf.lifecycle.layer_fit import LayerRefit
 from chronomoe_hf.lifecycle.live import layer_specs
 from chronomoe_hf.lifecycle.masking import masked
 from chronomoe_hf.lifecycle.measure import measure
 from chronomoe_hf.lifecycle.plan import PlannedLayer, PrunePlan
 from chronomoe_hf.lifecycle.planner import RANKS, plan_prune, random_plan, worst_plan
 from chronomoe_hf.lifecycle.records import EvidenceSource, LayerSpec
-from chronomoe_hf.lifecycle.refit import LayerRefit, RefitReport, refit
+from chronomoe_hf.lifecycle.refit import RefitReport, refit
 
 __all__ = [
     "RANKS",

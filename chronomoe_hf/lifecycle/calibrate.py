@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import EvidenceError
-from chronomoe_hf.lifecycle.evidence import Evidence, LayerEvidence
+from chronomoe_hf.lifecycle.evidence import Evidence
+from chronomoe_hf.lifecycle.evidence_layer import LayerEvidence
 from chronomoe_hf.lifecycle.live import (
     Batch,
     as_batches,

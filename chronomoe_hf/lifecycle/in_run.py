@@ -74,7 +74,7 @@ def measure_dry_run(system: Any, model: nn.Module, batches: Iterable[Batch]) -> 
 
 def _confirmed(decisions: Iterable[Any]) -> list[tuple[int, int]]:
     """Experts with a confirmed case that was not withdrawn since, in order."""
-    states = {(item.layer_id, item.expert_id, item.reason): item.state for item in decisions}
+    states = {(item.layer_id, item.expert, item.reason): item.state for item in decisions}
     return sorted({(layer, expert) for (layer, expert, _), state in states.items() if state == "confirmed"})
 
 

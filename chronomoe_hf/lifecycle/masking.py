@@ -162,7 +162,7 @@ def _choose_again(router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         if handle.lens_open and handle.lens is not None:
             assert isinstance(router, ChronoRouter)
             hidden = input_of(args, kwargs, router.input_name)
-            shift_TE = handle.lens.logit_shift(hidden.reshape(-1, hidden.shape[-1]), adapter.weight(router))
+            shift_TE = handle.lens.logit_shift(hidden.reshape(-1, hidden.shape[-1]), adapter.weight(router)).float()
     with_mask = _masked_adapter(adapter, dropped_E)
     z_TE = z_TE.masked_fill(dropped_E, float("-inf"))
     native = output

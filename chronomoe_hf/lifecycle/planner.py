@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
 from chronomoe_hf.errors import EvidenceError, PlanError
-from chronomoe_hf.lifecycle.coordinator import PruneDecision
-from chronomoe_hf.lifecycle.evidence import Evidence, LayerEvidence
+from chronomoe_hf.lifecycle.decisions import PruneDecision
+from chronomoe_hf.lifecycle.evidence import Evidence
+from chronomoe_hf.lifecycle.evidence_layer import LayerEvidence
 from chronomoe_hf.lifecycle.plan import PlannedLayer, PrunePlan, check_survivors
 from chronomoe_hf.lifecycle.records import LayerSpec, Scores
 

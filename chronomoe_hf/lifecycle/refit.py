@@ -4,7 +4,7 @@ Label-free and closed-form: for each layer, ridge least squares of the survivors
 layer's output on calibration tokens, on the inputs of the full model. Shapes stay. It **rewrites weights**: afterwards
 the model is meant to be masked, or cut, by the same plan.
 
-Shape suffixes: T tokens, K experts per token, N tokens of one expert, D hidden size, I width of a projection's input.
+Shape suffixes: B sequences, S positions, N tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,35 +21,17 @@ from torch import Tensor, nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.lifecycle.least_squares import Block, solve_blocks
+from chronomoe_hf.lifecycle.layer_fit import LayerRefit, fit_layer
 from chronomoe_hf.lifecycle.live import Batch, as_batches, forward_arguments, logits_of, match_layers, quiet, uncompiled
 from chronomoe_hf.lifecycle.masking import mask_experts
 from chronomoe_hf.lifecycle.plan import PrunePlan
 from chronomoe_hf.lifecycle.projections import OutputProjections
-from chronomoe_hf.lifecycle.samples import LayerSamples, collect_samples, sample_bytes
+from chronomoe_hf.lifecycle.samples import collect_samples, sample_bytes
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 logger = logging.getLogger("chronomoe_hf")
+FEW_ROWS = 4.0  # tokens per input of a projection below which refit warns
 _CHUNK = 512  # positions whose distributions over the vocabulary are held at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRefit:
-    """What the refit does to one layer, on tokens that it was not fitted on.
-
-    Args:
-        layer_id: the layer.
-        error_before, error_after: squared error of the layer's routed output against the full layer's, as a fraction
-            of the latter's square; of the plain cut, and with the new projections.
-        applied: the new projections are in the model. They are not where they did not lower the error.
-        tokens: tokens fitted.
-    """
-
-    layer_id: int
-    error_before: float
-    error_after: float
-    applied: bool
-    tokens: int
 
 
 @dataclass(kw_only=True)
@@ -166,6 +148,7 @@ def refit(
                         f"layer {index}: error on held-out tokens {report.error_before:.4f} -> {report.error_after:.4f}"
                     )
         before, after, tokens = _check_model(model, layers, drops, check, stored)
+    _warn_of_few_tokens(reports)
     reason = "" if stored and after < before else "the KL to the full model on held-out tokens does not fall"
     if not stored:
         reason = "no layer's error on held-out tokens falls"
@@ -188,86 +171,15 @@ def refit(
     )
 
 
-def fit_layer(
-    layer_id: int,
-    projections: OutputProjections,
-    samples: LayerSamples,
-    experts: Sequence[int],
-    *,
-    ridge: float,
-    sweeps: int,
-) -> tuple[LayerRefit, dict[int, Tensor]]:
-    """New projections of `experts` in one layer, as the model would store them; nothing is changed.
-
-    Args:
-        layer_id: for the report.
-        projections: the layer's.
-        samples: its inputs, the routing whose output is the target, and the routing to be fitted.
-        experts: whose projections may move; all others keep theirs.
-        ridge: see :func:`refit`.
-        sweeps: see :func:`refit`.
-
-    Returns:
-        The report, and expert -> new weight for every expert whose weight moved.
-    """
-    residual_TD, target_TD, blocks = _residual(projections, samples, experts)
-    held = slice(samples.num_fit, None)
-    scale = max(float(target_TD[held].double().square().sum()), 1e-30)
-    before = float(residual_TD[held].double().square().sum()) / scale
-    solution = solve_blocks(
-        [blocks[e] for e in experts], residual_TD, num_fit=samples.num_fit, ridge=ridge, sweeps=sweeps
-    )
-    weights = {}
-    for expert, change_ID in zip(experts, solution, strict=True):
-        block = blocks[expert]
-        if len(block.token_N) == 0 or not bool(change_ID.any()):
-            continue
-        old_ID = projections.weight(expert)
-        weights[expert] = projections.rounded(old_ID + change_ID)
-        stored_ID = weights[expert].float() if projections.transposed else weights[expert].float().T
-        rounding_ID = change_ID - (stored_ID - old_ID)
-        residual_TD.index_add_(0, block.token_N, block.rows(len(block.token_N)) @ rounding_ID)
-    after = float(residual_TD[held].double().square().sum()) / scale
-    report = LayerRefit(
-        layer_id=layer_id,
-        error_before=before,
-        error_after=after,
-        applied=bool(weights) and after < before,
-        tokens=samples.num_fit,
-    )
-    return report, weights
-
-
-def _residual(
-    projections: OutputProjections, samples: LayerSamples, experts: Sequence[int]
-) -> tuple[Tensor, Tensor, dict[int, Block]]:
-    """What the new routing leaves of the target with the present weights, the target, and the design per expert."""
-    movable = set(experts)
-    num_tokens, blocks = samples.hidden_TD.shape[0], {}
-    residual_TD = target_TD = None
-    for expert in range(projections.num_experts):
-        before_T, after_T = samples.gates(expert)
-        token_N = ((before_T != 0) | (after_T != 0)).nonzero().flatten()
-        if len(token_N) == 0 and expert not in movable:
-            continue
-        hidden_ND = samples.hidden_TD[token_N]
-        if residual_TD is None and len(token_N):
-            projections.require_linear(hidden_ND[:16], expert)
-        design_NI = projections.inputs(hidden_ND, expert)
-        output_ND = design_NI.float() @ projections.weight(expert)
-        bias_D = projections.bias(expert)
-        output_ND = output_ND if bias_D is None else output_ND + bias_D
-        if residual_TD is None or target_TD is None:
-            residual_TD = output_ND.new_zeros(num_tokens, output_ND.shape[1])
-            target_TD = torch.zeros_like(residual_TD)
-        before_N, after_N = before_T[token_N], after_T[token_N]
-        target_TD.index_add_(0, token_N, output_ND * before_N[:, None])
-        residual_TD.index_add_(0, token_N, output_ND * (before_N - after_N)[:, None])
-        if expert in movable:
-            used_M = after_N.nonzero().flatten()
-            blocks[expert] = Block(token_N[used_M], design_NI[used_M], after_N[used_M])
-    assert residual_TD is not None and target_TD is not None
-    return residual_TD, target_TD, blocks
+def _warn_of_few_tokens(reports: Sequence[LayerRefit]) -> None:
+    fewest = min((report.rows_per_width for report in reports), default=FEW_ROWS)
+    if fewest < FEW_ROWS:
+        logger.warning(
+            "refit: a survivor sees %.1f tokens per input of its projection in the thinnest layer, %.0f are good; give "
+            "more batches, or a larger ridge",
+            fewest,
+            FEW_ROWS,
+        )
 
 
 def _split(batches: list[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:

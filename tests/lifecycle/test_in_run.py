@@ -119,15 +119,13 @@ def test_confirmed_cases_are_measured_alone() -> None:
     for expert, state in ((3, "confirmed"), (5, "candidate"), (6, "confirmed"), (6, "withdrawn")):
         system.prune_decisions.append(
             PruneDecision(
-                step=1,
-                layer_id=1,
-                expert_id=expert,
+                expert_id=f"L1_E{expert}",
                 reason="low_coherence",
-                state=state,
-                streak=1,
-                threshold=None,
-                evidence={},
-            )  # type: ignore[arg-type]
+                phi_slow=0.1,
+                total_tokens_seen=9,
+                step=1,
+                state=state,  # type: ignore[arg-type]
+            )
         )
     effect = measure_dry_run(system, model, [models.tiny_batch("mixtral", seed=5)])
     assert effect is not None and list(effect.leave_one_out) == [(1, 3)]

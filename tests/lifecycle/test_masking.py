@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import models, moe_zoo
+from support import jobs, models, moe_zoo
 from support.plans import digest, keeping
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
@@ -191,3 +194,37 @@ def test_no_family_chooses_a_masked_expert(family: str) -> None:
     for index, experts in chosen:
         assert not set(experts.tolist()) & set(dropped[index])
     assert torch.equal(logits_of(model, batch), before)
+
+
+def test_training_in_the_mask_resumes_where_it_stopped(tmp_path: Path) -> None:
+    """Four steps in one go, and two and two with a checkpoint between: the same weights, and dropped ones unmoved."""
+
+    def trainer(steps: int) -> Trainer:
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=steps,
+            save_steps=2,
+            weight_decay=0.0,
+            lr_scheduler_type="constant",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        made = Trainer(models.tiny_model("mixtral"), arguments, train_dataset=jobs.rows(64))
+        chronomoe_hf.attach(made, ChronoConfig.observe())
+        return made
+
+    whole = trainer(4)
+    plan = keeping(whole.model, KEPT)
+    before = whole.model.model.layers[0].mlp.experts.down_proj.detach().clone()
+    with masked(whole.model, plan):
+        whole.train()
+    after = whole.model.model.layers[0].mlp.experts.down_proj.detach()
+    for expert in range(8):
+        assert torch.equal(after[expert], before[expert]) == (expert not in KEPT[0])
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = trainer(4)
+    with masked(resumed.model, plan):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert digest(resumed.model) == digest(whole.model)

@@ -112,12 +112,7 @@ def test_candidates_go_before_others_but_a_withdrawn_case_does_not_count() -> No
 
     def case(expert: int, state: Any) -> PruneDecision:
         return PruneDecision(
-            expert_id=f"L0_E{expert}",
-            reason="low_coherence",
-            phi_slow=0.1,
-            total_tokens_seen=5000,
-            step=1,
-            state=state,
+            expert_id=f"L0_E{expert}", reason="low_coherence", phi_slow=0.1, total_tokens_seen=9, step=1, state=state
         )
 
     decisions = [case(2, "candidate"), case(0, "candidate"), case(0, "withdrawn")]

@@ -173,6 +173,20 @@ def test_a_refit_that_does_not_help_is_refused_and_changes_nothing() -> None:
     assert report.to_record()["layers"][0]["layer_id"] == 0
 
 
+def test_few_tokens_for_the_width_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = smooth()
+    report = refit(model, keeping(model, KEPT), batches(1))
+    routed_rows = report.layers[0].tokens * 2 / 5  # two experts a token, five survivors
+    assert report.layers[0].rows_per_width == pytest.approx(routed_rows / 32, rel=0.5)
+    warned = [record.message for record in caplog.records if "tokens per input" in record.message]
+    assert len(warned) == (min(layer.rows_per_width for layer in report.layers) < 4.0)
+    caplog.clear()
+    report.undo()
+    many = refit(model, keeping(model, KEPT), batches(24))
+    assert min(layer.rows_per_width for layer in many.layers) >= 4.0
+    assert not [record for record in caplog.records if "tokens per input" in record.message]
+
+
 def test_bf16_weights_are_solved_in_fp32() -> None:
     model = smooth(dtype=torch.bfloat16)
     report = refit(model, keeping(model, KEPT), batches(12))
