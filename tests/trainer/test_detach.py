@@ -68,7 +68,7 @@ def test_every_way_out_leaves_the_trainer_as_it_was(leave: Callable[[Trainer], N
     listed = list(trainer.callback_handler.callbacks)
     callback = chronomoe_hf.attach(trainer, CONFIG)
     changed = {name for name in vars(trainer) if name not in before[0]}
-    assert changed == {"save_model", "train", "call_model_init", "evaluation_loop"}
+    assert changed == {"save_model", "create_model_card", "train", "call_model_init", "evaluation_loop"}
     trainer.train()
     assert has_state(tmp_path / "a" / "checkpoint-4"), "bad test setup"
     model_names = set(vars(trainer.model))
