@@ -55,7 +55,7 @@ def _default_rank(rows: list[Row]) -> list[Row]:
                     continue
                 gaps = [a["rise"] - b["rise"] for a, b in zip(ours, theirs, strict=True)]
                 error = _error(gaps, [a["error"] for a in ours])
-                numbers.append(f"{shape} {cut:.1%}: {statistics.fmean(gaps):+.4f} +- {error:.4f}")
+                numbers.append(f"{shape} {cut:.1%}: {statistics.fmean(gaps):+.5f} +- {error:.5f}")
                 if statistics.fmean(gaps) > error:
                     worse.append(numbers[-1])
         text = f"contribution is nowhere worse than {other} beyond one standard error, one-shot"

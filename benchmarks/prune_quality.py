@@ -9,6 +9,8 @@ fine-tuning text. The cut is a mask, which equals the smaller checkpoint.
     python benchmarks/prune_quality.py --shapes e8 --seeds 0 # a part; what the results file holds already is kept
     python benchmarks/prune_quality.py --exported            # the default rank's cuts on the first seed again, as
                                                              # exported checkpoints: the realised cost
+    python benchmarks/prune_quality.py --settings --shapes e8 deepseek   # the refit with other settings, first seed
+    python benchmarks/prune_quality.py --free                # free budgets per layer for rows that lack them
     python benchmarks/prune_quality.py --layer-cost          # time and peak memory of refitting one layer of
                                                              # Qwen3-30B-A3B's shape
     python benchmarks/prune_quality.py --render              # Markdown and plot from the results file
