@@ -140,8 +140,8 @@ def table(found: dict[str, Any]) -> str:
         "# What an export costs",
         "",
         f"A Qwen3-MoE checkpoint of {found['bytes'] / 1e9:.2f} GB (bf16, 64 experts a layer, several files), half of "
-        f"the experts cut. Median of {found['repeats']} runs, each in a process of its own, files in the page cache and "
-        f"synced to the disk at the end. {found['machine']}.",
+        f"the experts cut. Median of {found['repeats']} runs, each in a process of its own, files in the page cache "
+        f"and synced to the disk at the end. {found['machine']}.",
         "",
         "| | seconds (range) | times the copy | written, GB | peak of the process, GB | of it before the call |",
         "|---|---|---|---|---|---|",
