@@ -113,7 +113,7 @@ def test_records_are_those_of_a_run(tmp_path: Path) -> None:
         events, broken = read_jsonl(directory / "chronomoe" / "routing_events.jsonl")
         assert broken == 0 and {event["mode"] for event in events} == {"INFER"}
         for layer in (0, 1):
-            rows = [event["counts"] for event in events if event["layer_id"] == layer]
+            rows = [event["expert_token_counts"] for event in events if event["layer_id"] == layer]
             assert [sum(column) for column in zip(*rows, strict=True)] == found.counts[layer]
             last = [event for event in events if event["layer_id"] == layer][-1]
             assert all(v is None or -1.0 <= v <= 1.0 for v in last["phi_slow"]) and any(last["contribution"])

@@ -258,7 +258,7 @@ def _check_whole(model: nn.Module, root: nn.Module) -> None:
         raise ExportError(
             f"{type(root).__name__} is quantized in memory; cut its files instead: lifecycle.export_checkpoint"
         )
-    parts = [name for name, parameter in root.named_parameters() if is_sharded(parameter)]
+    parts = [name for name, value in root.named_parameters() if value.is_meta or is_sharded(value)]
     if parts:
         raise ExportError(
             f"{len(parts)} parameters are not whole in this process (first: {parts[0]}: FSDP, ZeRO-3, or on disk); "

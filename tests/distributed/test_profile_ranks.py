@@ -38,5 +38,5 @@ def test_two_processes_count_what_one_does(tmp_path: Path, start_script: Callabl
     assert written["distance"]["layers"][0][0][1] == pytest.approx(alone.distances[0][0][1])
     for name in domains:
         events, broken = read_jsonl(tmp_path / "out" / "domains" / name / "chronomoe" / "routing_events.jsonl")
-        rows = [event["counts"] for event in events if event["layer_id"] == 1]
+        rows = [event["expert_token_counts"] for event in events if event["layer_id"] == 1]
         assert broken == 0 and [sum(c) for c in zip(*rows, strict=True)] == alone.domains[name].counts[1]
