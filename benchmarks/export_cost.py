@@ -158,8 +158,9 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"Limits for `files`: {TIME_LIMIT:.0f} times the copy and {MEMORY_LIMIT:.0f} GB; {kept} ({ratio:.2f} times, "
-        f"{files['peak_gb']:.2f} GB). Half of the process's memory before the call is the libraries. `files, logits` "
-        "holds one checkpoint at a time, `live` the model and its smaller copy.",
+        f"{files['peak_gb']:.2f} GB, of which the libraries take {files['before_gb']:.2f}). `files, logits` is the "
+        "default where memory allows: it also loads both checkpoints, one after the other, and is bound by that; "
+        "memory counts mapped files. `live` holds the model, its smaller copy, and the copy that was loaded again.",
         "",
         "    python benchmarks/export_cost.py",
     ]

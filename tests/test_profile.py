@@ -9,12 +9,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import _text_job
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
 from support import models as tiny
 from support import moe_zoo, texts
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
@@ -311,3 +313,27 @@ def test_bf16_and_a_model_that_is_partly_on_disk(tmp_path: Path) -> None:
     for name in domains():
         assert parts.domains[name].counts == whole.domains[name].counts
         assert parts.domains[name].loss == pytest.approx(whole.domains[name].loss, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_model_that_the_demo_pretrained(tmp_path: Path) -> None:
+    size = _text_job.ModelSize(layers=2, hidden=64, intermediate=64, vocab=512, length=64)
+    base = _text_job.pretrain_base("mixtral", size, _text_job.Training(steps=30, batch=8), root=tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    docs = {name: list(_text_job.load_text(name)["valid"]["text"])[:6] for name in ("prose", "code")}
+    options: dict[str, Any] = {"tokens": 3_000, "length": 100, "batch_size": 4, "progress": False}
+    report = chronomoe_hf.profile(model, tokenizer, docs, **options)
+    for name, rows in docs.items():
+        pieces = [piece for row in rows for piece in pieces_of(tokenizer(row)["input_ids"], 100)]
+        fed, left = [], 3_000
+        for piece in pieces:
+            fed += [piece[:left]] if left else []
+            left -= len(fed[-1]) if left else 0
+        alone = Alone(model).feed(fed)
+        assert report.domains[name].counts == alone.lists(8) and report.domains[name].tokens == 3_000
+        assert report.domains[name].loss == pytest.approx(alone.loss / alone.targets, rel=1e-4)
+    assert report.distance("prose", "code") > 0.01
+
+
+def pieces_of(ids: list[int], length: int) -> list[list[int]]:
+    return [ids[start : start + length] for start in range(0, len(ids), length)]

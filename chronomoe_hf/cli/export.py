@@ -110,7 +110,7 @@ def lines(report: ExportReport) -> list[str]:
     return [
         f"{report.num_experts} -> {report.num_kept} experts a layer, {report.top_k} a token as before",
         f"{report.parameters_before / 1e6:,.1f} -> {report.parameters_after / 1e6:,.1f} million parameters",
-        f"{report.bytes_before / 2**30:,.2f} -> {report.bytes_after / 2**30:,.2f} GiB in {report.seconds:.1f} s",
+        f"{report.bytes_before / 1e6:,.1f} -> {report.bytes_after / 1e6:,.1f} MB in {report.seconds:.1f} s",
         checked,
         f"checkpoint: {report.directory}",
     ]

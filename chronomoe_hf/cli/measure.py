@@ -66,8 +66,8 @@ def measure(
 def print_effect(effect: Effect, screen: Console) -> None:
     """A line per set of dropped experts."""
     screen.print(
-        f"{effect.tokens} tokens in {effect.sequences} sequences; full model: loss {effect.loss:.4f} nats; "
-        f"{effect.num_kept} experts a layer stay"
+        f"{effect.num_kept} experts a layer stay; {effect.tokens} tokens in {effect.sequences} sequences; "
+        f"full loss {effect.loss:.4f}"
     )
     screen.print(f"{'dropped':<20} {'loss':>9} {'error':>8} {'KL':>8} {'overlap':>8} {'same experts':>13}")
     _line(screen, f"plan ({effect.rank})", effect.plan)

@@ -134,7 +134,11 @@ def _section(plan: PrunePlan, report: ExportReport, extra: dict[str, Any]) -> st
     if effect:
         lines.append(_effect_line(effect))
     if extra.get("refit"):
-        lines.append("- The output projections of the kept experts were refitted to the full model's layer outputs.")
+        before, after = extra["refit"]["kl_before"], extra["refit"]["kl_after"]
+        lines.append(
+            "- The output projections of the kept experts were refitted to the full model's layer outputs: KL to the "
+            f"full model on text held out from the refit {before:.4f} before, {after:.4f} after."
+        )
     if report.max_difference is None:
         lines.append("- Names and shapes of the files were checked against the config.")
     else:

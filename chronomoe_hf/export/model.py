@@ -38,7 +38,7 @@ from chronomoe_hf.export.cut_state import cut_state
 from chronomoe_hf.export.slicing import Piece, cut_table
 from chronomoe_hf.export.verify import Comparison, masked_logits, probe_batches, require_close, require_same_weights
 from chronomoe_hf.lifecycle.effect import Effect
-from chronomoe_hf.lifecycle.live import Batch
+from chronomoe_hf.lifecycle.live import Batch, input_device
 from chronomoe_hf.lifecycle.plan import PrunePlan
 from chronomoe_hf.lifecycle.refit import RefitReport
 from chronomoe_hf.wrapping.discovery import find_layers, root_of
@@ -102,7 +102,7 @@ def export(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         sizes = (size_of(old, root), size_of(small.state_dict(), small))
-        reloaded = reload(type(root), folder)
+        reloaded = _beside(root, reload(type(root), folder, device_map=getattr(root, "hf_device_map", None)))
         require_same_weights(reloaded, small)
         del small
         compared = require_close(want, reloaded, probe, tolerance)
@@ -156,20 +156,32 @@ def _settle(folder: Path) -> None:
             path.chmod(0o666 & ~mask)
 
 
-def reload(model_class: type[PreTrainedModel], folder: Path, *, leftovers: bool = False) -> PreTrainedModel:
+def reload(
+    model_class: type[PreTrainedModel],
+    folder: Path,
+    *,
+    leftovers: bool = False,
+    device_map: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
     """The model in a directory, loaded strictly in its own dtype.
 
     Args:
         model_class: to load.
         folder: the checkpoint.
         leftovers: whether the files may hold tensors that the model does not have.
+        device_map: where its parts go; None = the CPU.
 
     Raises:
         ExportError: a tensor is missing, left over or of another shape.
     """
     try:
         model, info = model_class.from_pretrained(
-            folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype="auto",
+            device_map=device_map,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ExportError(f"{folder} does not load: {str(error)[:500]}") from error
@@ -180,6 +192,13 @@ def reload(model_class: type[PreTrainedModel], folder: Path, *, leftovers: bool 
         raise ExportError(f"{folder} does not load strictly: {found}")
     out: PreTrainedModel = model.eval()
     return out
+
+
+def _beside(root: PreTrainedModel, reloaded: PreTrainedModel) -> PreTrainedModel:
+    """`reloaded` on the live model's device: the logits of two kinds of device are not the same to the last bits."""
+    if getattr(root, "hf_device_map", None) is None:
+        reloaded.to(input_device(root))  # type: ignore[arg-type]
+    return reloaded
 
 
 def size_of(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[int, int]:
@@ -239,7 +258,7 @@ def _check_whole(model: nn.Module, root: nn.Module) -> None:
         raise ExportError(
             f"{type(root).__name__} is quantized in memory; cut its files instead: lifecycle.export_checkpoint"
         )
-    parts = [name for name, parameter in root.named_parameters() if is_sharded(parameter)]
+    parts = [name for name, value in root.named_parameters() if value.is_meta or is_sharded(value)]
     if parts:
         raise ExportError(
             f"{len(parts)} parameters are not whole in this process (first: {parts[0]}: FSDP, ZeRO-3, or on disk); "

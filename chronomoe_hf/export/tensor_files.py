@@ -21,7 +21,7 @@ from chronomoe_hf.export.slicing import Piece
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-BUFFER_BYTES = 16 * 2**20
+BUFFER_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)

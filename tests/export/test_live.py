@@ -267,6 +267,7 @@ def test_an_export_that_is_killed_leaves_nothing_that_looks_finished(tmp_path: P
     assert type(model).from_pretrained(tmp_path / "out").config.num_local_experts == 5
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     code = f"""
         import resource, signal, sys
