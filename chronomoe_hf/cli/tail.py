@@ -64,6 +64,8 @@ def tail(
     def look() -> View:
         return read(run_dir, windows or (FEW if as_json else MOST), run, layer)
 
+    if follow and check:
+        raise typer.BadParameter("--check looks once and leaves; --follow goes on. Give one of them.")
     if follow:
         _follow(look, every, console(), as_json)
         return

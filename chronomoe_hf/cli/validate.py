@@ -32,6 +32,8 @@ def validate(
 
     if not path.is_dir():
         raise ChronoError(f"there is no directory {path}")
+    if path.name == "chronomoe" and (path / "state.json").exists():
+        path = path.parent
     faults: list[Fault] = []
     looked_at: list[str] = []
     records = next((d for d in (path / "chronomoe", path) if any(d.glob("*.jsonl"))), None)

@@ -159,7 +159,7 @@ def _frames(directory: Path, run: Run | None, steps: set[int]) -> dict[int, Fram
     found: dict[int, Frame] = {}
     for frame in read_windows(directory, run, _FIELDS):
         newer = frame.step not in found or frame.attempt >= found[frame.step].attempt
-        if frame.step in steps and frame.mode != "EVAL" and newer:
+        if frame.step in steps and frame.mode != "EVAL" and newer and COUNTS in frame.arrays:
             arrays = {name: value_LE for name, value_LE in frame.arrays.items() if name in _FIELDS}
             found[frame.step] = Frame(**{**vars(frame), "arrays": arrays})
     return found

@@ -170,7 +170,7 @@ def timeline(run: RunData) -> Figure:
         rows.append([str(step), "resumed", "run", f"attempt {attempt}"])
     loss = _thin_pairs(run.loss)
     spec = None
-    if lanes or loss:
+    if lanes or len(loss) > 1:
         spec = {"kind": "lanes", "end": max([end, 1, *(step for step, _ in loss)]), "loss": [list(p) for p in loss]}
         spec["lanes"] = [{"name": name, "spans": spans[:2000]} for name, spans in lanes.items()]
     rows.sort(key=lambda row: int(row[0]))

@@ -15,17 +15,20 @@ def model_card_section(system: ChronoSystem) -> str:
     """Markdown about the last window of a run: what acted, and one row a layer. Ends with a newline."""
     snapshot = system.last_snapshot
     lines = [START, "## Expert routing", ""]
-    lines.append(
-        f"Recorded with chronomoe_hf over the run `{system.run_id}`. "
-        + (
-            "A bias or a lens acted on the routing: load the model with its `chronomoe` folder, or fold what acts into "
-            "the weights, to route as trained."
-            if system.governed
-            else "Nothing acted on the routing: the model routes the same without chronomoe_hf."
-        )
-    )
+    lines.append(f"Recorded with chronomoe_hf over the run `{system.run_id}`. {_acted(system)}")
     lines += ["", *(_table(snapshot) if snapshot is not None else ["No telemetry window was closed."]), END]
     return "\n".join(lines) + "\n"
+
+
+def _acted(system: ChronoSystem) -> str:
+    if not system.governed:
+        return "Nothing acted on the routing: the model routes the same without chronomoe_hf."
+    if system.config.beta.law == "balance" and all(layer.native_bias for layer in system.layers):
+        return "The model's own balancing bias was trained: a plain load routes as trained."
+    return (
+        "A bias or a lens acted on the routing: load the model with its `chronomoe` folder, or fold what acts into the "
+        "weights, to route as trained."
+    )
 
 
 def _table(snapshot: SystemSnapshot) -> list[str]:

@@ -40,7 +40,7 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
     assert code == 0 and heavy == set() and out
 
 
-@pytest.mark.parametrize("command", ["tail", "candidates", "validate"])
+@pytest.mark.parametrize("command", ["tail", "candidates", "validate", "report"])
 @pytest.mark.parametrize("option", [[], ["--json"]])
 def test_a_command_that_reads_records_loads_no_torch(command: str, option: list[str], made: Path) -> None:
     code, out, heavy = start(command, str(made), *option)

@@ -131,6 +131,7 @@ def test_check_exits_with_three_while_an_alert_is_in_force(tmp_path: Path) -> No
     assert done.exit_code == 3 and "! DRIFT, layer 1, since step 30: why" in done.output
     assert run("tail", str(tmp_path), "--check", "--layer", "0").exit_code == 0
     assert run("tail", str(tmp_path)).exit_code == 0
+    assert run("tail", str(tmp_path), "--check", "--follow").exit_code == 2
 
 
 HOSTILE = [

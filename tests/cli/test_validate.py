@@ -40,6 +40,7 @@ def test_a_sound_run_has_no_fault(run: Path) -> None:
     assert len(looked_at) == 3 and "records" in looked_at[0]  # records and two checkpoints
     assert validate(run / "checkpoint-4") == (0, [])
     assert validate(run / "chronomoe") == (0, [])
+    assert validate(tensor_file(run / "checkpoint-4").parent) == (0, [])
     assert "no fault found" in CliRunner().invoke(app, ["validate", str(run)]).output
 
 

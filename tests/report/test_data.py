@@ -29,6 +29,7 @@ from chronomoe_hf.report.page import data_block, render, sections
 from chronomoe_hf.report.rules import ALERTS, LEVELS, REASONS, STATES
 from chronomoe_hf.report.verdict import judge
 from chronomoe_hf.telemetry import alerts, read_jsonl
+from chronomoe_hf.telemetry.arrays import pack
 
 
 def block(html: str, name: str = "chronomoe-data") -> Any:
@@ -217,6 +218,26 @@ def test_windows_without_evidence_still_give_a_page(fields: dict[str, Any], tmp_
     (tmp_path / "chronomoe" / "routing_events.jsonl").unlink()
     html = render(load_run(tmp_path))
     assert html.count("</script>") == 3
+
+
+@pytest.mark.parametrize("counts", [["x"] * 4, [None] * 4, [0, 0, 0, 0], [-1, 5, 2.5, 10**400], [], 5])
+def test_counts_that_are_none_are_no_data(counts: Any, tmp_path: Path) -> None:
+    random_run(tmp_path, windows=2, layers=1)
+    path = tmp_path / "chronomoe" / "routing_events.jsonl"
+    lines = [{**json.loads(line), "expert_token_counts": counts} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = load_run(tmp_path)
+    render(run)
+    assert {figure.key for figure in sections(run)} >= {"neff", "work"}
+
+
+def test_arrays_without_counts_are_no_data(tmp_path: Path) -> None:
+    random_run(tmp_path, windows=2, layers=9, experts=128)
+    path = tmp_path / "chronomoe" / "arrays.bin"
+    beta_LE = np.zeros((1, 4), dtype="<f4")
+    path.write_bytes(b"".join(pack("run", 0, step, "TRAIN", [0], [4], {"beta": beta_LE}) for step in (10, 20)))
+    (figure,) = [figure for figure in sections(load_run(tmp_path)) if figure.key == "work"]
+    assert figure.spec is None and "No per-expert counts" in figure.sentence
 
 
 def test_measured_effects_are_found(tmp_path: Path) -> None:

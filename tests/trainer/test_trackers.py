@@ -11,12 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from support import moe_zoo
 from support.made_runs import train_into
 
+import chronomoe_hf
+from chronomoe_hf import ChronoConfig
 from chronomoe_hf.report.data import load_run
 from chronomoe_hf.telemetry import LayerSnapshot, SystemSnapshot, read_jsonl
 from chronomoe_hf.trainer import trackers
-from chronomoe_hf.trainer.model_card import END, START, write_model_card
+from chronomoe_hf.trainer.model_card import END, START, model_card_section, write_model_card
 
 # Under these every window raises an alert.
 ALWAYS = {"alerts": {"neff_floor": 1.0, "pre_after": 1, "min_window_tokens": 0}}
@@ -140,3 +144,23 @@ def test_what_stands_outside_the_markers_is_kept(tmp_path: Path) -> None:
     assert card.read_text() == once + "\nAfter.\n"
     snapshot_row = json.loads((tmp_path / "run" / "chronomoe" / "snapshots.jsonl").read_text().splitlines()[-1])
     assert f"| {snapshot_row['layers'][1]['n_effective']:.2f} |" in once
+
+
+@pytest.mark.parametrize(
+    ("family", "preset", "words"),
+    [
+        ("mixtral", "observe", "Nothing acted"),
+        ("mixtral", "balance", "A bias or a lens acted"),
+        ("deepseek_v3", "balance", "a plain load routes as trained"),
+    ],
+)
+def test_the_card_says_what_a_plain_load_loses(family: str, preset: str, words: str, tmp_path: Path) -> None:
+    if family == "mixtral":
+        system = train_into(tmp_path, steps=2, preset=preset).callback_handler.callbacks[0].system
+    else:
+        model = chronomoe_hf.wrap(moe_zoo.build(family), ChronoConfig.preset(preset, interval=1))
+        system = chronomoe_hf.system_of(model)
+        model.train()
+        model(torch.randint(2, 60, (4, 16)))
+        system.step(1)
+    assert words in model_card_section(system)

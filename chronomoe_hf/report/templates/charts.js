@@ -5,6 +5,7 @@
   const LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"];
   const DASHES = [[], [7, 3], [2, 3], [9, 3, 2, 3], [4, 2], [1, 2]];
   const INK = "#1c2430", SOFT = "#5b6675", GRID = "#e6eaee", EMPTY = "#eceff2";
+  const TOP = 5; // room for the half line by which the first row's label may stand out
   const FONT = '12px system-ui, "Segoe UI", "DejaVu Sans", sans-serif';
   const specs = JSON.parse(document.getElementById("chronomoe-figures").textContent);
 
@@ -108,7 +109,8 @@
       const left = Math.ceil(Math.max(...spec.rows.map((r) => probe.measureText(r).width), 20)) + 26, bottom = 34, right = 4;
       const cell = (width - left - right) / columns, line = Math.max(5, Math.min(26, 420 / rows));
       const height = rows * line + bottom + 2;
-      const pen = canvasOf(canvas, width, height);
+      const pen = canvasOf(canvas, width, height + TOP);
+      pen.translate(0, TOP);
       let dead = 0, sum = 0;
       for (let r = 0; r < rows; r++) {
         for (let c = 0; c < columns; c++) {
@@ -157,7 +159,7 @@
     };
     canvas.addEventListener("pointermove", (event) => {
       const box = canvas.getBoundingClientRect();
-      const c = Math.floor((event.clientX - box.left - place.left) / place.cell), r = Math.floor((event.clientY - box.top) / place.line);
+      const c = Math.floor((event.clientX - box.left - place.left) / place.cell), r = Math.floor((event.clientY - box.top - TOP) / place.line);
       if (c < 0 || r < 0 || c >= columns || r >= rows) return tip.hide();
       tip.show(event, `${spec.row_name} ${spec.rows[r]}, ${spec.column_name} ${spec.columns[c]}: ${words(bytes[frame * size + r * columns + c])}`);
     });

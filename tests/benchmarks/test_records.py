@@ -1,0 +1,23 @@
+"""The run that benchmarks/records.py writes is a sound one, and its numbers come back."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from chronomoe_hf.telemetry import read_events
+from chronomoe_hf.telemetry.check import record_faults
+
+PATH = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "records.py"
+
+
+def test_the_run_it_writes_is_sound(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("records_benchmark", PATH)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    times = module.write_run(tmp_path, windows=2, layers=9, experts=128, top_k=8)
+    assert len(times) == 2 and (tmp_path / "chronomoe" / "arrays.bin").is_file()
+    assert record_faults(tmp_path / "chronomoe") == ([], 1 + 18 + 2)
+    events = list(read_events(tmp_path / "chronomoe"))
+    assert len(events) == 18 and all(len(event["expert_token_counts"]) == 128 for event in events)
