@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 ARGS   ?=
 
-.PHONY: help demo test test-slow test-versions check format clean
+.PHONY: help demo test test-slow test-versions check docs format clean
 
 help:
 	@echo "make demo       the main job: fine-tune a small Mixtral and print its routing verdict (about 5 minutes, 2 cores)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test       the fast tests      (ARGS='-k name' is passed on to pytest)"
 	@echo "make test-slow  the slow tests"
 	@echo "make test-versions  a reduced suite with older Transformers releases"
+	@echo "make docs       the documentation, built strictly, into build/site"
 	@echo "make format     rewrite the sources in the project's format"
 	@echo "make clean      remove builds and caches, keep .venv"
 
@@ -51,6 +52,12 @@ check: $(STAMP)
 	cp -R patches build/typecheck/chronomoe_hf/patches
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p chronomoe_hf
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/test_layering.py
+
+# The start page is the README, with its links as seen from docs/.
+docs: $(STAMP)
+	sed -e "s#](docs/#](#g" -e "s#](CHANGELOG.md)#](changelog.md)#" README.md > docs/index.md
+	cp CHANGELOG.md docs/changelog.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

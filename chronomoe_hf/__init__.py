@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from chronomoe_hf.trainer.attach import attach, detach
     from chronomoe_hf.trainer.callback import ChronoCallback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ChronoCallback",
