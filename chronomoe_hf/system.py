@@ -320,7 +320,7 @@ class ChronoSystem:
             alert_history=history,
             config=self.config.alerts,
             governed=self.governed,
-            overhead_ms=1000.0 * self.overhead_s / self.window_steps if self.window_steps else None,
+            step_ms=1000.0 * self.overhead_s / self.window_steps if self.window_steps else None,
         )
 
     def _close_window(self, step: int, sums: dict[int, Tensor]) -> SystemSnapshot | None:

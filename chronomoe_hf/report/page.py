@@ -150,7 +150,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         [f"{plain_text(n, 40)} {plain_text(v, 40)}" for n, v in versions.items()] if isinstance(versions, dict) else []
     )
     last = run.windows[-1] if run.windows else None
-    overhead = None if last is None else last.scalars.get("overhead_ms")
+    overhead = None if last is None else last.scalars.get("step_ms", last.scalars.get("overhead_ms"))
     facts = [
         ("run", run.name or "unknown"),
         ("records", plain_text(run.directory)),

@@ -44,7 +44,8 @@ class SystemSnapshot:
         train_loss, val_loss: as given.
         alerts: edges of this snapshot.
         active_alerts: alerts in force after it, with the step at which each was raised.
-        overhead_ms: our own time per optimizer step, milliseconds.
+        step_ms: host time of ``system.step`` per optimizer step, milliseconds (``overhead_ms`` in older records); what
+            forwards add is not in it, see ``benchmarks/results/launches.md``.
         timestamp: seconds since the epoch.
         notes: remarks in plain words, layer by layer.
     """
@@ -60,7 +61,7 @@ class SystemSnapshot:
     val_loss: float | None = None
     alerts: list[Alert] = field(default_factory=list)
     active_alerts: list[Alert] = field(default_factory=list)
-    overhead_ms: float | None = None
+    step_ms: float | None = None
     timestamp: float = field(default_factory=time.time)
     notes: list[str] = field(default_factory=list)
 
@@ -78,7 +79,7 @@ class SystemSnapshot:
         val_loss: float | None = None,
         config: AlertConfig | None = None,
         governed: bool = False,
-        overhead_ms: float | None = None,
+        step_ms: float | None = None,
     ) -> SystemSnapshot:
         """Summarise a window and raise or clear alerts.
 
@@ -94,7 +95,7 @@ class SystemSnapshot:
             val_loss: as logged, if known.
             config: alert thresholds.
             governed: beta or a lens has acted in this run; DRIFT baselines stop collecting.
-            overhead_ms: our own time per optimizer step, milliseconds.
+            step_ms: host time of ``system.step`` per optimizer step, milliseconds.
 
         Raises:
             ConfigError: events of several modes, a layer_id outside the model, events that disagree about E or k.
@@ -129,7 +130,7 @@ class SystemSnapshot:
             val_loss=val_loss,
             alerts=alerts,
             active_alerts=history.active,
-            overhead_ms=overhead_ms,
+            step_ms=step_ms,
             notes=[f"layer {layer.layer_id}: {note}" for layer in layers for note in layer.notes],
         )
 
@@ -154,7 +155,7 @@ class SystemSnapshot:
         values["coherence_mean"] = sum(coherence) / len(coherence) if coherence else None
         values["coherence_min"] = min(self._known("coherence_min"), default=None)
         values["alerts_active"] = len(self.active_alerts)
-        values["overhead_ms"] = self.overhead_ms
+        values["step_ms"] = self.step_ms
         return _finite_floats(values, prefix)
 
     def layer_scalars(self, prefix: str = "moe/") -> dict[str, float]:

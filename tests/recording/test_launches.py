@@ -104,7 +104,7 @@ def test_sums_stay_estimates_when_only_every_second_micro_batch_is_read() -> Non
                 one(**batch).loss.backward()
             each.step(step)
         got, want = other.snapshot().layers[0], system.snapshot().layers[0]
-        assert got.counts == want.counts, "counting is not sampled"
+        assert got.expert_token_counts == want.expert_token_counts, "counting is not sampled"
         assert got.contribution == pytest.approx(want.contribution, rel=1e-5)
         assert got.phi_fast == pytest.approx(want.phi_fast, abs=1e-5)
         assert 2 * sum(got.phi_rows) == sum(want.phi_rows)
@@ -161,7 +161,11 @@ def test_small_chunks_give_the_same_sums(limit: int, monkeypatch: pytest.MonkeyP
             snapshots.append(system.step(step))
     for got, want in zip(snapshots[2:], snapshots[:2], strict=True):
         for one, other in zip(got.layers, want.layers, strict=True):
-            assert (one.counts, one.tokens, one.calls) == (other.counts, other.tokens, other.calls)
+            assert (one.expert_token_counts, one.tokens, one.calls) == (
+                other.expert_token_counts,
+                other.tokens,
+                other.calls,
+            )
             assert one.prob_mean == pytest.approx(other.prob_mean, abs=1e-6)
             assert one.phi_fast == pytest.approx(other.phi_fast, abs=1e-6)
             assert one.disagreement_js == pytest.approx(other.disagreement_js, abs=1e-9)

@@ -11,7 +11,7 @@ from chronomoe_hf.telemetry import read_jsonl
 
 KINDS = ("routing_events", "snapshots", "control_decisions", "lifecycle_decisions", "alerts")
 # What may differ between two runs of the same training: their names and their clocks.
-FREE = ("run_id", "attempt", "time", "timestamp", "overhead_ms")
+FREE = ("run_id", "attempt", "time", "timestamp", "overhead_ms", "step_ms")
 
 
 def later_records(output_dir: str | Path, after: int = 0) -> dict[str, list[dict[str, Any]]]:

@@ -100,7 +100,7 @@ def test_default_scalars_are_thirteen_plain_floats():
         event([40, 40, 40, 40], layer_id=0, phi_slow=[0.5, 0.5, 0.5, 0.1]),
         event([80, 80, 0, 0], layer_id=1, phi_slow=[0.2, 0.4, None, None]),
     ]
-    got = snapshot(events, n_layers=2, overhead_ms=1.5).scalars()
+    got = snapshot(events, n_layers=2, step_ms=1.5).scalars()
     want = {
         "moe/neff_mean": 3.0,
         "moe/neff_min": 2.0,
@@ -114,13 +114,13 @@ def test_default_scalars_are_thirteen_plain_floats():
         "moe/coherence_mean": (0.4 + 0.3) / 2,
         "moe/coherence_min": 0.1,
         "moe/alerts_active": 0.0,
-        "moe/overhead_ms": 1.5,
+        "moe/step_ms": 1.5,
     }
     assert got == pytest.approx(want)
     assert list(got) == list(want)
     assert all(type(value) is float for value in got.values())
     assert set(snapshot(events, n_layers=2).scalars("eval_moe/")) == {
-        name.replace("moe/", "eval_moe/") for name in want if name != "moe/overhead_ms"
+        name.replace("moe/", "eval_moe/") for name in want if name != "moe/step_ms"
     }
 
 
@@ -144,7 +144,7 @@ def _wide() -> SystemSnapshot:
 def test_the_record_is_strict_json_and_light():
     bad = math.nan
     events = [event([40] * 4, logit_std=bad, phi_slow=[bad] * 4)]
-    got = snapshot(events, train_loss=bad, val_loss=2.5, overhead_ms=math.inf)
+    got = snapshot(events, train_loss=bad, val_loss=2.5, step_ms=math.inf)
     record = json.loads(json.dumps(got.to_record(), allow_nan=False))
     assert record["train_loss"] is None and record["val_loss"] == 2.5
     assert (record["run_id"], record["step"], record["mode"], record["schema"]) == ("r", 10, "TRAIN", 2)
