@@ -105,4 +105,5 @@ def print_report(report: ProfileReport, screen: Console) -> None:
         if distance is not None:
             screen.print(f"distance of loads, {b} and {a}: {distance:.3f} (0 the same, 1 no expert shared)"[:78])
     screen.print(f"records: {report.directory}", soft_wrap=True)
-    screen.print(f"next: chronomoe plan {report.directory} --keep 0.75 -o plan.json", soft_wrap=True)
+    screen.print(f"next: chronomoe report {report.directory} -o report.html", soft_wrap=True)
+    screen.print(f"      chronomoe plan {report.directory} --keep 0.75 -o plan.json", soft_wrap=True)

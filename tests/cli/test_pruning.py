@@ -54,7 +54,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_profile_says_what_it_found(workplace: Path) -> None:
     text = (workplace / "profile.out").read_text()
     assert "early" in text and "other" in text and "distance of loads, early and other" in text
-    assert f"next: chronomoe plan {workplace / 'profile'}" in text
+    assert f"chronomoe plan {workplace / 'profile'}" in text
     record = json.loads((workplace / "profile" / "chronomoe" / "profile.json").read_text())
     assert [domain["name"] for domain in record["domains"]] == ["early", "other"]
     assert all(len(line) <= 80 for line in text.splitlines() if str(workplace) not in line)
@@ -62,6 +62,8 @@ def test_profile_says_what_it_found(workplace: Path) -> None:
 
 def test_tail_and_plan_read_a_profile_like_a_run(workplace: Path) -> None:
     assert "Neff/E" in run("tail", workplace / "profile").output
+    run("report", workplace / "profile", "-o", workplace / "report.html")
+    assert "profile-" in (workplace / "report.html").read_text()  # the name of the run
     assert "Neff/E" in run("tail", workplace / "profile" / "domains" / "other").output
     text = (workplace / "plan.out").read_text()
     assert "4 of 8 experts stay in each of 2 layers, by contribution" in text and "layer   1 drops" in text
