@@ -171,9 +171,11 @@ def read_last(path: str | Path, count: int, *, name: str | None = None) -> Last:
         if run is None and (name is None or own.name.startswith(name)):
             run = own
         step = record.get("step")
-        if own is not run or step in seen or history.overwritten(record):
+        if own is not run or history.overwritten(record):
             continue
         if isinstance(step, int):
+            if step in seen:
+                continue
             seen.add(step)
         records.append(record)
         if len(records) == count:

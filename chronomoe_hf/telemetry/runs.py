@@ -28,6 +28,11 @@ class Run:
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
+def _count(value: Any) -> int | None:
+    """A step or an attempt; None for anything that cannot be one."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
+
+
 class History:
     """Which run a record belongs to, and which records a later attempt has overwritten.
 
@@ -42,19 +47,18 @@ class History:
             self._add(record)
 
     def _add(self, record: Record) -> None:
-        run_id, attempt, start = str(record.get("run_id")), record.get("attempt"), record.get("from")
-        if not isinstance(attempt, int):
+        run_id, attempt, start = str(record.get("run_id")), _count(record.get("attempt")), _count(record.get("from"))
+        if attempt is None:
             return
         same = [run for run in self.runs if run.run_id == run_id]
-        resumed = isinstance(start, int)
-        if not (resumed and same):
+        if start is None or not same:
             manifest = record.get("manifest")
             name = run_id if not same else f"{run_id}#{len(same) + 1}"
             same.append(Run(name, run_id, manifest=dict(manifest) if isinstance(manifest, Mapping) else {}))
             self.runs.append(same[-1])
         run = same[-1]
         run.attempts.append(attempt)
-        if isinstance(start, int):
+        if start is not None:
             run.resumes.append((attempt, start))
         self._of[run_id, attempt] = run
 

@@ -6,7 +6,6 @@ shows comes from here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +13,18 @@ from typing import Any
 from chronomoe_hf.telemetry.layers import LAYER_NUMBERS
 
 _TEXT_LIMIT = 2000
+_LARGEST = 1e100  # what is larger is no measurement, and its differences and squares would not be finite
 
 
 def number(value: Any) -> float | None:
-    """A finite number of a record as float; None for anything else."""
+    """A number of a record as float, finite and within +-1e100; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         value = float(value)
     except OverflowError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= _LARGEST else None  # False for NaN
 
 
 def whole(value: Any, low: int = 0, high: int = 2**53) -> int | None:
@@ -78,7 +78,7 @@ class LayerView:
     def violation_fraction(self) -> float | None:
         """max_violation as a fraction of its ceiling E/k - 1; None where the ceiling is 0."""
         violation, ceiling = self.get("max_violation"), self.get("max_violation_ceiling")
-        return None if violation is None or not ceiling else violation / ceiling
+        return None if violation is None or not ceiling else number(violation / ceiling)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,20 @@ def test_a_resume_overwrites_its_own_run_only(tmp_path: Path) -> None:
     assert read_last(tmp_path / "chronomoe" / "snapshots.jsonl", 2, name="c").run is None
 
 
+@pytest.mark.parametrize("value", [True, "3", [3], 10**400, -1, None, 1.5], ids=lambda value: str(value)[:8])
+def test_steps_and_attempts_that_are_none_break_nothing(value: Any, tmp_path: Path) -> None:
+    write(tmp_path, "a", 0, [2, 4])
+    directory = tmp_path / "chronomoe"
+    for name, field in (("attempts", "from"), ("attempts", "attempt"), ("snapshots", "step"), ("snapshots", "attempt")):
+        line = {"schema": 2, "run_id": "a", "attempt": 0, "step": 9, "from": 2, "layers": [], field: value}
+        with (directory / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    steps = [r["step"] for r in read_last(directory / "snapshots.jsonl", 9).records]
+    assert steps[:2] == [2, 4] and 9 in steps
+    assert all(run.resumes in ([], [(0, 2)]) for run in read_history(directory).runs)
+    assert isinstance(next_attempt(tmp_path), int)
+
+
 def test_a_resumed_training_is_one_run(tmp_path: Path) -> None:
     save = {"save_strategy": "steps", "save_steps": 3}
     train_into(tmp_path, steps=5, arguments=save)
