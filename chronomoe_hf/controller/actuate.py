@@ -126,17 +126,29 @@ def _require_whole_bias(layer: Layer) -> None:
         )
 
 
-def move_beta(state: StepState, config: ChronoConfig, step: int, control: Control) -> None:
-    """The coherence law and forgetting, for the next window; layers that take no beta stay at zero.
+def move_beta(state: StepState, config: ChronoConfig, step: int, control: Control, cap: float) -> bool:
+    """What the law in force does to beta when a window closes; layers that take no beta stay at zero.
+
+    The coherence law moves it and forgets part of it. The balance law has moved it in every step; only the part that is
+    common to all experts, which does nothing, is taken out here.
 
     Args:
         state: the stacked state; its beta moves.
         config: settings.
         step: optimizer step that closed the window.
         control: says how much of beta each layer keeps.
+        cap: of the law in force.
+
+    Returns:
+        Whether beta was moved.
     """
+    if config.beta.law == "balance":
+        state.recentre(cap)
+    if config.beta.law != "coherence":
+        return False
     state.apply_coherence(step, config.beta, state.untouched_L)
     state.forget(control.keep_L)
+    return True
 
 
 def aim_lenses(

@@ -150,7 +150,7 @@ def _recording(model: nn.Module, interval: int, rows: int | None) -> Iterator[Ch
 
 def take_sums(system: ChronoSystem) -> Tensor:
     """Sums of the eval-mode forwards since the last call, over all ranks, float64 ``(L, R)``. Collective."""
-    row_LR, _ = system._take("eval")
+    row_LR = system.take_sums("eval")
     return row_LR
 
 

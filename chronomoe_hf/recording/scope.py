@@ -5,7 +5,9 @@ Shape suffixes: T router rows (tokens), B batch, S sequence.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,6 +42,16 @@ class Switches:
     router_input: bool = False
     any_steering: bool = False
     step: int = 1
+
+    @contextlib.contextmanager
+    def recording_eval(self) -> Iterator[None]:
+        """Record forwards in eval mode meanwhile."""
+        before = self.evaluation
+        self.evaluation = True
+        try:
+            yield
+        finally:
+            self.evaluation = before
 
 
 @dataclass

@@ -14,6 +14,7 @@ from chronomoe_hf.telemetry.manifest import run_manifest
 from chronomoe_hf.telemetry.reader import next_attempt
 from chronomoe_hf.telemetry.snapshots import SystemSnapshot
 from chronomoe_hf.telemetry.writer import TelemetryWriter
+from chronomoe_hf.wrapping.layer import Layer
 
 
 class RunRecords:
@@ -38,9 +39,8 @@ class RunRecords:
         *,
         run_id: str,
         config: ChronoConfig,
-        layers: Sequence[Mapping[str, Any]],
+        layers: Sequence[Layer],
         model_class: str,
-        notes: Sequence[str],
         resume_step: int | None = None,
     ) -> None:
         """Write records below ``<output_dir>/chronomoe`` from now on (main process only).
@@ -49,9 +49,8 @@ class RunRecords:
             output_dir: of the run.
             run_id: of the run.
             config: settings in force.
-            layers: the table of wrapped layers.
+            layers: the wrapped layers.
             model_class: class name of the model.
-            notes: remarks in plain words.
             resume_step: optimizer step that is resumed from, None for a fresh start.
 
         Raises:
@@ -65,11 +64,11 @@ class RunRecords:
         manifest = run_manifest(
             run_id=run_id,
             config=config,
-            layers=layers,
+            layers=[layer.table_row() for layer in layers],
             model_class=model_class,
             world_size=distributed.world_size(),
             attempt=self.attempt,
-            notes=notes,
+            notes=[f"layer {layer.layer_id}: {note}" for layer in layers for note in layer.notes],
         )
         self.writer.write_manifest(manifest, resumed_from=resume_step)
 

@@ -6,12 +6,13 @@ its router and reads beta from a mirror of the stacked state, which is refreshed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from chronomoe_hf.recording.recorder import LayerRecorder
 from chronomoe_hf.recording.tape import Sums
-from chronomoe_hf.router.state import RouterHandle
 from chronomoe_hf.step_state import StepState
+from chronomoe_hf.wrapping.layer import Layer
 
 
 class Placement:
@@ -20,25 +21,17 @@ class Placement:
     Args:
         state: the stacked state.
         sums: the sums of all layers.
-        handles: of the layers, in order.
-        recorders: of the layers, in order.
-        devices: of the routers' weights; a meta device stands for the CPU until the weights are there.
+        layers: the wrapped layers. A router whose weight is on the meta device counts as on the CPU until it is there.
     """
 
-    def __init__(
-        self,
-        state: StepState,
-        sums: Sums,
-        handles: list[RouterHandle],
-        recorders: list[LayerRecorder],
-        devices: list[torch.device],
-    ) -> None:
+    def __init__(self, state: StepState, sums: Sums, layers: Sequence[Layer]) -> None:
         self.state = state
         self.sums = sums
-        self.handles = handles
-        self.recorders = recorders
+        self.handles = [layer.handle for layer in layers]
+        self.recorders = [layer.recorder for layer in layers]
+        devices = [layer.adapter.weight(layer.router).device for layer in layers]
         self.devices = [torch.device("cpu") if device.type == "meta" else device for device in devices]
-        for handle in handles:
+        for handle in self.handles:
             handle.placer = self
         self.arrange()
 

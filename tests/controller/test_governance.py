@@ -253,7 +253,7 @@ def test_topk_disagreement_counts_real_tokens_with_other_experts_than_the_plain_
         want.append(sum(d for d, ok in zip(differs, real, strict=True) if ok) / sum(real))
     assert all(0.05 < share < 1.0 for share in want), "bad test setup"
     system.window_steps = 0
-    system.step_state.update(system._take()[0], 99, system.config.veto)
+    system.step_state.update(system.take_sums(), 99, system.config.veto)
     assert system.step_state.topk_disagreement() == pytest.approx(want)
 
 

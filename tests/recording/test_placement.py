@@ -153,7 +153,7 @@ def test_an_evaluation_before_the_first_step_leaves_nothing_behind() -> None:
         with torch.no_grad(), system.recording_eval():
             model(**phantom.to_device(batch))
         assert not elsewhere(system)
-        row_LR, _ = system._take("eval")
+        row_LR = system.take_sums("eval")
         assert row_LR.device == torch.device("phantom", 0), "what goes into a collective lies on the device"
 
 

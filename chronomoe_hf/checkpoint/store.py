@@ -1,0 +1,194 @@
+"""Saving and loading the state of one wrapped model, on all ranks, with everything that can go wrong on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chronomoe_hf import distributed
+from chronomoe_hf.checkpoint.fingerprint import live_fingerprint
+from chronomoe_hf.checkpoint.reading import OnMissing, missing, read_for_all
+from chronomoe_hf.checkpoint.state_file import write_state
+from chronomoe_hf.checkpoint.system_state import Parts, Position, advise_of_disagreement, pack, unloadable, unpack
+from chronomoe_hf.errors import StateError, StateWriteError
+
+
+class StateStore:
+    """Where the parts of a system are saved to and loaded from.
+
+    Args:
+        parts: what is saved, and what loading writes into.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self._failed: str | None = None
+        self._advised = False
+
+    def begin(self) -> None:
+        """Start of a training run: the advice of a save may be printed once more."""
+        self._advised = False
+
+    def pack(self, position: Position) -> dict[str, Any]:
+        """``{"tensors": {name: CPU tensor}, "meta": JSON-ready mapping}``."""
+        tensors, meta = pack(self.parts, position)
+        return {"tensors": tensors, "meta": meta}
+
+    def unpack(self, state: dict[str, Any]) -> Position:
+        """Inverse of :meth:`pack`, all or nothing; raises StateMismatchError for another model's state."""
+        return unpack(self.parts, state["tensors"], state["meta"])
+
+    def save(self, directory: str | Path, position: Position) -> bool:
+        """Write the state into `directory` (main process only, no collective).
+
+        Returns:
+            Whether it was written (always True on the other ranks).
+        """
+        if not distributed.is_main():
+            return True
+        parts, state = self.parts, self.pack(position)
+        state["meta"]["fingerprint"] = live_fingerprint(parts.layers)
+        shares = state["meta"]["topk_disagreement"] = parts.step_state.topk_disagreement()
+        self._advised = self._advised or advise_of_disagreement(shares, parts.layers)
+        strict = parts.config.checkpoint.strict_save
+        # Raising on one rank only would leave the others waiting in their next collective: with several ranks the
+        # failure travels with the next step's reduction and is raised by all of them there.
+        fault = unloadable(parts.step_state, state["tensors"], state["meta"])
+        written = write_state(
+            directory, state["tensors"], state["meta"], fault=fault, strict=strict and not distributed.active()
+        )
+        if strict and not written:
+            self._failed = str(directory)
+        return written
+
+    def read(
+        self, directory: str | Path, governed: bool, on_missing: OnMissing, step: int | None
+    ) -> dict[str, Any] | None:
+        """The state in `directory` as :meth:`unpack` takes it, the same on every rank. Collective.
+
+        Args:
+            directory: where it lies.
+            governed: the live run has been governed.
+            on_missing: what to do where there is none.
+            step: optimizer step that the state must be of; None = any.
+
+        Raises:
+            StateMissingError: there is none, and `on_missing` does not allow that.
+            StateError: torn, foreign, of another schema or step.
+        """
+        found = read_for_all(directory)
+        if found is None:
+            acted = governed or bool(torch.count_nonzero(self.parts.step_state.beta_LE))
+            missing(directory, on_missing, acted)
+            return None
+        tensors, meta = found
+        if step is not None and meta["step"] != step:
+            raise StateError(
+                f"{directory} holds chronomoe state of step {meta['step']}, but the run resumes at step {step}; the "
+                "files of two checkpoints are mixed up"
+            )
+        return {"tensors": tensors, "meta": meta}
+
+    @property
+    def failed(self) -> float:
+        """1.0 where this process could not write a state that had to be written, else 0.0; summed over ranks."""
+        return float(self._failed is not None)
+
+    def require_saved(self, failures: Tensor | None = None) -> None:
+        """Raise on every rank if a state could not be written. Collective with ``strict_save`` unless summed already.
+
+        Args:
+            failures: :attr:`failed` summed over ranks; None = sum it here.
+
+        Raises:
+            StateWriteError: the main process could not write.
+        """
+        if not self.parts.config.checkpoint.strict_save:
+            return
+        if failures is None:
+            own = torch.full((), self.failed, dtype=torch.float64, device=self.parts.step_state.device)
+            failures = distributed.all_reduce_sum_(own)
+        if float(failures) > 0:
+            raise StateWriteError(
+                f"chronomoe state could not be saved ({self._failed or 'by the main process'}), and strict_save "
+                "is set; free space or fix permissions and resume from the last checkpoint"
+            )
+
+
+class Savable:
+    """The file half of a system: it has a :class:`StateStore`, says where it stands, and adopts where a state stood."""
+
+    store: StateStore
+
+    def _position(self) -> Position:
+        raise NotImplementedError
+
+    def _adopt(self, position: Position) -> None:
+        raise NotImplementedError
+
+    def require_saved(self) -> None:
+        """Raise StateWriteError on every rank if a state could not be written; see ``StateStore.require_saved``."""
+        self.store.require_saved()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Saved state: ``{"tensors": {name: CPU tensor}, "meta": JSON-ready mapping}``."""
+        return self.store.pack(self._position())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`, all or nothing; raises StateMismatchError for another model's state."""
+        self._adopt(self.store.unpack(state))
+
+    def fingerprint(self) -> dict[str, str]:
+        """One line per router parameter and expert tensor as it is now; see ``checkpoint.fingerprint``."""
+        return live_fingerprint(self.store.parts.layers)
+
+    def save(self, directory: str | Path) -> bool:
+        """Write the state into `directory` (main process only, no collective); see ``checkpoint.state_file``.
+
+        Returns:
+            Whether it was written (always True on the other ranks).
+        """
+        return self.store.save(directory, self._position())
+
+    def load(
+        self, directory: str | Path, *, on_missing: OnMissing = "raise", step: int | None = None
+    ) -> dict[str, Any] | None:
+        """Restore the state in `directory` on every rank, all of it or nothing. Collective.
+
+        Args:
+            directory: a checkpoint, or any directory that ``save_pretrained`` or :meth:`save` wrote to.
+            on_missing: ``"raise"``, or as in ``CheckpointConfig`` (which says what a Trainer's resume does).
+            step: optimizer step that the state must be of; None = any.
+
+        Returns:
+            The manifest (step, fingerprint, ...); None where there is no state and `on_missing` allows a fresh start.
+
+        Raises:
+            StateMissingError: nothing there, and `on_missing` does not allow that.
+            StateError: torn, foreign, of another schema or step; the message names the file and the way out.
+        """
+        state = self.store.read(directory, self._position().governed, on_missing, step)
+        if state is None:
+            return None
+        self.load_state_dict(state)
+        return dict(state["meta"])
+
+    def register(self, accelerator: Any) -> None:
+        """Save and load with ``accelerator.save_state`` and ``load_state`` (plain Accelerate loops).
+
+        Args:
+            accelerator: an ``accelerate.Accelerator``. Its state hooks are used, not its checkpoint registry, which
+                pickles and refuses older checkpoints.
+        """
+
+        def saving(models: Any, weights: Any, directory: str) -> None:
+            self.save(directory)
+
+        def loading(models: Any, directory: str) -> None:
+            self.load(directory, on_missing=self.store.parts.config.checkpoint.on_missing)
+
+        accelerator.register_save_state_pre_hook(saving)
+        accelerator.register_load_state_pre_hook(loading)
