@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chronomoe_hf import LayerSnapshot, SystemSnapshot
+from chronomoe_hf.report import write_report
 
 DASH = "-"
 _CAPTION = "Losses on held-out code. Violation: the worst layer's, of its ceiling."
@@ -79,8 +80,31 @@ def save_verdict(arms: list[Arm]) -> Path:
     return path
 
 
-def print_verdict(arms: list[Arm], path: Path, console: Console | None = None) -> None:
-    """Print one table per arm, one line per arm that sums it up, and the files written."""
+def save_report(arms: list[Arm]) -> Path:
+    """Write ``report.html`` beside the arms' directories, the last arm beside the first, and return its path."""
+    other = arms[0].output_dir if len(arms) > 1 else None
+    return write_report(arms[-1].output_dir, arms[0].output_dir.parent / "report.html", other=other)
+
+
+def notice(records: list[dict[str, Any]]) -> list[str]:
+    """What to look at first, in three lines: experts, loss, and where the rest is told."""
+
+    def experts(record: dict[str, Any]) -> str:
+        rows = record["layers"]
+        worst = min((row["neff_fraction"] for row in rows if row["neff_fraction"] is not None), default=None)
+        return f"{_number(worst)} of its experts effective in the worst layer, {sum(r['dead'] or 0 for r in rows)} dead"
+
+    last, first = records[-1], records[0]
+    lines = [f"{last['preset']} ends with {experts(last)}"]
+    loss = f"Its loss ends at {last['loss_after']:.3f}"
+    if len(records) > 1:
+        lines[0] += f"; {first['preset']} with {experts(first)}."
+        loss += f", {last['loss_after'] - first['loss_after']:+.3f} beside {first['preset']}"
+    return [lines[0].rstrip(".") + ".", f"{loss}. One run says little about a difference this small.", "The report:"]
+
+
+def print_verdict(arms: list[Arm], path: Path, console: Console | None = None, report: Path | None = None) -> None:
+    """Print one table per arm, one line per arm that sums it up, the files written, and what to notice."""
     console = console or Console()
     records = [arm_record(arm) for arm in arms]
     for record in records:
@@ -91,6 +115,11 @@ def print_verdict(arms: list[Arm], path: Path, console: Console | None = None) -
         for file in sorted(item for item in arm.output_dir.rglob("*") if item.is_file()):
             console.print(f"  {file}  {_size(file.stat().st_size)}", highlight=False, soft_wrap=True)
     console.print(f"  {path}  {_size(path.stat().st_size)}", highlight=False, soft_wrap=True)
+    if report is not None:
+        console.print("\nWhat to notice", style="bold")
+        for line in notice(records):
+            console.print(f"  {line}", highlight=False)
+        console.print(f"  {report}", highlight=False, soft_wrap=True)
 
 
 def _layer_table(record: dict[str, Any]) -> Table:

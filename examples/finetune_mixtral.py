@@ -2,7 +2,7 @@
 
 A small Mixtral is pretrained on prose (once, then cached), loaded with `from_pretrained`, and fine-tuned on code with
 one expert per token instead of two. Both changes push its routing out of balance. chronomoe_hf watches and, with the
-presets `protect` and `balance`, governs. The job ends with a verdict per layer and the names of the files it wrote.
+presets `protect` and `balance`, governs. The job ends with a verdict per layer, the files it wrote, and a report.
 
     python examples/finetune_mixtral.py --compare
     python examples/finetune_mixtral.py --arch switch_transformers --preset balance --report-to tensorboard
@@ -18,7 +18,7 @@ from typing import Any
 
 from _text_job import ARCHITECTURES, SIZES, ModelSize, TextDomain, Training, load_domain, pretrain_base
 from _text_job import training_arguments as base_arguments
-from _verdict import Arm, print_verdict, save_verdict
+from _verdict import Arm, print_verdict, save_report, save_verdict
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
 
 import chronomoe_hf
@@ -122,7 +122,7 @@ def run(options: Options) -> list[Arm]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line entry."""
     arms = run(parse_arguments(arguments))
-    print_verdict(arms, save_verdict(arms))
+    print_verdict(arms, save_verdict(arms), report=save_report(arms))
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def test_the_job_runs_end_to_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     import finetune_mixtral
-    from _verdict import print_verdict, save_verdict
+    from _verdict import print_verdict, save_report, save_verdict
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     options = finetune_mixtral.Options(
@@ -155,11 +155,15 @@ def test_the_job_runs_end_to_end(
     )
     arms = finetune_mixtral.run(options)
     path = save_verdict(arms)
-    print_verdict(arms, path, Console(width=80))
+    report = save_report(arms)
+    print_verdict(arms, path, Console(width=80), report)
     check_run(tmp_path, ["observe", preset], SMALL.layers)
     # Both arms start from the same weights and see the same text; `observe` changes no number before training.
     assert arms[0].loss_before == arms[1].loss_before
     printed = capsys.readouterr().out
+    last = printed.strip().splitlines()
+    assert last[-1].strip() == str(report) and "Content-Security-Policy" in report.read_text(encoding="utf-8")
+    assert f"{preset} ends with" in printed and "beside observe" in " ".join(printed.split())
     for word in ("Neff/E", "max violation", "active alerts", "loss before", preset, "routing_events.jsonl"):
         assert word in printed
 
