@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.oracles import naive_js
 
 from chronomoe_hf import metrics
 from chronomoe_hf.errors import ChronoError, ConfigError
@@ -163,14 +164,6 @@ def test_lists_arrays_tensors_counts_and_shares_agree(counts):
 
 
 # Tensor functions on distributions.
-
-
-def naive_js(p: list[float], q: list[float]) -> float:
-    total = 0.0
-    for a, b in zip(p, q, strict=True):
-        middle = (a + b) / 2
-        total += (a * math.log(a / middle) if a else 0.0) / 2 + (b * math.log(b / middle) if b else 0.0) / 2
-    return total
 
 
 def rows(tokens: int, size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import models as tiny
 from support.guards import NoHost
+from support.oracles import softmax
 from torch import Tensor
 
 import chronomoe_hf
@@ -156,12 +157,6 @@ def count_router_calls(system: ChronoSystem) -> Any:
 
 
 # ---- disagreement and veto -----------------------------------------------------------------------------------------
-
-
-def softmax(row: list[float]) -> list[float]:
-    high = max(row)
-    parts = [math.exp(z - high) for z in row]
-    return [p / sum(parts) for p in parts]
 
 
 def kl(p: list[float], q: list[float]) -> float:

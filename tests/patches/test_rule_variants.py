@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.oracles import softmax
 from torch import Tensor, nn
 
 from chronomoe_hf import patches
@@ -18,12 +19,6 @@ from chronomoe_hf.patches.registry import Adapter, module_of
 from chronomoe_hf.router.call import RouterCall
 
 TOKENS, WIDTH, SEEDS = 16, 24, range(6)
-
-
-def softmax(row: list[float]) -> list[float]:
-    top = max(row)
-    exp = [math.exp(z - top) for z in row]
-    return [value / sum(exp) for value in exp]
 
 
 def sigmoid(row: list[float]) -> list[float]:

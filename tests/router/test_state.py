@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.oracles import naive_js
 
 from chronomoe_hf import RouterState
 from chronomoe_hf.errors import ConfigError
@@ -94,14 +95,6 @@ def test_the_state_of_a_wrapped_router_is_a_view_of_the_stacked_state() -> None:
     stacked.refresh(0.3)
     assert state.compute_beta_eff().tolist() == pytest.approx([0, 0, 0.2, 0, 0, 0])
     assert torch.equal(state.compute_beta_eff(), state.beta_full)
-
-
-def naive_js(p: list[float], q: list[float]) -> float:
-    def kl(a: list[float], b: list[float]) -> float:
-        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
-
-    m = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
-    return (kl(p, m) + kl(q, m)) / 2
 
 
 def test_divergence_and_flip_rate_of_a_batch_equal_the_definitions() -> None:

@@ -81,3 +81,19 @@ def naive_phi(
         phi[expert] = dot / (math.hypot(*mean) * math.hypot(*other))
         saliency[expert] = sum(weights[t][j] * math.hypot(*outputs[t][j]) for t, j in mine)
     return phi, saliency
+
+
+def softmax(row: list[float]) -> list[float]:
+    """exp(z) / sum(exp(z)) of one row."""
+    high = max(row)
+    parts = [math.exp(z - high) for z in row]
+    return [p / sum(parts) for p in parts]
+
+
+def naive_js(p: list[float], q: list[float]) -> float:
+    """Jensen-Shannon divergence of two distributions, nats."""
+    total = 0.0
+    for a, b in zip(p, q, strict=True):
+        middle = (a + b) / 2
+        total += (a * math.log(a / middle) if a else 0.0) / 2 + (b * math.log(b / middle) if b else 0.0) / 2
+    return total
