@@ -153,7 +153,7 @@ def markdown(results: dict[str, Any]) -> str:
         "# What wrapping costs",
         "",
         "Time of a training step (forward, backward, SGD step, `system.step`) of a wrapped Qwen3-MoE over the",
-        "untouched one: two layers, 2,048 tokens, steps of both models alternating in one process, median and",
+        "untouched one: two layers, 2,048 tokens (t256: 256), steps of both alternating in one process, median and",
         f"quartiles of {results['pairs']} paired ratios. A window closes every {results['interval']} steps here "
         "(default: 100), so that control is in the figure.",
         f"`null` is the untouched model against its own copy. {results['machine']}; {versions}. Written by",
@@ -170,8 +170,8 @@ def markdown(results: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "Memory grows by that state and, while a step runs, by the expert outputs of 256 tokens of the layer at hand",
-        "(`CoherenceConfig.max_tokens`). A compiled graph fits the lens's reader in every step, an eager one in the",
+        "Memory grows by that state and, while a forward runs, by what its tape holds (`launches.md`).",
+        "A compiled graph fits the lens's reader in every step, an eager one in the",
         "last step of a window. Not timed here: backends without a place to read expert outputs (`eager`, Transformers",
         "before 5.20), where 64 tokens are sent through the experts once more.",
     ]

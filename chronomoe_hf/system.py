@@ -23,7 +23,7 @@ from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
 from chronomoe_hf.recording.scope import Switches
 from chronomoe_hf.recording.taking import Taken, take, zero
-from chronomoe_hf.recording.tape import Recorded
+from chronomoe_hf.recording.totals import Recorded
 from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.step_state import StepState, check_step
 from chronomoe_hf.telemetry import AlertHistory, SystemSnapshot

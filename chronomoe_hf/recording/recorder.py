@@ -20,7 +20,8 @@ from chronomoe_hf.lens.direction import SAMPLE, input_sums, sums_width
 from chronomoe_hf.recording.sampling import TokenSample
 from chronomoe_hf.recording.scope import ForwardScope
 from chronomoe_hf.recording.sums import DISAGREEMENT_SAMPLE, output_sums, routing_sums
-from chronomoe_hf.recording.tape import OutputCall, Recorded, RoutedCall, Sums, compare, output_batch, router_batch
+from chronomoe_hf.recording.tape import OutputCall, RoutedCall, compare, output_batch, router_batch
+from chronomoe_hf.recording.totals import Recorded, Sums
 from chronomoe_hf.router.state import Routing
 
 

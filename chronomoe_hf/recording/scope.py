@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from chronomoe_hf.recording.padding import DECODER_LABELS, PadToken, real_tokens
 from chronomoe_hf.recording.sampling import TokenSample, sample_tokens
-from chronomoe_hf.recording.tape import Sums, Tape
+from chronomoe_hf.recording.tape import Tape
+from chronomoe_hf.recording.totals import Sums
 from chronomoe_hf.router.shared import SharedInParts
 
 Mode = Literal["off", "train", "eval"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chronomoe_hf import distributed
 from chronomoe_hf.recording.recorder import LayerRecorder
-from chronomoe_hf.recording.tape import Recorded, Sums
+from chronomoe_hf.recording.totals import Recorded, Sums
 
 
 class Taken(NamedTuple):

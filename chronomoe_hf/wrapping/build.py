@@ -20,7 +20,7 @@ from chronomoe_hf.patches import Adapter, probe
 from chronomoe_hf.recording.padding import PadToken
 from chronomoe_hf.recording.recorder import LayerRecorder
 from chronomoe_hf.recording.scope import ForwardScope, Switches, forward_parameters
-from chronomoe_hf.recording.tape import Sums
+from chronomoe_hf.recording.totals import Sums
 from chronomoe_hf.router.state import HANDLE, RouterHandle, RouterState
 from chronomoe_hf.wrapping.class_swap import check_swappable, experts_class, router_class
 from chronomoe_hf.wrapping.discovery import FoundLayer, Modules, find_layers

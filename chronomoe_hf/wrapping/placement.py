@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from chronomoe_hf.recording.tape import Sums
+from chronomoe_hf.recording.totals import Sums
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.wrapping.layer import Layer
 

@@ -179,7 +179,7 @@ def test_memory_is_bounded_at_a_large_shape(layers: int) -> None:
 
     from chronomoe_hf.recording.recorder import LayerRecorder
     from chronomoe_hf.recording.scope import ForwardScope, Switches
-    from chronomoe_hf.recording.tape import Sums
+    from chronomoe_hf.recording.totals import Sums
     from chronomoe_hf.router.state import Routing
 
     tokens, experts, k, width = 8192, 128, 8, 2048

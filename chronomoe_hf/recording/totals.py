@@ -1,0 +1,89 @@
+"""Where sums are kept between steps, on the device of each router.
+
+Shape suffixes: L layers, R numbers of one row, G layers of a chunk, C some columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from chronomoe_hf.recording.columns import Row
+
+Recorded = Literal["train", "eval"]
+
+
+class Sums:
+    """The sums of all layers since the last step: one float64 ``[L, R]`` for training and one for evaluation.
+
+    Where routers lie on several devices, each device has such a pair and holds the rows of its own layers.
+
+    Args:
+        num_layers: L.
+        width: experts of the widest layer.
+    """
+
+    def __init__(self, num_layers: int, width: int) -> None:
+        self.num_layers = num_layers
+        self.row = Row(width)
+        self.parts: dict[Recorded, dict[torch.device, Tensor]] = {"train": {}, "eval": {}}
+
+    def on(self, mode: Recorded, device: torch.device) -> Tensor:
+        """The sums on `device`, ``(L, R)``; made when first asked for."""
+        part = self.parts[mode].get(device)
+        if part is None:
+            part = torch.zeros(self.num_layers, self.row.size, dtype=torch.float64, device=device)
+            self.parts[mode][device] = part
+        return part
+
+    def settle(self, devices: set[torch.device], home: torch.device) -> None:
+        """Have a pair on each of `devices`, and move what lies elsewhere to `home`."""
+        for mode, parts in self.parts.items():
+            for device in devices:
+                self.on(mode, device)
+            for device in set(parts) - devices:
+                self.on(mode, home).add_(parts.pop(device).to(home))
+
+    def add(self, mode: Recorded, layer_ids: Sequence[int], columns: slice, value_GC: Tensor) -> None:
+        """Add to some columns of distinct layers."""
+        target_LC = self.on(mode, value_GC.device)[:, columns]
+        first, num = layer_ids[0], len(layer_ids)
+        if tuple(layer_ids) == tuple(range(first, first + num)):
+            target_LC[first : first + num].add_(value_GC)
+        else:
+            target_LC.index_add_(0, _index(tuple(layer_ids), value_GC.device), value_GC.double())
+
+    def total(self, mode: Recorded, home: torch.device, graph_rows: Sequence[Tensor]) -> Tensor:
+        """The sums of all layers, a new tensor ``(L, R)`` on `home`.
+
+        Args:
+            mode: of training or of evaluation.
+            home: where they are wanted.
+            graph_rows: float64 ``(R,)`` per layer: what compiled graphs have added.
+        """
+        total_LR = torch.stack([row_R.to(home) for row_R in graph_rows])
+        for part_LR in self.parts[mode].values():
+            total_LR.add_(part_LR.to(home))
+        return total_LR
+
+    def zero(self, mode: Recorded, more: Sequence[Tensor]) -> None:
+        """Start at zero again, with all of `more`: one launch for all tensors of one device and dtype."""
+        alike: dict[Any, list[Tensor]] = {}
+        for tensor in (*self.parts[mode].values(), *more):
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for tensors in alike.values():
+            torch._foreach_zero_(tensors)
+
+
+_INDEX: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
+def _index(layer_ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """The ids on a device; kept, so that they are moved there once."""
+    key = (layer_ids, device)
+    if key not in _INDEX:
+        _INDEX[key] = torch.tensor(layer_ids, device=device)
+    return _INDEX[key]
