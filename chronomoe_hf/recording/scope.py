@@ -69,8 +69,8 @@ class ForwardScope(SharedInParts):
 
     One scope belongs to each innermost PreTrainedModel that owns routers. Its pre-hook opens it, its always-called
     post-hook closes it, so the recompute of activation checkpointing (which runs outside the owner), evaluation,
-    generation and no-grad forwards in training mode are all left out. Closing sums up the tape; a forward that failed
-    is in no sum.
+    generation, no-grad forwards in training mode and function transforms (``torch.func``) are all left out. Closing
+    sums up the tape; a forward that failed is in no sum.
 
     Args:
         switches: shared with the system.
@@ -114,6 +114,9 @@ class ForwardScope(SharedInParts):
                 return "off"
             # A user may checkpoint the whole owner; its recompute then runs this hook again, inside backward.
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                return "off"
+            # Inside torch.func.grad and its like tensors belong to the transform and may not be added to ours.
+            if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
                 return "off"
             return "train"
         return "eval" if self.switches.evaluation else "off"

@@ -119,3 +119,21 @@ def test_a_mistake_in_an_evaluation_does_not_end_training(
         monkeypatch.undo()
         model(**tiny.tiny_batch("mixtral")).loss.backward()
         assert system.step(3) is not None, "the next window is evaluated again"
+
+
+def test_function_transforms_run_and_are_left_out() -> None:
+    """torch.func.grad of a wrapped model in training mode gives the native gradients."""
+    model = tiny.tiny_model("mixtral")
+    batch = tiny.tiny_batch("mixtral")
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, values, kwargs=batch).loss
+
+    want = torch.func.grad(loss)(weights)
+    chronomoe_hf.wrap(model, ChronoConfig.observe(interval=1))
+    got = torch.func.grad(loss)(weights)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    system = chronomoe_hf.system_of(model)
+    snapshot = system.step(1)
+    assert snapshot is not None and [layer.token_count for layer in snapshot.layers] == [0, 0]
