@@ -111,13 +111,34 @@ def test_constraints_name_versions_only() -> None:
         assert line.startswith("#") or (line.count("==") == 1 and not set(" /@+;") & set(line)), line
 
 
-def test_the_wheel_holds_the_mapped_folder(tmp_path: Path) -> None:
+def copy_of_the_sources(tmp_path: Path) -> Path:
+    """What a package is built from, without what a checkout also holds."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("chronomoe_hf", "patches"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return source
+
+
+def test_the_source_archive_installs(tmp_path: Path) -> None:
+    source = copy_of_the_sources(tmp_path)
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--quiet", "--target"]
+    done = subprocess.run([*install, str(tmp_path / "site"), str(archive)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.*")}
+    templates = {path.name for path in (ROOT / "chronomoe_hf" / "report" / "templates").iterdir()}
+    assert {"chronomoe_hf/__init__.py", "chronomoe_hf/patches/__init__.py", "chronomoe_hf/py.typed"} <= found
+    assert {f"chronomoe_hf/report/templates/{name}" for name in templates} <= found
+
+
+def test_the_wheel_holds_the_mapped_folder(tmp_path: Path) -> None:
+    source = copy_of_the_sources(tmp_path)
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir"]
     done = subprocess.run([*build, str(tmp_path), str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
