@@ -122,18 +122,17 @@ def _notes(results: Row, by: dict[tuple[str, str], Row]) -> list[str]:
     asking = sorted({row["case"] for row in rows if row.get("trainer_asks")})
     if asking:
         lines.append(f"- The trainer itself asks for router logits in its loss passes: {', '.join(asking)}.")
-    return [*lines, *_moewatch(rows)]
+    return [*lines, *_moewatch(rows, results["moewatch_says"])]
 
 
-def _moewatch(rows: list[Row]) -> list[str]:
+def _moewatch(rows: list[Row], says: dict[str, str]) -> list[str]:
     """What moewatch says it counts, and how near that it comes."""
     mine = [row for row in rows if row["tool"] == "moewatch" and "error" not in row]
     if not mine:
         return []
     right = [row["case"] for row in mine if row["first_choices"]]
     lines = [
-        '- moewatch: its README says "tracks dead and cold experts per layer across the full training run"; its events '
-        'count "how many tokens were routed to each expert".',
+        f'- moewatch: its README says "{says["tracks"]}"; its events count "{says["counts"]}".',
         "  Its counts equal a recount of the largest logit of each real token alone in "
         f"{len(right)} of {len(mine)} cases ({', '.join(right) or 'none'}).",
         "  Dead is a share of at most 0.1 % there and no token in the recount; its entropy is the mean entropy of each "
@@ -157,9 +156,12 @@ def _cost(results: Row) -> list[str]:
         f"`{floor['tool']}` is the noise floor; the machine was shared, so that differences within its quartiles say "
         "nothing.",
         "",
-        "| | processor time | time |",
-        "|---|---|---|",
-        *(f"| {c['tool']} | {_ratio(c['cpu'])} | {_ratio(c['wall'])} |" for c in results["cost"]),
+        "| | processor time | time | processor time of all rounds, reports included |",
+        "|---|---|---|---|",
+        *(
+            f"| {c['tool']} | {_ratio(c['cpu'])} | {_ratio(c['wall'])} | {c['cpu_of_all']:.3f} |"
+            for c in results["cost"]
+        ),
         *_promise(results),
     ]
 
@@ -169,7 +171,7 @@ def _promise(results: Row) -> list[str]:
     if "moewatch, every 10th" not in cost:
         return []
     got = cost["moewatch, every 10th"][1] - 1
-    return ["", f"moewatch's README promises less than 2 % at every 10th forward; processor time here: {got:+.1%}."]
+    return ["", f'moewatch\'s README: "{results["moewatch_says"]["cost"]}"; median processor time here {got:+.1%}.']
 
 
 def _ratio(quartiles: list[float]) -> str:

@@ -145,6 +145,14 @@ class CarefulLogits(RouterLogits):
     careful = True
 
 
+# Its README, the docstring of its RoutingEvent, its README again.
+MOEWATCH_SAYS = {
+    "tracks": "tracks dead and cold experts per layer across the full training run",
+    "counts": "how many tokens were routed to each expert",
+    "cost": "`sample_every=10` keeps instrumentation below 2 % in production",
+}
+
+
 class MoEWatch(Tool):
     """The package of that name, from PyPI."""
 

@@ -242,6 +242,7 @@ def cost(kinds: list[type[tools.Tool]], rounds: int) -> list[dict[str, Any]]:
         for clock, seconds in (("wall", wall), ("cpu", cpu)):
             ratios = [a / b for a, b in zip(seconds[name][2:], seconds["untouched"][2:], strict=True)]
             row[clock] = [round(value, 4) for value in statistics.quantiles(ratios, n=4)]
+        row["cpu_of_all"] = round(sum(cpu[name][2:]) / sum(cpu["untouched"][2:]), 4)
         found.append(row)
     return found
 
@@ -269,6 +270,7 @@ def main() -> None:
             "moewatch_left_out": reason,
             "steps": STEPS,
             "how": {kind.name: kind.how for kind in kinds},
+            "moewatch_says": tools.MOEWATCH_SAYS,
             "rows": [],
         }
         if reason is None:
