@@ -145,8 +145,15 @@ def compare_with_one_process(ranks: list[dict[str, Any]], alone: dict[str, Any])
     ours, theirs = ranks[0]["tensors"], alone["tensors"]
     for name in ("tokens_LE", "updates_LE", "last_step_LE", "std_updates_L"):
         assert torch.equal(ours[name], theirs[name]), name
+    # Engines add gradients up in another order, by the processor's vector width too: the weights then differ in their
+    # last bits after some steps, and what is measured on them differs as much.
+    names = [name for name in ranks[0]["weights"] if name in alone["weights"]]
+    apart = max(
+        float((ranks[0]["weights"][name].float() - alone["weights"][name].float()).abs().max()) for name in names
+    )
+    assert apart < 1e-4
     for name in ("ema_CLE", "phi_raw_LE", "beta_LE", "std_L", "js_L"):
-        assert torch.allclose(ours[name].double(), theirs[name].double(), atol=1e-5, rtol=0), (
+        assert torch.allclose(ours[name].double(), theirs[name].double(), atol=max(1e-5, 2 * apart), rtol=0), (
             name,
             (ours[name] - theirs[name]).abs().max(),
         )
