@@ -191,9 +191,10 @@ class StepState:
             loss_N: float64 ``(2,)``, see ``Taken``; None = no labels were seen.
         """
         row = self.row
-        self.window_LR.add_(row_LR)
-        if loss_N is not None:
-            self.loss_N.add_(loss_N)
+        if loss_N is None:
+            self.window_LR.add_(row_LR)
+        else:
+            torch._foreach_add_([self.window_LR, self.loss_N], [row_LR, loss_N])
         count_LE = row.count(row_LR)
         self.tokens_LE.add_(count_LE.long())
         self.last_step_LE.masked_fill_(count_LE > 0, step)

@@ -70,11 +70,11 @@ class Sums:
             loss_N[1].add_(1.0)
 
     def loss(self, mode: Recorded, home: torch.device) -> Tensor:
-        """Loss tokens and forwards that were given labels, a new float64 tensor ``(2,)`` on `home`."""
-        total_N = torch.zeros(2, dtype=torch.float64, device=home)
-        for part_N in self.loss_parts[mode].values():
-            total_N.add_(part_N.to(home))
-        return total_N
+        """Loss tokens and forwards that were given labels, float64 ``(2,)`` on `home`; `zero` leaves it as it is."""
+        parts = [part_N.to(home) for part_N in self.loss_parts[mode].values()]
+        if len(parts) == 1:
+            return parts[0]
+        return sum(parts, torch.zeros(2, dtype=torch.float64, device=home))
 
     def add(self, mode: Recorded, layer_ids: Sequence[int], columns: slice, value_GC: Tensor) -> None:
         """Add to some columns of distinct layers."""
@@ -101,10 +101,11 @@ class Sums:
     def zero(self, mode: Recorded, more: Sequence[Tensor]) -> None:
         """Start at zero again, with all of `more`: one launch for all tensors of one device and dtype."""
         alike: dict[Any, list[Tensor]] = {}
-        for tensor in (*self.parts[mode].values(), *self.loss_parts[mode].values(), *more):
+        for tensor in (*self.parts[mode].values(), *more):
             alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         for tensors in alike.values():
             torch._foreach_zero_(tensors)
+        self.loss_parts[mode].clear()  # the next labels start a new one
 
 
 _INDEX: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
