@@ -15,12 +15,13 @@ from torch import nn
 from chronomoe_hf.checkpoint.unloaded import warn_of_unloaded_state
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import AlreadyWrappedError, ConfigError, NotWrappedError
+from chronomoe_hf.recording.labels import labelled_models
 from chronomoe_hf.recording.scope import Switches
 from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.router.state import HANDLE
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.wrapping.build import build_layers, check_layers
-from chronomoe_hf.wrapping.class_swap import add_hooks, check_restorable, remove_hooks, restore, swap
+from chronomoe_hf.wrapping.class_swap import add_hooks, add_label_hooks, check_restorable, remove_hooks, restore, swap
 from chronomoe_hf.wrapping.discovery import clean_name, find_layers, root_of
 from chronomoe_hf.wrapping.native_bias import cast_bias
 from chronomoe_hf.wrapping.owner import SYSTEM, find_system
@@ -65,12 +66,14 @@ def wrap(model: Model, config: ChronoConfig | None = None, *, state: str | Path 
             )
         check_layers(system.model, system.layers)
         install_save_hook(model)  # a wrapper that was added since (PEFT) has a save_pretrained of its own
+        add_label_hooks(labelled_models(system.model, model, system.sums))
         if state is not None:
             system.load(state)
         return model
     _check_version()
     root = root_of(model)
     _install(root, ChronoConfig() if config is None else config)
+    add_label_hooks(labelled_models(root, model, system_of(root).sums))
     for module in (root, model):
         install_save_hook(module)
     if state is None:

@@ -1,6 +1,7 @@
 """The device state of all wrapped layers, stacked, and the arithmetic of one optimizer step. No host sync.
 
-Shape suffixes: L layers, E experts (padded to the widest layer), C clocks, R numbers of one accumulator row.
+Shape suffixes: L layers, E experts (padded to the widest layer), C clocks, R numbers of one accumulator row, N the
+two numbers about the loss (loss tokens, forwards that were given labels).
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class StepState:
         "flip_L",
         "overlap_L",
         "window_LR",
+        "loss_N",
     )
 
     def __init__(self, num_experts: list[int], takes_beta: list[bool] | None = None) -> None:
@@ -95,6 +97,7 @@ class StepState:
         self.flip_L = torch.zeros(num_layers)
         self.overlap_L = torch.zeros(num_layers)
         self.window_LR = torch.zeros(num_layers, self.row.size, dtype=torch.float64)
+        self.loss_N = torch.zeros(2, dtype=torch.float64)
         self.closed_2L = torch.zeros(2, num_layers, dtype=torch.float64)
         # Constants: the raw phi is a clock that forgets at once; what each expert's count is divided by, and so on.
         self._rate_C = torch.tensor([*(1.0 - alpha for alpha in ALPHAS), 1.0], dtype=torch.float64)
@@ -175,7 +178,9 @@ class StepState:
             self.last_step_LE[layer, :num],
         )
 
-    def update(self, row_LR: Tensor, step: int, veto: VetoConfig, compared: bool = True) -> None:
+    def update(
+        self, row_LR: Tensor, step: int, veto: VetoConfig, compared: bool = True, loss_N: Tensor | None = None
+    ) -> None:
         """Add one optimizer step's sums (already summed over ranks) into window, clocks, logit std and veto.
 
         Args:
@@ -183,9 +188,13 @@ class StepState:
             step: optimizer step just finished.
             veto: thresholds of the bridge veto.
             compared: disagreement was measured; without, its columns are empty.
+            loss_N: float64 ``(2,)``, see ``Taken``; None = no labels were seen.
         """
         row = self.row
-        self.window_LR.add_(row_LR)
+        if loss_N is None:
+            self.window_LR.add_(row_LR)
+        else:
+            torch._foreach_add_([self.window_LR, self.loss_N], [row_LR, loss_N])
         count_LE = row.count(row_LR)
         self.tokens_LE.add_(count_LE.long())
         self.last_step_LE.masked_fill_(count_LE > 0, step)
@@ -283,7 +292,12 @@ class StepState:
     def close_window(self) -> None:
         """Start a new window; of the old one, keep how many tokens steering sent to other experts."""
         self.closed_2L.copy_(self._steered())
+        self.drop_window()
+
+    def drop_window(self) -> None:
+        """Forget the open window."""
         self.window_LR.zero_()
+        self.loss_N.zero_()
 
     def _steered(self) -> Tensor:
         return torch.stack([self.row.layer(self.window_LR, name) for name in ("topk_differs", "steered_tokens")])
@@ -302,6 +316,7 @@ class StepState:
         clocks_CLE = read_clocks(self.ema_CLE, self.updates_LE)
         parts: dict[str, Tensor] = {
             "window": self.window_LR,
+            "loss": self.loss_N,
             "phi_fast": clocks_CLE[0],
             "phi_mid": clocks_CLE[1],
             "phi_slow": clocks_CLE[2],

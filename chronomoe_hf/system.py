@@ -153,10 +153,11 @@ class ChronoSystem(Savable):
             logger.warning("system.step(%d) was called twice: once per optimizer step is enough", global_step)
         self.global_step = self._stepped = global_step
         restore_fp32_bias(self.layers)
-        row_LR, inputs, failed = self._take(with_inputs=self.switches.router_input)
+        row_LR, loss_N, inputs, failed = self._take(with_inputs=self.switches.router_input)
         if failed is not None:
             self.store.require_saved(failed)
-        self.step_state.update(row_LR, global_step, self.config.veto, compared=self.config.veto.enabled)
+        compared = self.config.veto.enabled
+        self.step_state.update(row_LR, global_step, self.config.veto, compared, loss_N)
         self.window_steps += not repeated
         if self.config.beta.law == "balance":
             actuate.balance(self.step_state, self.layers, self.config, self.step_state.row.count(row_LR))
@@ -175,8 +176,9 @@ class ChronoSystem(Savable):
         if self.window_steps == 0:
             return None
         at = self._moment()
-        events = self.host.events(at, self.step_state.host())
-        snapshot = self.host.summarise(at, events, self.alerts)
+        host = self.step_state.host()
+        events = self.host.events(at, host)
+        snapshot = self.host.summarise(at, events, host, self.alerts)
         self.records.window(events, snapshot)
         self._reset_window(snapshot)
         return snapshot
@@ -204,7 +206,7 @@ class ChronoSystem(Savable):
         self.controller.initialize(run_id=self.run_id)
         self.discard()
         restore_fp32_bias(self.layers)
-        self.step_state.window_LR.zero_()
+        self.step_state.drop_window()
         self.window_steps = 0
         self.overhead_s = 0.0
         self._stepped = None
@@ -247,8 +249,8 @@ class ChronoSystem(Savable):
 
     def snapshot(self) -> SystemSnapshot:
         """The open window as a SystemSnapshot, without closing it and without moving any alert."""
-        at = self._moment()
-        return self.host.summarise(at, self.host.events(at, self.step_state.host()), self.alerts.copy())
+        at, host = self._moment(), self.step_state.host()
+        return self.host.summarise(at, self.host.events(at, host), host, self.alerts.copy())
 
     def _moment(self, evaluation: bool = False) -> Moment:
         steps = self.window_steps
@@ -299,12 +301,13 @@ class ChronoSystem(Savable):
         Args:
             name: of the evaluation, for its records; under Trainer ``"eval"``, ``"eval_<data set>"`` or ``"test"``.
         """
-        host = {"window": self.take_sums("eval").cpu().numpy()}
+        taken = self._take("eval")
+        host = {"window": taken.row_LR.cpu().numpy(), "loss": taken.loss_N.cpu().numpy()}
         if not host["window"].any():
             return None
         at = self._moment(evaluation=True)
         events = self.host.events(at, host, mode="EVAL")
-        self.last_evaluation = self.host.summarise(at, events, AlertHistory())
+        self.last_evaluation = self.host.summarise(at, events, host, AlertHistory())
         self.records.evaluation(events, name)
         return self.last_evaluation
 

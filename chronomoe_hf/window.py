@@ -82,8 +82,11 @@ class WindowHost:
             lens_spread=spread,
         )
 
-    def summarise(self, at: Moment, events: list[RoutingEvent], history: AlertHistory) -> SystemSnapshot:
-        """The snapshot of all layers; moves the alerts of `history`."""
+    def summarise(
+        self, at: Moment, events: list[RoutingEvent], host: Mapping[str, Any], history: AlertHistory
+    ) -> SystemSnapshot:
+        """The snapshot of all layers; moves the alerts of `history`. Of `host`, its ``"loss"`` is read."""
+        loss_tokens, forwards = host["loss"].tolist()
         return SystemSnapshot.from_events(
             events=events,
             step=at.step,
@@ -94,6 +97,7 @@ class WindowHost:
             config=self.config.alerts,
             governed=at.governed,
             step_ms=at.step_ms,
+            loss_tokens=round(loss_tokens) if forwards > 0.0 else None,
         )
 
     def evaluate(
@@ -106,7 +110,7 @@ class WindowHost:
         """
         try:
             events = self.events(at, host, spread=spread)
-            snapshot = self.summarise(at, events, self.alerts)
+            snapshot = self.summarise(at, events, host, self.alerts)
             verdict = self.controller.decide(snapshot, lenses)
             self.controller.accept(verdict)
             pruned = self.lifecycle.evaluate(snapshot) if self.config.lifecycle.enabled else []

@@ -26,6 +26,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "std_updates_L": (0, 2**62),
     "logit_std_L": (0.0, 1e30),
     "relevance_L": (0.0, 1.0),
+    "loss_N": (0.0, 2**53),
 }
 LENS = re.compile(r"lens\.(\d{1,9})\.(V|U|scale)")
 

@@ -21,6 +21,13 @@ def _from_1(tensors: Tensors, meta: Meta) -> tuple[Tensors, Meta]:
     return tensors, meta
 
 
+def _without_loss(tensors: Tensors) -> Tensors:
+    """Before 2.1 no loss tokens were counted: those of an open window are unknown."""
+    if "window_LR" in tensors and "loss_N" not in tensors:
+        tensors = {**tensors, "loss_N": torch.zeros(2, dtype=torch.float64)}
+    return tensors
+
+
 MIGRATIONS: dict[int, Migration] = {1: _from_1}
 """Schema version -> function that turns the (tensors, meta) of that version into those of the next."""
 
@@ -36,6 +43,7 @@ def migrate(tensors: Tensors, meta: Meta, source: str) -> tuple[Tensors, Meta]:
     Raises:
         StateSchemaError: There is no way from that schema to this one.
     """
+    before_2_1 = meta["schema_version"] < 2 or (meta["schema_version"] == 2 and meta.get("schema_minor", 0) < 1)
     while (version := meta["schema_version"]) < STATE_SCHEMA:
         if version not in MIGRATIONS:
             raise StateSchemaError(
@@ -44,4 +52,4 @@ def migrate(tensors: Tensors, meta: Meta, source: str) -> tuple[Tensors, Meta]:
             )
         tensors, meta = MIGRATIONS[version](tensors, meta)
         meta = {**meta, "schema_version": version + 1}
-    return tensors, meta
+    return _without_loss(tensors) if before_2_1 else tensors, meta

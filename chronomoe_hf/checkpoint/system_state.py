@@ -204,7 +204,8 @@ def _load(
     live = parts.step_state.window_LR
     if tensors["window_LR"].shape != live.shape:
         logger.warning("the open window of %d steps was recorded with other columns; it starts afresh", window_steps)
-        tensors = {**tensors, "window_LR": torch.zeros_like(live, device="cpu")}
+        empty = {"window_LR": torch.zeros_like(live, device="cpu"), "loss_N": torch.zeros_like(tensors["loss_N"])}
+        tensors = {**tensors, **empty}
         window_steps = 0
     parts.step_state.load_state_dict(tensors)
     parts.step_state.closed_2L.zero_()  # of the run before
@@ -218,7 +219,7 @@ def _load_matching(parts: Parts, tensors: dict[str, Tensor], pairs: list[tuple[i
     """`allow_partial`: copy the layers that agree; the open window and the control state start fresh."""
     state = parts.step_state
     for name in state.NAMES:
-        if name == "window_LR":
+        if name in ("window_LR", "loss_N"):
             continue
         axis = _PER_LAYER_AXIS.get(name, 0)
         live = getattr(state, name)
@@ -229,7 +230,7 @@ def _load_matching(parts: Parts, tensors: dict[str, Tensor], pairs: list[tuple[i
             else:
                 num = parts.layers[new].num_experts
                 target[..., :num].copy_(source[..., :num])
-    state.window_LR.zero_()
+    state.drop_window()
     logger.warning("loaded the state of %d of %d layers; the others start fresh", len(pairs), len(parts.layers))
 
 

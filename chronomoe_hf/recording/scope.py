@@ -125,6 +125,7 @@ class ForwardScope(SharedInParts):
         """Sum up and forget the forward."""
         if self.mode != "off" and not torch.compiler.is_compiling():
             self.tape.sum_up(self.mode, self.rows, self.sample)
+            self.tape.sums.count_labels(self.mode)
         self.abandon()
 
     def abandon(self) -> None:

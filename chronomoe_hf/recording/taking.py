@@ -1,6 +1,6 @@
 """Taking what forwards have added up since the last step: over all layers and ranks, in one collective.
 
-Shape suffixes: L layers, R numbers of one row.
+Shape suffixes: L layers, R numbers of one row, N the two numbers about the loss.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ class Taken(NamedTuple):
 
     Args:
         row_LR: float64 sums of all layers over all ranks.
+        loss_N: float64 loss tokens and forwards that were given labels, over all ranks.
         inputs: sums over router inputs by layer; empty where they were not asked for.
         failures: `flag` summed over ranks, 0-dim; None where this process is alone.
     """
 
     row_LR: Tensor
+    loss_N: Tensor
     inputs: dict[int, Tensor]
     failures: Tensor | None
 
@@ -52,18 +54,20 @@ def take(
         copies: how many ranks have seen the same batch.
     """
     row_LR = sums.total(mode, home, [each.held(mode)[0] for each in recorders])
+    loss_N = sums.loss(mode, home)
     wide = {each.layer_id: each.inputs for each in recorders if each.inputs is not None} if with_inputs else {}
     alone = not distributed.active()
     if not wide and alone:
         zero(sums, recorders, mode)
-        return Taken(row_LR, {}, None)
-    parts = [row_LR.reshape(-1), row_LR.new_full((1,), flag), *(each.to(home).double() for each in wide.values())]
+        return Taken(row_LR, loss_N, {}, None)
+    parts = [row_LR.reshape(-1), row_LR.new_full((1,), flag), loss_N]
+    parts += [each.to(home).double() for each in wide.values()]
     flat = distributed.all_reduce_sum_(torch.cat(parts)).div_(copies)
     zero(sums, recorders, mode)
     start = row_LR.numel()
     sizes = [each.numel() for each in wide.values()]
-    inputs = dict(zip(wide, flat[start + 1 :].split(sizes), strict=True)) if wide else {}
-    return Taken(flat[:start].view_as(row_LR), inputs, None if alone else flat[start])
+    inputs = dict(zip(wide, flat[start + 3 :].split(sizes), strict=True)) if wide else {}
+    return Taken(flat[:start].view_as(row_LR), flat[start + 1 : start + 3], inputs, None if alone else flat[start])
 
 
 def zero(sums: Sums, recorders: Sequence[LayerRecorder], mode: Recorded) -> None:

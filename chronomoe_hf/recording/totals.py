@@ -1,6 +1,7 @@
 """Where sums are kept between steps, on the device of each router.
 
-Shape suffixes: L layers, R numbers of one row, G layers of a chunk, C some columns.
+Shape suffixes: L layers, R numbers of one row, G layers of a chunk, C some columns, N the two numbers about the loss
+(loss tokens, forwards that were given labels).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.recording.columns import Row
+from chronomoe_hf.recording.padding import IGNORED
 
 Recorded = Literal["train", "eval"]
 
@@ -24,12 +26,17 @@ class Sums:
     Args:
         num_layers: L.
         width: experts of the widest layer.
+
+    Attributes:
+        labels: of the running forward, aligned with what is predicted; None where it was given none.
     """
 
     def __init__(self, num_layers: int, width: int) -> None:
         self.num_layers = num_layers
         self.row = Row(width)
         self.parts: dict[Recorded, dict[torch.device, Tensor]] = {"train": {}, "eval": {}}
+        self.loss_parts: dict[Recorded, dict[torch.device, Tensor]] = {"train": {}, "eval": {}}
+        self.labels: Tensor | None = None
 
     def on(self, mode: Recorded, device: torch.device) -> Tensor:
         """The sums on `device`, ``(L, R)``; made when first asked for."""
@@ -46,6 +53,28 @@ class Sums:
                 self.on(mode, device)
             for device in set(parts) - devices:
                 self.on(mode, home).add_(parts.pop(device).to(home))
+            for device in set(self.loss_parts[mode]) - devices - {home}:
+                self._loss_on(mode, home).add_(self.loss_parts[mode].pop(device).to(home))
+
+    def _loss_on(self, mode: Recorded, device: torch.device) -> Tensor:
+        if device not in self.loss_parts[mode]:
+            self.loss_parts[mode][device] = torch.zeros(2, dtype=torch.float64, device=device)
+        return self.loss_parts[mode][device]
+
+    def count_labels(self, mode: Recorded) -> None:
+        """Add the loss tokens of the running forward, once, however many scopes are in it."""
+        labels, self.labels = self.labels, None
+        if labels is not None:
+            loss_N = self._loss_on(mode, labels.device)
+            loss_N[0].add_((labels != IGNORED).sum())
+            loss_N[1].add_(1.0)
+
+    def loss(self, mode: Recorded, home: torch.device) -> Tensor:
+        """Loss tokens and forwards that were given labels, float64 ``(2,)`` on `home`; `zero` leaves it as it is."""
+        parts = [part_N.to(home) for part_N in self.loss_parts[mode].values()]
+        if len(parts) == 1:
+            return parts[0]
+        return sum(parts, torch.zeros(2, dtype=torch.float64, device=home))
 
     def add(self, mode: Recorded, layer_ids: Sequence[int], columns: slice, value_GC: Tensor) -> None:
         """Add to some columns of distinct layers."""
@@ -76,6 +105,7 @@ class Sums:
             alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         for tensors in alike.values():
             torch._foreach_zero_(tensors)
+        self.loss_parts[mode].clear()  # the next labels start a new one
 
 
 _INDEX: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}

@@ -46,6 +46,8 @@ class SystemSnapshot:
         active_alerts: alerts in force after it, with the step at which each was raised.
         step_ms: host time of ``system.step`` per optimizer step, milliseconds (``overhead_ms`` in older records); what
             forwards add is not in it, see ``benchmarks/results/launches.md``.
+        loss_tokens: positions whose label took part in the loss, over all ranks; None where no forward that was
+            recorded was given labels (or all were compiled).
         timestamp: seconds since the epoch.
         notes: remarks in plain words, layer by layer.
     """
@@ -62,6 +64,7 @@ class SystemSnapshot:
     alerts: list[Alert] = field(default_factory=list)
     active_alerts: list[Alert] = field(default_factory=list)
     step_ms: float | None = None
+    loss_tokens: int | None = None
     timestamp: float = field(default_factory=time.time)
     notes: list[str] = field(default_factory=list)
 
@@ -80,6 +83,7 @@ class SystemSnapshot:
         config: AlertConfig | None = None,
         governed: bool = False,
         step_ms: float | None = None,
+        loss_tokens: int | None = None,
     ) -> SystemSnapshot:
         """Summarise a window and raise or clear alerts.
 
@@ -96,6 +100,7 @@ class SystemSnapshot:
             config: alert thresholds.
             governed: beta or a lens has acted in this run; DRIFT baselines stop collecting.
             step_ms: host time of ``system.step`` per optimizer step, milliseconds.
+            loss_tokens: positions whose label took part in the loss, if known.
 
         Raises:
             ConfigError: events of several modes, a layer_id outside the model, events that disagree about E or k.
@@ -131,6 +136,7 @@ class SystemSnapshot:
             alerts=alerts,
             active_alerts=history.active,
             step_ms=step_ms,
+            loss_tokens=loss_tokens,
             notes=[f"layer {layer.layer_id}: {note}" for layer in layers for note in layer.notes],
         )
 
@@ -184,6 +190,7 @@ class SystemSnapshot:
             "n_layers": self.n_layers,
             "train_loss": finite(self.train_loss),
             "val_loss": finite(self.val_loss),
+            "loss_tokens": self.loss_tokens,
             "scalars": {name: finite(value) for name, value in self.scalars("").items()},
             "layers": [layer.to_record() for layer in self.layers],
             "alerts": [alert.to_record() for alert in self.alerts],

@@ -18,6 +18,7 @@ from chronomoe_hf import distributed
 from chronomoe_hf.errors import WrapError
 from chronomoe_hf.patches import Adapter, match_class
 from chronomoe_hf.recording.experts import experts_mixin
+from chronomoe_hf.recording.labels import LABELS, Labelled, hide_labels, show_labels
 from chronomoe_hf.recording.scope import (
     DECODER,
     SCOPE,
@@ -34,7 +35,7 @@ Mixins = tuple[type[nn.Module], ...]
 
 _CLASSES: dict[tuple[Mixins, type[nn.Module]], type[nn.Module]] = {}
 _NATIVE = "chrono_native_class"
-_HOOKS = (open_scope, close_scope, open_decoder, close_decoder)
+_HOOKS = (open_scope, close_scope, open_decoder, close_decoder, show_labels, hide_labels)
 
 
 # ---- classes -------------------------------------------------------------------------------------------------------
@@ -150,10 +151,20 @@ def add_hooks(scopes: dict[nn.Module, ForwardScope], decoders: dict[nn.Module, F
         model.register_forward_hook(close_decoder, always_call=True)
 
 
+def add_label_hooks(models: dict[nn.Module, Labelled]) -> None:
+    """Show the scopes the labels that these models are given; does nothing where that is done already."""
+    for model, labelled in models.items():
+        if LABELS not in model.__dict__:
+            model.__dict__[LABELS] = labelled
+            model.register_forward_pre_hook(show_labels, with_kwargs=True)
+            model.register_forward_hook(hide_labels, always_call=True)
+
+
 def remove_hooks(module: nn.Module) -> None:
-    """Undo `add_hooks` on one module."""
+    """Undo `add_hooks` and `add_label_hooks` on one module."""
     module.__dict__.pop(SCOPE, None)
     module.__dict__.pop(DECODER, None)
+    module.__dict__.pop(LABELS, None)
     for registry in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, value in registry.items() if value in _HOOKS]:
             del registry[key]

@@ -69,6 +69,17 @@ def recorded_counts(output_dir: str) -> list[list[list[int]]]:
     return [[train[2 * step + layer]["expert_token_counts"] for layer in range(2)] for step in range(STEPS)]
 
 
+def recorded_loss_tokens(output_dir: str) -> list[int]:
+    records, _ = read_jsonl(Path(output_dir) / "chronomoe" / "snapshots.jsonl")
+    return [record["loss_tokens"] for record in records if record["mode"] == "TRAIN"]
+
+
+def labels_fed(ranks: list[dict[str, Any]]) -> list[int]:
+    """Labels that were predicted, by step, over all ranks."""
+    fed = [[batch["labels"][:, 1:] for rank in ranks for batch in rank["fed"][step + 1]] for step in range(STEPS)]
+    return [sum(int((labels != -100).sum()) for labels in step) for step in fed]
+
+
 def assert_equal_ranks(results: list[dict[str, Any]]) -> None:
     first, *others = results
     assert others
@@ -133,6 +144,7 @@ def test_counts_and_agreement(engine: str, tmp_path: Path, launch: Callable[...,
             counts = recorded_counts(job.output_dir)
             assert counts == recount(ranks[0], ranks[1:])
             assert sum(map(sum, counts[0])) > 0
+            assert recorded_loss_tokens(job.output_dir) == labels_fed(ranks)
         else:
             check_governed(ranks[0])
     for ranks, alone in zip(runs, one_process(jobs, tmp_path), strict=True):

@@ -51,6 +51,7 @@ class Recount:
 
     def __init__(self, trainer: SFTTrainer) -> None:
         self.real: list[list[bool]] = []
+        self.labels: list[int] = []
         self.forward = -1
         self.counts = [[0] * SMALL.experts for _ in range(SMALL.layers)]
         self.padding = 0
@@ -70,6 +71,7 @@ class Recount:
         else:
             flags = [position < sum(lengths) for position in range(rows * width)]
         self.real.append(flags)
+        self.labels.append(sum(label != -100 for row in batch["labels"].tolist() for label in row[1:]))
         return batch
 
     def _begin(self, module: Any, args: Any) -> None:
@@ -127,6 +129,8 @@ def test_counts_equal_a_recount_of_real_tokens(mode: str, tokenizer: Any, texts:
     assert [layer.expert_token_counts for layer in snapshot.layers] == recount.counts
     real = sum(sum(flags) for flags in recount.real[: STEPS * ACCUMULATION])
     assert [layer.tokens for layer in snapshot.layers] == [real] * SMALL.layers
+    kept = "label smoothing" in mode  # Trainer keeps the labels to itself
+    assert snapshot.loss_tokens == (None if kept else sum(recount.labels[: STEPS * ACCUMULATION]))
     assert [layer.calls for layer in snapshot.layers] == [STEPS * ACCUMULATION] * SMALL.layers
     padded = not mode.startswith("packing") and mode != "padding free"
     assert (recount.padding > 0) is padded, "bad test setup"
