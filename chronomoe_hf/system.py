@@ -231,15 +231,9 @@ class ChronoSystem(Savable):
 
     def _take(self, mode: Recorded = "train", with_inputs: bool = False) -> Taken:
         """Sums of all layers since the last take, over all ranks, and (where asked) those of the router inputs."""
-        return take(
-            self.sums,
-            [layer.recorder for layer in self.layers],
-            self.step_state.device,
-            mode,
-            with_inputs=with_inputs,
-            flag=self.store.failed,
-            copies=distributed.batch_copies(self.model),
-        )
+        recorders, home = [layer.recorder for layer in self.layers], self.step_state.device
+        copies = distributed.batch_copies(self.model)
+        return take(self.sums, recorders, home, mode, with_inputs=with_inputs, flag=self.store.failed, copies=copies)
 
     def take_sums(self, mode: Recorded = "train") -> Tensor:
         """Everything recorded since the last call, ``(L, R)`` by ``step_state.row``; nothing uses it. Collective."""
