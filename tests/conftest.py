@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,9 @@ from support import models as tiny
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Quiet libraries once per process."""
+    """Quiet libraries once per process; no property test is judged by the time that it takes on a busy machine."""
+    hypothesis.settings.register_profile("no deadline", deadline=None)
+    hypothesis.settings.load_profile("no deadline")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

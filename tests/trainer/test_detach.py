@@ -77,6 +77,7 @@ def test_every_way_out_leaves_the_trainer_as_it_was(leave: Callable[[Trainer], N
     assert set(vars(trainer.callback_handler)) == set(before[1])
     assert trainer.callback_handler.callbacks == listed
     assert not wrapped(trainer.model) and model_names - set(vars(trainer.model)) == {
+        "_chrono_labels",
         "_chrono_system",
         "save_pretrained",
     }
