@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs: here, or in the test beside the room that its page is about.
+"""Every Python block of README and docs runs: here, or in the test beside the room that its page is about.
 
 A block after ``<!-- not run: reason -->`` is left out; it must say why.
 """
