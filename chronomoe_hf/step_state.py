@@ -24,6 +24,7 @@ from chronomoe_hf.router.beta_laws import (
     next_gain,
     relevance_of,
 )
+from chronomoe_hf.router.dead_zone import zone_bounds, zone_error
 from chronomoe_hf.router.state import LOGIT_STD_ALPHA, RouterState
 
 # Names of the stacked tensors that share one storage, so that one operation or one copy serves all of them.
@@ -52,6 +53,7 @@ class StepState:
     Args:
         num_experts: E of each layer.
         takes_beta: whether a law on beta acts on each layer; None = on all.
+        top_k: k of each layer, for the ceiling of its shares; None = not known.
     """
 
     NAMES = (
@@ -73,8 +75,12 @@ class StepState:
         "loss_N",
     )
 
-    def __init__(self, num_experts: list[int], takes_beta: list[bool] | None = None) -> None:
+    def __init__(
+        self, num_experts: list[int], takes_beta: list[bool] | None = None, top_k: list[int] | None = None
+    ) -> None:
         self.num_experts = num_experts
+        self.top_k = top_k
+        self._zones: dict[Any, tuple[Tensor, Tensor]] = {}
         num_layers, width = len(num_experts), max(num_experts)
         self.row = Row(width)
         wide = (num_layers, width)
@@ -137,6 +143,7 @@ class StepState:
         constants = ("mask_LE", "closed_2L", "untouched_L", "_rate_C", "_std_rate", "_num_L1", "_mask64_LE")
         for name in {*self.NAMES, *_WIDE, *constants}:
             setattr(self, name, getattr(self, name).to(device))
+        self._zones.clear()
         self._pack()
 
     def bind(self, state: RouterState, device: torch.device | None = None) -> None:
@@ -244,7 +251,7 @@ class StepState:
         Returns:
             The step of every layer in units of the rate, centred, float64 ``(L, E)``, for the native biases.
         """
-        error_LE = balance_error(count_LE, self._num_L1)
+        error_LE = self._error(count_LE, beta)
         if not self._even:
             error_LE.mul_(self._mask64_LE)  # padding is no idle expert
         if beta.rule == "quadratic":
@@ -258,6 +265,16 @@ class StepState:
             gate_LE = self._gate_LE if frozen_L is None else self._mask64_LE * ~frozen_L[:, None]
             self.beta_LE.addcmul_(step_LE, gate_LE, value=beta.rate).clamp_(-beta.balance_cap, beta.balance_cap)
         return step_LE
+
+    def _error(self, count_LE: Tensor, beta: BetaConfig) -> Tensor:
+        """How far each expert is off, with the dead zone and the first layer's own rule where the law has them."""
+        if beta.dead_zone is None and beta.first_layer == "same":
+            return balance_error(count_LE, self._num_L1)
+        zone = (beta.dead_zone, beta.first_layer, beta.first_floor)
+        if zone not in self._zones:
+            low_L1, high_L1 = zone_bounds(self.num_experts, self.top_k, *zone)
+            self._zones[zone] = (low_L1.to(self.device), high_L1.to(self.device))
+        return zone_error(count_LE, self._num_L1, *self._zones[zone])
 
     def recentre(self, cap: float) -> None:
         """Zero-centre the betas within +-cap, exactly, but for layers that take no beta."""

@@ -67,7 +67,11 @@ class ChronoSystem(Savable):
         self.run_id = uuid.uuid4().hex[:12]
         self.global_step = 0
         self.window_steps = 0
-        self.step_state = StepState([layer.num_experts for layer in layers], [layer.takes_beta for layer in layers])
+        self.step_state = StepState(
+            [layer.num_experts for layer in layers],
+            [layer.takes_beta for layer in layers],
+            [layer.top_k for layer in layers],
+        )
         self.alerts = AlertHistory()
         self.controller = Controller(
             n_layers=len(layers),

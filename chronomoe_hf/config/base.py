@@ -69,7 +69,9 @@ class ConfigBase:
         out: dict[str, Any] = {}
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
-            out[item.name] = value.to_dict() if isinstance(value, ConfigBase) else value
+            if isinstance(value, ConfigBase):
+                value = value.to_dict()
+            out[item.name] = list(value) if isinstance(value, tuple) else value
         return out
 
     @classmethod
@@ -189,6 +191,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         return _coerce_union(name, value, typing.get_args(hint))
+    if origin is tuple:
+        return _coerce_tuple(name, value, typing.get_args(hint))
     if hint is type(None):
         require(value is None, f"{name} must be None, got {shown(value)}")
         return value
@@ -205,6 +209,12 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return os.fsdecode(value)
     require(isinstance(value, hint), f"{name} must be {hint.__name__}, got {shown(value)}")
     return value
+
+
+def _coerce_tuple(name: str, value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
+    ok = isinstance(value, list | tuple) and len(value) == len(hints)
+    require(ok, f"{name} must be {len(hints)} values or None, got {shown(value)}")
+    return tuple(_coerce(f"{name}[{at}]", each, hint) for at, (each, hint) in enumerate(zip(value, hints, strict=True)))
 
 
 def _coerce_union(name: str, value: Any, options: tuple[Any, ...]) -> Any:

@@ -11,11 +11,13 @@ from typing import Any, NoReturn
 from chronomoe_hf.config.base import require
 from chronomoe_hf.errors import ConfigError, shown
 
-CONFIG_SCHEMA = 2
+CONFIG_SCHEMA = 3
 CONFIG_NAME = "chronomoe_config.json"
 MAX_BYTES = 2**20
 """Largest config that is read; one with every field is about 3 KB."""
 
+# What the preset `balance` set for its law up to schema 2, without saying so: written files must keep their law.
+_BALANCE_2 = {"rate": 0.3, "dead_zone": None, "first_layer": "same"}
 # Schema 1 kept the harm guard's settings among those of the controller.
 _HARM_1 = ("threshold", "min_scale", "factor", "floor", "recovery", "abstain", "restart", "hold")
 
@@ -80,7 +82,8 @@ def read(path: Any) -> str:
 def upgrade(data: Mapping[str, Any]) -> dict[str, Any]:
     """A config dictionary of any schema that was ever written, in today's form.
 
-    A dictionary without ``schema_version`` may use the names of any schema.
+    A dictionary without ``schema_version`` may use the names of any schema, and means today's presets. One that says
+    schema 1 or 2 and ``"contract": "balance"`` keeps the law that this preset had then.
 
     Raises:
         ConfigError: a newer schema, or one that never was.
@@ -98,7 +101,16 @@ def upgrade(data: Mapping[str, Any]) -> dict[str, Any]:
     out = {**data, "schema_version": CONFIG_SCHEMA}
     if schema < 2:
         out = _from_1(out)
+    if schema < 3 and "schema_version" in data:
+        out = _from_2(out)
     return out
+
+
+def _from_2(data: dict[str, Any]) -> dict[str, Any]:
+    beta = data.get("beta", {})
+    if data.get("contract") != "balance" or not isinstance(beta, Mapping):
+        return data
+    return {**data, "beta": {**_BALANCE_2, **beta}}
 
 
 def _from_1(data: dict[str, Any]) -> dict[str, Any]:

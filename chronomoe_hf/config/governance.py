@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from chronomoe_hf.config.base import ConfigBase, between, positive
+from chronomoe_hf.config.base import ConfigBase, between, positive, require
 
 BalanceRule = Literal["quadratic", "proportional", "sign"]
+FirstLayer = Literal["same", "floor", "off"]
 BasisName = Literal["scaled", "least_squares", "router"]
 ReaderName = Literal["ridge", "mean"]
 
@@ -29,6 +30,14 @@ class BetaConfig(ConfigBase):
         rate: balance law, largest bias per step. The quadratic rule moves by the square of the relative error times
             this, so it is gentle near balance at a rate at which the sign rule would swing.
         balance_cap: balance law, cap on \\|beta_coeff\\|.
+        dead_zone: balance law, ``(low, high)`` in units of the fair share 1/E: no force while a share lies between;
+            outside, the error is measured from the edge. ``None`` = no zone. With k experts a token no share exceeds
+            E/k fair ones, so the upper edge is at most ``(1 + E/k) / 2``. (1, 1) is the rule without a zone.
+        first_layer: balance law, the first of several MoE layers: ``"same"`` as the others; ``"floor"``, only experts
+            below `first_floor` are pushed up, and none is pushed down; ``"off"``, no force. The first layer reads
+            little more than which token it is, and evening it out costs most
+            (``benchmarks/results/balance.md``).
+        first_floor: in units of the fair share, for ``first_layer="floor"``.
         scope: ``"routing"`` (selection and weights from biased logits) or ``"selection"`` (weights from clean).
             The balance law always uses ``"selection"``.
         native: balance law, update the model's own correction bias where it has one.
@@ -45,6 +54,9 @@ class BetaConfig(ConfigBase):
     rule: BalanceRule = "quadratic"
     rate: float = 0.3
     balance_cap: float = 4.0
+    dead_zone: tuple[float, float] | None = None
+    first_layer: FirstLayer = "same"
+    first_floor: float = 0.3
     scope: Literal["routing", "selection"] = "routing"
     native: bool = True
     native_rate: float | None = None
@@ -54,6 +66,14 @@ class BetaConfig(ConfigBase):
             positive(f"beta.{name}", getattr(self, name))
         if self.native_rate is not None:
             positive("beta.native_rate", self.native_rate)
+        between("beta.first_floor", self.first_floor, 0.0, 1.0)
+        if self.dead_zone is not None:
+            low, high = self.dead_zone
+            require(
+                0.0 <= low <= 1.0 <= high,
+                "beta.dead_zone must be (low, high) with 0 <= low <= 1 <= high, in units of the fair share, or None for "
+                f"no zone, got {self.dead_zone}",
+            )
         if isinstance(self.tau, float):
             between("beta.tau", self.tau, -1.0, 1.0)
 

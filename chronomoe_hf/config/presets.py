@@ -38,7 +38,13 @@ PRESETS: dict[PresetName, Preset] = {
     "balance": Preset(
         promise="balances the load by choosing experts only, without a lens",
         fixed={"beta.law": "balance", "beta.scope": "selection", "lens.enabled": False},
-        other={"veto.enabled": False},
+        other={
+            "veto.enabled": False,
+            "beta.dead_zone": (0.7, 2.0),
+            "beta.rate": 0.05,
+            "beta.first_layer": "floor",
+            "beta.first_floor": 0.3,
+        },
     ),
     "original": Preset(
         promise="keeps the laws of the original documents",

@@ -77,6 +77,17 @@ def test_presets_differ_where_they_should() -> None:
     assert (observe.beta.law, observe.control.enabled, observe.lens.enabled) == ("none", False, False)
     assert (protect.beta.law, protect.veto.enabled, protect.lens.enabled) == ("coherence", True, True)
     assert (balance.beta.law, balance.beta.scope, balance.lens.enabled) == ("balance", "selection", False)
+    assert (balance.beta.dead_zone, balance.beta.rate, balance.beta.first_layer) == ((0.7, 2.0), 0.05, "floor")
+
+
+def test_a_dead_zone_may_be_a_list_and_is_kept_as_a_tuple() -> None:
+    config = ChronoConfig.balance(beta__dead_zone=[0, 3])
+    assert config.beta.dead_zone == (0.0, 3.0) and hash(config)
+    assert json.loads(config.to_json())["beta"]["dead_zone"] == [0.0, 3.0] == config.to_dict()["beta"]["dead_zone"]
+    assert ChronoConfig.from_json(config.to_json()) == config
+    assert ChronoConfig.balance(beta__dead_zone=None).beta.dead_zone is None
+    with pytest.raises(ConfigError, match=r"dead_zone\[1\] must be a finite number, got 'two'"):
+        BetaConfig(dead_zone=(0.7, "two"))  # type: ignore[arg-type]
 
 
 def test_veto_threshold_follows_the_signal() -> None:
@@ -123,6 +134,14 @@ def test_everything_is_keyword_only_and_frozen() -> None:
         ("beta", "k_max", 0.0),
         ("beta", "rate", "fast"),
         ("beta", "native", 1),
+        ("beta", "dead_zone", (1.2, 2.0)),
+        ("beta", "dead_zone", (0.5, 0.9)),
+        ("beta", "dead_zone", (-0.1, 2.0)),
+        ("beta", "dead_zone", (0.7,)),
+        ("beta", "dead_zone", (0.7, 2.0, 3.0)),
+        ("beta", "dead_zone", 0.7),
+        ("beta", "first_layer", "none"),
+        ("beta", "first_floor", 1.5),
         ("veto", "theta", 0.0),
         ("veto", "signal", "kl"),
         ("alerts", "neff_floor", 1.2),

@@ -43,6 +43,25 @@ def test_a_config_of_schema_1_still_loads() -> None:
     assert ChronoConfig.from_json(config.to_json()) == config
 
 
+def test_a_balance_config_of_schema_2_keeps_its_law() -> None:
+    """Every field was written out then, but for those that did not exist; a short file left the rate to the preset."""
+    plain = {"rate": 0.3, "dead_zone": None, "first_layer": "same"}
+    full = ChronoConfig.balance(beta=plain | {"rate": 0.1}).to_dict()
+    for name in ("dead_zone", "first_layer", "first_floor"):
+        del full["beta"][name]
+    short = {"contract": "balance"}
+    for data, rate in ((full, 0.1), (short, 0.3), ({**short, "beta": {"balance_cap": 2.0}}, 0.3)):
+        for schema in (1, 2):
+            config = ChronoConfig.from_dict({**data, "schema_version": schema})
+            beta = config.beta
+            assert (beta.rate, beta.dead_zone, beta.first_layer) == (rate, None, "same")
+            assert config.contract == "balance" and config.schema_version == CONFIG_SCHEMA
+            assert ChronoConfig.from_json(config.to_json()) == config, "and keeps it when saved again"
+    assert ChronoConfig.from_dict(short) == ChronoConfig.balance(), "written by hand: today's preset"
+    observing = {**ChronoConfig.observe().to_dict(), "schema_version": 2}
+    assert ChronoConfig.from_dict(observing) == ChronoConfig.observe()
+
+
 def test_old_and_new_names_together_are_refused() -> None:
     with pytest.raises(ConfigError, match="both given"):
         ChronoConfig.from_dict({"control": {"harm_hold": 1, "harm": {"hold": 2}}})
@@ -70,7 +89,7 @@ def test_old_and_new_names_together_are_refused() -> None:
         ('{"a":' * 100_000, "nested too deeply"),
         (" " * (MAX_BYTES + 1), "at most"),
         ('{"intervall": 3}', "did you mean 'interval'"),
-        ('{"schema_version": 3, "newkey": 3}', "newer"),
+        ('{"schema_version": 4, "newkey": 3}', "newer"),
         ('{"schema_version": 0}', "from 1 to"),
         ('{"schema_version": "2"}', "from 1 to"),
         ('{"schema_version": true}', "from 1 to"),
