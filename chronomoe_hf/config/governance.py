@@ -32,7 +32,7 @@ class BetaConfig(ConfigBase):
         balance_cap: balance law, cap on \\|beta_coeff\\|.
         dead_zone: balance law, ``(low, high)`` in units of the fair share 1/E: no force while a share lies between;
             outside, the error is measured from the edge. ``None`` = no zone. With k experts a token no share exceeds
-            E/k fair ones, so the upper edge is at most ``(1 + E/k) / 2``. (1, 1) is the rule without a zone.
+            E/k fair ones, so the upper edge is at most ``(1 + E/k) / 2``; ``(0.3, None)`` has none, a floor alone.
         first_layer: balance law, the first of several MoE layers: ``"same"`` as the others; ``"floor"``, only experts
             below `first_floor` are pushed up, and none is pushed down; ``"off"``, no force. The first layer reads
             little more than which token it is, and evening it out costs most
@@ -54,7 +54,7 @@ class BetaConfig(ConfigBase):
     rule: BalanceRule = "quadratic"
     rate: float = 0.3
     balance_cap: float = 4.0
-    dead_zone: tuple[float, float] | None = None
+    dead_zone: tuple[float, float | None] | None = None
     first_layer: FirstLayer = "same"
     first_floor: float = 0.3
     scope: Literal["routing", "selection"] = "routing"
@@ -70,9 +70,9 @@ class BetaConfig(ConfigBase):
         if self.dead_zone is not None:
             low, high = self.dead_zone
             require(
-                0.0 <= low <= 1.0 <= high,
-                "beta.dead_zone must be (low, high) with 0 <= low <= 1 <= high, in units of the fair share, or None for "
-                f"no zone, got {self.dead_zone}",
+                0.0 <= low <= 1.0 and (high is None or high >= 1.0),
+                "beta.dead_zone must be (low, high) with 0 <= low <= 1 <= high, in units of the fair share, (low, None) "
+                f"for a floor alone, or None for no zone, got {self.dead_zone}",
             )
         if isinstance(self.tau, float):
             between("beta.tau", self.tau, -1.0, 1.0)

@@ -18,7 +18,7 @@ NO_EDGE = 1e9  # no share is this many times its fair one
 def zone_bounds(
     num_experts: Sequence[int],
     top_k: Sequence[int] | None,
-    dead_zone: tuple[float, float] | None,
+    dead_zone: tuple[float, float | None] | None,
     first_layer: FirstLayer,
     first_floor: float,
 ) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,8 @@ def zone_bounds(
     Args:
         num_experts: E of each layer.
         top_k: k of each layer; None = not known, the upper edge is taken as it is.
-        dead_zone: (low, high); None = the fair share itself, so that every other share is pushed.
+        dead_zone: (low, high); (low, None) = no upper edge; None = the fair share itself, so that every other share is
+            pushed.
         first_layer: ``"same"``, ``"floor"`` (in the first of several layers only experts below `first_floor` are
             pushed up, none is pushed down) or ``"off"`` (no force there).
         first_floor: lower edge of the first layer with ``"floor"``.
@@ -40,8 +41,8 @@ def zone_bounds(
         Two float64 tensors ``(L, 1)`` on the host.
     """
     low, high = dead_zone or (1.0, 1.0)
-    lows, highs = [low] * len(num_experts), [high] * len(num_experts)
-    if top_k is not None:
+    lows, highs = [low] * len(num_experts), [NO_EDGE if high is None else high] * len(num_experts)
+    if high is not None and top_k is not None:
         highs = [min(high, 0.5 * (1.0 + num / k)) for num, k in zip(num_experts, top_k, strict=True)]
     if first_layer != "same" and len(num_experts) > 1:
         lows[0], highs[0] = (first_floor if first_layer == "floor" else 0.0), NO_EDGE

@@ -86,6 +86,8 @@ def test_a_dead_zone_may_be_a_list_and_is_kept_as_a_tuple() -> None:
     assert json.loads(config.to_json())["beta"]["dead_zone"] == [0.0, 3.0] == config.to_dict()["beta"]["dead_zone"]
     assert ChronoConfig.from_json(config.to_json()) == config
     assert ChronoConfig.balance(beta__dead_zone=None).beta.dead_zone is None
+    floor = ChronoConfig.balance(beta__dead_zone=(0.3, None))
+    assert ChronoConfig.from_json(floor.to_json()) == floor and floor.beta.dead_zone == (0.3, None)
     with pytest.raises(ConfigError, match=r"dead_zone\[1\] must be a finite number, got 'two'"):
         BetaConfig(dead_zone=(0.7, "two"))  # type: ignore[arg-type]
 

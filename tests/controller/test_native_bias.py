@@ -11,9 +11,10 @@ from support import moe_zoo
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoRouter
-from chronomoe_hf.config import BetaConfig
 
 WITH_BIAS = ["deepseek_v3", "glm4_moe", "ernie4_5_moe", "hy_v3", "kolibri1", "minimax_m2", "laguna", "lfm2_moe"]
+
+FULL = {"dead_zone": None, "rate": 0.3, "first_layer": "same"}  # every share to the fair one, in every layer
 
 
 def collapsed(family: str) -> Any:
@@ -69,7 +70,7 @@ EVERY = [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in (*
 @pytest.mark.parametrize("family", EVERY)
 def test_balance_undoes_a_collapse(family: str, tmp_path: Path) -> None:
     model = collapsed(family)
-    chronomoe_hf.wrap(model, ChronoConfig.balance(interval=10_000))
+    chronomoe_hf.wrap(model, ChronoConfig.balance(interval=10_000, beta=FULL))
     system = chronomoe_hf.system_of(model)
     first, last = train(model, 150)
     assert first < 0.85, "bad test setup: the model was balanced from the start"
@@ -91,7 +92,7 @@ def test_balance_undoes_a_collapse(family: str, tmp_path: Path) -> None:
 
 def test_the_update_is_the_published_sign_rule_when_asked() -> None:
     model = collapsed("deepseek_v3")
-    rule = BetaConfig(law="balance", scope="selection", rule="sign", native_rate=0.001)
+    rule = FULL | {"rule": "sign", "native_rate": 0.001}
     chronomoe_hf.wrap(model, ChronoConfig.balance(interval=10_000, beta=rule))
     system = chronomoe_hf.system_of(model)
     layer = system.layers[0]
@@ -119,7 +120,7 @@ def test_a_bf16_bias_is_kept_in_fp32_so_that_small_steps_are_not_lost(family: st
     adapter, router, parent = moe_zoo.routers_of(model)[0]
     before = adapter.native_bias(router, parent)
     assert before is not None and before.dtype == torch.bfloat16, "bad test setup"
-    chronomoe_hf.wrap(model, ChronoConfig.balance(beta=BetaConfig(law="balance", scope="selection", native_rate=1e-5)))
+    chronomoe_hf.wrap(model, ChronoConfig.balance(beta=FULL | {"native_rate": 1e-5}))
     bias = adapter.native_bias(router, parent)
     assert bias is not None and bias.dtype == torch.float32
     start = bias.clone()
@@ -157,7 +158,7 @@ def test_a_bias_that_was_cast_is_brought_back_to_fp32(family: str, cast: str, ca
     """A buffer (DeepSeek) and a parameter (Ernie): in bf16 near 3, steps of 1e-3 round to nothing."""
     model = moe_zoo.build(family)
     moe_zoo.randomise(model)
-    config = ChronoConfig.balance(beta=BetaConfig(law="balance", scope="selection", native_rate=1e-3))
+    config = ChronoConfig.balance(beta=FULL | {"native_rate": 1e-3})
     if cast == "before wrap":
         model = model.to(torch.bfloat16)
     chronomoe_hf.wrap(model, config).train()
@@ -193,3 +194,18 @@ def test_a_bias_is_checked_when_a_state_is_loaded(tmp_path: Path) -> None:
     system.load(tmp_path)
     layer = system.layers[0]
     assert layer.adapter.native_bias(layer.router, layer.parent).dtype == torch.float32
+
+
+def test_the_dead_zone_holds_for_a_native_bias_too() -> None:
+    """Wide enough for every share the bias rests bit for bit; without it, it moves."""
+    moved = []
+    for zone in ((0.0, None), None):
+        model = collapsed("deepseek_v3")
+        chronomoe_hf.wrap(model, ChronoConfig.balance(interval=10_000, beta=FULL | {"dead_zone": zone}))
+        system = chronomoe_hf.system_of(model)
+        biases = [layer.adapter.native_bias(layer.router, layer.parent) for layer in system.layers]
+        before = [bias.clone() for bias in biases]
+        model(input_ids=torch.randint(3, 100, (4, 16), generator=torch.Generator().manual_seed(0)))
+        system.step(1)
+        moved.append([bool((a != b).any()) for a, b in zip(biases, before, strict=True)])
+    assert not any(moved[0]) and all(moved[1])

@@ -62,6 +62,7 @@ def test_the_upper_edge_stays_below_what_a_share_can_reach() -> None:
     _, high = zone_bounds([8, 8, 8, 32], [1, 4, 8, 4], ZONE, "same", 0.3)
     assert high[:, 0].tolist() == [2.0, 1.5, 1.0, 2.0]
     assert zone_bounds([8], None, ZONE, "same", 0.3)[1].item() == 2.0
+    assert zone_bounds([8], [4], (0.3, None), "same", 0.3)[1].item() == 1e9, "a floor alone"
 
 
 def test_the_first_of_several_layers_has_its_own_rule() -> None:
