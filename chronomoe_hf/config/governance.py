@@ -71,8 +71,8 @@ class BetaConfig(ConfigBase):
             low, high = self.dead_zone
             require(
                 0.0 <= low <= 1.0 and (high is None or high >= 1.0),
-                "beta.dead_zone must be (low, high) with 0 <= low <= 1 <= high, in fair shares, (low, None) for a floor "
-                f"alone, or None for no zone, got {self.dead_zone}",
+                "beta.dead_zone must be (low, high) with 0 <= low <= 1 <= high, in fair shares, (low, None) for a "
+                f"floor alone, or None for no zone, got {self.dead_zone}",
             )
         if isinstance(self.tau, float):
             between("beta.tau", self.tau, -1.0, 1.0)
