@@ -216,9 +216,9 @@ class ChronoSystem(Savable):
         self._stepped = None
         self.store.begin()
 
-    def switch_beta_on(self) -> None:
+    def switch_beta_on(self, on: bool = True) -> None:
         """Let a beta that was set by hand act from the next forward on; a law does this with its first update."""
-        self.beta_moved = True
+        self.beta_moved = on
         self._set_switches()
 
     def _set_switches(self) -> None:

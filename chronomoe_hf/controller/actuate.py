@@ -5,7 +5,7 @@ Every rank does the same arithmetic on rank 0's decisions. Shape suffixes: L lay
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +115,48 @@ def move_native_biases(layers: Sequence[Layer], step_LE: Tensor, logit_std_L: Te
             there_LE = moved_LE.to(device=device, dtype=dtype)  # in the bias's dtype, in one operation for all layers
             changes = [there_LE[layer.layer_id, : layer.num_experts] for layer in group]
             torch._foreach_add_([biases[layer.layer_id] for layer in group], changes, alpha=slope)
+
+
+def shift_biases(
+    state: StepState, layers: Sequence[Layer], shifts: Mapping[int, Tensor], logit_std: Mapping[int, float]
+) -> Callable[[], None]:
+    """Add shifts of the logits to beta, or to the model's own correction bias where the balance law moves that.
+
+    Args:
+        state: the stacked state; its beta moves, and its logit standard deviation where none was measured yet.
+        layers: the wrapped layers.
+        shifts: by layer_id, in logits, ``(E,)``.
+        logit_std: by layer_id, to bring them into beta's unit.
+
+    Returns:
+        A function that gives every bit back.
+    """
+    held = {name: getattr(state, name).clone() for name in ("beta_LE", "logit_std_L")}
+    biases: list[tuple[Tensor, Tensor]] = []
+    measured = (state.std_updates_L > 0).tolist()
+    with torch.no_grad():
+        for layer_id, shift_E in shifts.items():
+            layer, std = layers[layer_id], logit_std[layer_id]
+            if layer.native_bias:
+                _require_whole_bias(layer)
+                bias_E = layer.adapter.native_bias(layer.router, layer.parent)
+                assert bias_E is not None
+                biases.append((bias_E.detach(), bias_E.detach().clone()))
+                bias_E.detach().add_((shift_E * layer.adapter.rule.bias_slope(layer.num_experts)).to(bias_E))
+                continue
+            if not measured[layer_id]:
+                state.logit_std_L[layer_id] = std
+            unit = float(state.logit_std_L[layer_id])
+            state.beta_LE[layer_id, : layer.num_experts] += shift_E.to(state.device) / unit
+
+    def restore() -> None:
+        with torch.no_grad():
+            for name, value in held.items():
+                getattr(state, name).copy_(value)
+            for bias_E, before_E in biases:
+                bias_E.copy_(before_E)
+
+    return restore
 
 
 def _require_whole_bias(layer: Layer) -> None:

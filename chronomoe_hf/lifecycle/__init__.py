@@ -18,27 +18,36 @@ from chronomoe_hf.lifecycle.plan import PlannedLayer, PrunePlan
 from chronomoe_hf.lifecycle.planner import RANKS, plan_prune, random_plan, worst_plan
 from chronomoe_hf.lifecycle.records import EvidenceSource, LayerSpec
 from chronomoe_hf.lifecycle.refit import RefitReport, refit
+from chronomoe_hf.lifecycle.split import AppliedSplit, apply
+from chronomoe_hf.lifecycle.split_plan import ExpertCopy, LayerSplit, SplitPlan
+from chronomoe_hf.lifecycle.split_planner import plan_split
 
 __all__ = [
     "RANKS",
+    "AppliedSplit",
     "Effect",
     "Evidence",
     "EvidenceSource",
+    "ExpertCopy",
     "FisherSums",
     "LayerEvidence",
     "LayerRefit",
     "LayerSpec",
+    "LayerSplit",
     "LifecycleCoordinator",
     "MaskEffect",
     "PlannedLayer",
     "PruneDecision",
     "PrunePlan",
     "RefitReport",
+    "SplitPlan",
+    "apply",
     "calibrate",
     "layer_specs",
     "masked",
     "measure",
     "plan_prune",
+    "plan_split",
     "random_plan",
     "refit",
     "worst_plan",

@@ -94,7 +94,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
     layers, specs = live_layers(model), layer_specs(model)
     for layer in layers:
         require_callable(layer)
-    taps, sums = [LayerTap(layer, ()) for layer in layers], [_Sums(spec.num_experts) for spec in specs]
+    taps, sums = [LayerTap(layer, None) for layer in layers], [_Sums(spec.num_experts) for spec in specs]
     tokens = 0
     try:
         for tap in taps:

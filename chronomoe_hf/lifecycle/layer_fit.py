@@ -18,7 +18,7 @@ from torch import Tensor
 
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.least_squares import Block, solve_blocks
-from chronomoe_hf.lifecycle.projections import OutputProjections
+from chronomoe_hf.lifecycle.projections import OutputProjections, expert_outputs
 from chronomoe_hf.lifecycle.samples import LayerSamples
 
 
@@ -52,6 +52,7 @@ def fit_layer(
     *,
     ridge: float,
     sweeps: int,
+    target_TD: Tensor | None = None,
 ) -> tuple[LayerRefit, dict[int, Tensor]]:
     """New projections of `experts` in one layer, as the model would store them; nothing is changed.
 
@@ -62,11 +63,13 @@ def fit_layer(
         experts: whose projections may move; all others keep theirs.
         ridge: see :func:`refit`.
         sweeps: see :func:`refit`.
+        target_TD: fp32, the layer's routed output before the change, where experts have got other weights since;
+            None = the first routing with the present weights.
 
     Returns:
         The report, and expert -> new weight for every expert whose weight moved.
     """
-    residual_TD, target_TD, blocks = _residual(projections, samples, experts)
+    residual_TD, target_TD, blocks = _residual(projections, samples, experts, target_TD)
     held = slice(samples.num_fit, None)
     scale = max(float(target_TD[held].double().square().sum()), 1e-30)
     before = float(residual_TD[held].double().square().sum()) / scale
@@ -100,7 +103,7 @@ def _rows_per_width(blocks: Sequence[Block], num_fit: int) -> float:
 
 
 def _residual(
-    projections: OutputProjections, samples: LayerSamples, experts: Sequence[int]
+    projections: OutputProjections, samples: LayerSamples, experts: Sequence[int], given_TD: Tensor | None = None
 ) -> tuple[Tensor, Tensor, dict[int, Block]]:
     """What the new routing leaves of the target with the present weights, the target, and the design per expert."""
     movable = set(experts)
@@ -108,6 +111,8 @@ def _residual(
     residual_TD = target_TD = None
     for expert in range(projections.num_experts):
         before_T, after_T = samples.gates(expert)
+        if given_TD is not None:
+            before_T = torch.zeros_like(after_T)
         token_N = ((before_T != 0) | (after_T != 0)).nonzero().flatten()
         if len(token_N) == 0 and expert not in movable:
             continue
@@ -129,4 +134,23 @@ def _residual(
             blocks[expert] = Block(token_N[used_M], design_NI[used_M], after_N[used_M])
     if residual_TD is None or target_TD is None:
         raise LifecycleError(f"{projections.layer.name}: no token of the batches reaches an expert")
+    if given_TD is not None:
+        residual_TD, target_TD = residual_TD + given_TD, given_TD
     return residual_TD, target_TD, blocks
+
+
+def routed_output(projections: OutputProjections, samples: LayerSamples) -> Tensor:
+    """The layer's routed output under the first routing with the present weights, fp32 ``(T, D)``."""
+    out_TD = None
+    for expert in range(projections.num_experts):
+        gate_T, _ = samples.gates(expert)
+        token_N = gate_T.nonzero().flatten()
+        if len(token_N) == 0:
+            continue
+        output_ND = expert_outputs(projections.layer, samples.hidden_TD[token_N], expert).float()
+        if out_TD is None:
+            out_TD = output_ND.new_zeros(samples.hidden_TD.shape[0], output_ND.shape[1])
+        out_TD.index_add_(0, token_N, output_ND * gate_T[token_N, None])
+    if out_TD is None:
+        raise LifecycleError(f"{projections.layer.name}: no token of the batches reaches an expert")
+    return out_TD

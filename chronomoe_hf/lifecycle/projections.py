@@ -86,6 +86,10 @@ class OutputProjections:
         """`weight_ID` as the model would store it, in its layout and dtype."""
         return (weight_ID if self.transposed else weight_ID.T).to(self.dtype)
 
+    def place(self, expert: int) -> tuple[Tensor, int | None]:
+        """The parameter that holds an expert's projection, and its index there (None: all of it)."""
+        return (self._weight(expert), None) if self.switch else (self._weight(0), expert)
+
     @torch.no_grad()
     def exchange(self, expert: int, stored: Tensor) -> Tensor:
         """Put a stored weight (of :meth:`rounded`) in place and return the one that was there."""

@@ -26,7 +26,7 @@ from chronomoe_hf.lifecycle.live import Batch, as_batches, forward_arguments, lo
 from chronomoe_hf.lifecycle.masking import mask_experts
 from chronomoe_hf.lifecycle.plan import PrunePlan
 from chronomoe_hf.lifecycle.projections import OutputProjections
-from chronomoe_hf.lifecycle.samples import collect_samples, sample_bytes
+from chronomoe_hf.lifecycle.samples import collect_samples, sample_bytes, under_mask
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 logger = logging.getLogger("chronomoe_hf")
@@ -57,12 +57,12 @@ class RefitReport:
     sweeps: int
     held_out_tokens: int
     seconds: float
-    _stored: list[_Stored] = field(default_factory=list, repr=False)
+    _stored: list[StoredProjections] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
         """Give the model every bit of its old projections back; does nothing if none was changed."""
         if self.applied:
-            _exchange(self._stored)
+            exchange_all(self._stored)
             self.applied = False
             self.reason = "undone"
 
@@ -73,7 +73,7 @@ class RefitReport:
 
 
 @dataclass
-class _Stored:
+class StoredProjections:
     """Projections of one layer that are not in the model: new ones before the exchange, old ones after it."""
 
     projections: OutputProjections
@@ -129,20 +129,21 @@ def refit(
     layers = match_layers(model, plan.specs)
     cut = [index for index, layer in enumerate(plan.layers) if layer.dropped]
     projections = {index: OutputProjections(layers[index]) for index in cut}
-    fit, check = _split(as_batches(batches, "refit"), held_out)
+    fit, check = split_batches(as_batches(batches, "refit"), held_out)
     drops = [layer.dropped for layer in plan.layers]
-    stored: list[_Stored] = []
+    stored: list[StoredProjections] = []
     reports: list[LayerRefit] = []
     with quiet(model):
-        for group in _groups(model, layers, cut, [*fit, *check], memory_gb):
-            tapes = collect_samples(model, [layers[i] for i in group], [drops[i] for i in group], fit, check)
+        for group in groups_in_memory(model, layers, cut, [*fit, *check], memory_gb):
+            masks = [under_mask(layers[i], drops[i]) for i in group]
+            tapes = collect_samples(model, [layers[i] for i in group], masks, fit, check)
             for index, samples in zip(group, tapes, strict=True):
                 report, weights = fit_layer(
                     index, projections[index], samples, plan.layers[index].kept, ridge=ridge, sweeps=sweeps
                 )
                 reports.append(report)
                 if report.applied:
-                    stored.append(_Stored(projections[index], weights))
+                    stored.append(StoredProjections(projections[index], weights))
                 if progress is not None:
                     progress(
                         f"layer {index}: error on held-out tokens {report.error_before:.4f} -> {report.error_after:.4f}"
@@ -156,7 +157,7 @@ def refit(
         logger.warning("refit refused: %s (%.5f -> %.5f); the weights are as they were", reason, before, after)
         reports = [LayerRefit(**{**vars(report), "applied": False}) for report in reports]
     else:
-        _exchange(stored)
+        exchange_all(stored)
     return RefitReport(
         applied=not reason,
         reason=reason,
@@ -182,7 +183,7 @@ def _warn_of_few_tokens(reports: Sequence[LayerRefit]) -> None:
         )
 
 
-def _split(batches: list[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:
+def split_batches(batches: list[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:
     """Batches to fit and batches to check on; a single batch is split by sequences."""
     if len(batches) == 1:
         whole = batches[0]
@@ -197,7 +198,7 @@ def _split(batches: list[Batch], held_out: float) -> tuple[list[Batch], list[Bat
     return batches[:-checks], batches[-checks:]
 
 
-def _groups(
+def groups_in_memory(
     model: nn.Module, layers: Sequence[FoundLayer], cut: Sequence[int], batches: list[Batch], memory_gb: float
 ) -> list[list[int]]:
     """Layers that are read in one pass, so that their inputs fit into the memory allowed."""
@@ -214,7 +215,8 @@ def _groups(
     return groups
 
 
-def _exchange(stored: Sequence[_Stored]) -> None:
+def exchange_all(stored: Sequence[StoredProjections]) -> None:
+    """Put stored projections into the model, and keep those that were there."""
     for each in stored:
         for expert, weight in each.weights.items():
             each.weights[expert] = each.projections.exchange(expert, weight)
@@ -225,7 +227,7 @@ def _check_model(
     layers: Sequence[FoundLayer],
     drops: Sequence[tuple[int, ...]],
     batches: list[Batch],
-    stored: list[_Stored],
+    stored: list[StoredProjections],
 ) -> tuple[float, float, int]:
     """KL(full || masked) on held-out tokens with the old and with the new projections; the old ones are left in."""
     sums, tokens = [0.0, 0.0], 0
@@ -239,11 +241,11 @@ def _check_model(
         tokens += int(real_BS.sum())
         with mask_experts(layers, drops):
             sums[0] += _kl(full_BSV, logits_of(model, arguments), real_BS)
-            _exchange(stored)
+            exchange_all(stored)
             try:
                 sums[1] += _kl(full_BSV, logits_of(model, arguments), real_BS)
             finally:
-                _exchange(stored)
+                exchange_all(stored)
     if not all(value == value and abs(value) != float("inf") for value in sums):
         raise LifecycleError("the logits on the held-out batches are not finite; nothing was changed")
     return sums[0] / max(tokens, 1), sums[1] / max(tokens, 1), tokens

@@ -1,14 +1,16 @@
 """What a layer's experts read on calibration text, with the routing of the full model and of a masked one.
 
-One forward of the full model serves all layers: when a block has run, its forward is repeated under the mask up to the
-call of the experts, so that the masked routing is the family's own, whatever the block does to it.
+One forward of the full model serves all layers: when a block has run, its forward is repeated under the mask (or what
+else alters the choice) up to the call of the experts, so that the altered routing is the family's own, whatever the
+block does to it.
 
 Shape suffixes: T tokens, K experts per token, E experts, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,10 +62,10 @@ class _StopError(Exception):
 
 @dataclass
 class LayerTap:
-    """Listens to one layer while the model runs; with `dropped` its block's choice is repeated under that mask."""
+    """Listens to one layer while the model runs; with `altered` its block's choice is repeated within that context."""
 
     layer: FoundLayer
-    dropped: tuple[int, ...]
+    altered: Callable[[], AbstractContextManager[Any]] | None
     real_T: Tensor | None = None
     repeating: bool = False
     calls: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
@@ -78,7 +80,7 @@ class LayerTap:
             layer.owner.register_forward_pre_hook(self._owner, with_kwargs=True, prepend=True),
             layer.experts.register_forward_pre_hook(self._experts, with_kwargs=True),
         ]
-        if self.dropped:
+        if self.altered is not None:
             self.handles.append(layer.parent.register_forward_hook(self._parent, with_kwargs=True))
 
     def detach(self) -> None:
@@ -102,9 +104,10 @@ class LayerTap:
     def _parent(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.repeating:
             return
+        assert self.altered is not None
         self.repeating = True
         try:
-            with mask_experts([self.layer], [self.dropped]):
+            with self.altered():
                 module.forward(*args, **kwargs)
         except _StopError:
             return
@@ -117,10 +120,11 @@ class LayerTap:
         raise LifecycleError(f"{self.layer.name}: its block did not call its experts; the layer cannot be sampled")
 
     def take(self) -> tuple[Tensor, ...]:
-        """Rows of real tokens since the last take: hidden, index and gate; with a mask index and gate under it, too."""
-        if len(self.calls) != 1 or len(self.repeats) != bool(self.dropped):
+        """Rows of real tokens since the last take: hidden, index, gate; index and gate of the altered choice, too."""
+        twice = self.altered is not None
+        if len(self.calls) != 1 or len(self.repeats) != twice:
             raise LifecycleError(f"{self.layer.name}: its experts were called {len(self.calls)} times in one forward")
-        rows: tuple[Tensor, ...] = (*self.calls.pop(), *(self.repeats.pop() if self.dropped else ()))
+        rows: tuple[Tensor, ...] = (*self.calls.pop(), *(self.repeats.pop() if twice else ()))
         keep_T = torch.ones(rows[0].shape[0], dtype=torch.bool, device=rows[0].device)
         if self.real_T is not None and self.real_T.shape == keep_T.shape:
             keep_T = self.real_T.to(keep_T.device)
@@ -137,10 +141,15 @@ def assignments(layer: FoundLayer, index: Tensor, gate: Tensor) -> tuple[Tensor,
     return index.detach().reshape(-1, index.shape[-1]), gate.detach().reshape(-1, gate.shape[-1]).float()
 
 
+def under_mask(layer: FoundLayer, dropped: tuple[int, ...]) -> Callable[[], AbstractContextManager[Any]]:
+    """What alters the choice of a layer whose experts `dropped` are masked."""
+    return lambda: mask_experts([layer], [dropped])
+
+
 def collect_samples(
     model: nn.Module,
     layers: Sequence[FoundLayer],
-    dropped: Sequence[tuple[int, ...]],
+    altered: Sequence[Callable[[], AbstractContextManager[Any]]],
     fit: Sequence[Batch],
     check: Sequence[Batch],
 ) -> list[LayerSamples]:
@@ -149,14 +158,14 @@ def collect_samples(
     Args:
         model: in evaluation mode, without gradients.
         layers: to sample.
-        dropped: experts masked in the second routing, per layer.
+        altered: context of the second routing, per layer.
         fit: batches whose tokens come first.
         check: batches held out.
 
     Raises:
         LifecycleError: a block calls its experts in a way that cannot be sampled.
     """
-    taps = [LayerTap(layer, ids) for layer, ids in zip(layers, dropped, strict=True)]
+    taps = [LayerTap(layer, how) for layer, how in zip(layers, altered, strict=True)]
     rows: list[list[tuple[Tensor, ...]]] = [[] for _ in taps]
     counts = [0] * len(taps)
     try:

@@ -1,0 +1,195 @@
+"""apply: carry a split out, in place, and take it back bit for bit.
+
+**It rewrites weights**: of idle experts, of the router (k = 1), and of the output projections (k > 1).
+
+Shape suffixes: E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from chronomoe_hf import distributed
+from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.lifecycle.expert_weights import Changes, ExpertWeights, check_optimizer, copy_moments
+from chronomoe_hf.lifecycle.layer_fit import LayerRefit
+from chronomoe_hf.lifecycle.live import Batch, as_batches, match_layers, uncompiled
+from chronomoe_hf.lifecycle.split_bias import write_shifts
+from chronomoe_hf.lifecycle.split_plan import LayerSplit, SplitPlan
+from chronomoe_hf.lifecycle.split_refit import NewProjections, fit_split
+from chronomoe_hf.wrapping.discovery import FoundLayer
+from chronomoe_hf.wrapping.owner import find_system
+
+logger = logging.getLogger("chronomoe_hf")
+
+
+@dataclass(kw_only=True)
+class AppliedSplit:
+    """What :func:`apply` did; calling it takes everything back.
+
+    Args:
+        plan: what was applied.
+        refits: per layer whose output projections were fitted (k > 1).
+        seconds: wall time.
+    """
+
+    plan: SplitPlan
+    refits: tuple[LayerRefit, ...]
+    seconds: float
+    _changes: Changes = field(repr=False)
+    _bias: Callable[[], None] | None = field(default=None, repr=False)
+    _undone: bool = field(default=False, repr=False)
+
+    def __call__(self) -> None:
+        """Give the model, the optimizer and the router state every bit back; a second call does nothing.
+
+        Raises:
+            LifecycleError: the weights were trained, loaded or moved since: there is nothing left to give back to.
+        """
+        if self._undone:
+            return
+        if not self._changes.untouched:
+            raise LifecycleError(
+                "the weights were written to since the split (trained or loaded), so it cannot be undone"
+            )
+        self._changes.undo()
+        if self._bias is not None:
+            self._bias()
+        self._undone = True
+
+    def to_record(self) -> dict[str, Any]:
+        """Strict-JSON dictionary: the plan's record, and what the refit did to each layer."""
+        refits = [dict(vars(one)) for one in self.refits]
+        return {**self.plan.to_record(), "refits": refits, "seconds": round(self.seconds, 3)}
+
+
+def apply(
+    model: nn.Module,
+    plan: SplitPlan,
+    optimizer: Any = None,
+    *,
+    batches: Iterable[Batch] | None = None,
+    refit: bool = True,
+    ridge: float = 0.01,
+    sweeps: int = 3,
+    held_out: float = 0.125,
+    memory_gb: float = 2.0,
+) -> AppliedSplit:
+    """Rewrite idle experts as `plan` says, in place.
+
+    Idle experts get all weights of their donors, and the donors' moments in the optimizer. With one expert per token
+    the router's rows are split (and so are their moments). With several, the bias of the plan becomes the state's beta
+    (or is added to the model's own correction bias), and then the output projections of *all* experts of a changed
+    layer are refitted in closed form, so that the layer gives what it gave before, on the inputs of the unchanged model
+    (as :func:`~chronomoe_hf.lifecycle.refit`). A layer whose error on held-out tokens does not fall keeps its
+    projections.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: of :func:`~chronomoe_hf.lifecycle.plan_split`; one that changes nothing does nothing.
+        optimizer: whose moments follow; None if there is none yet.
+        batches: text of the refit; None = what the plan was made from.
+        refit: fit the output projections (k > 1).
+        ridge: as in :func:`~chronomoe_hf.lifecycle.refit`.
+        sweeps: as in :func:`~chronomoe_hf.lifecycle.refit`.
+        held_out: fraction of the batches that only checks the refit.
+        memory_gb: memory for inputs of layers, as in :func:`~chronomoe_hf.lifecycle.refit`.
+
+    Returns:
+        What was done; call it to undo it: ``undo = apply(model, plan); ...; undo()``.
+
+    Raises:
+        PlanMismatchError: the plan is for another model.
+        LifecycleError: several processes (``LifecycleConfig(split="start")`` does it on all ranks alike), experts that
+            cannot be copied, an optimizer whose state cannot follow. Nothing was changed.
+    """
+    if distributed.active():
+        raise LifecycleError(
+            "apply runs in one process; in a run of several, ChronoConfig.revive() (LifecycleConfig(split='start')) "
+            "does it on all ranks alike"
+        )
+    return carry_out(
+        model,
+        plan,
+        optimizer,
+        as_batches(batches, "apply") if batches is not None else list(plan.batches),
+        refit=refit,
+        how={"ridge": ridge, "sweeps": sweeps, "held_out": held_out, "memory_gb": memory_gb},
+    )
+
+
+def carry_out(
+    model: nn.Module,
+    plan: SplitPlan,
+    optimizer: Any,
+    batches: list[Batch],
+    *,
+    refit: bool,
+    how: dict[str, Any],
+    given: dict[int, NewProjections] | None = None,
+) -> AppliedSplit:
+    """:func:`apply` without the question whether there are other ranks.
+
+    Args:
+        model: see there.
+        plan: see there.
+        optimizer: see there.
+        batches: text of the refit.
+        refit: see there.
+        how: settings of the refit.
+        given: new projections by layer, where they were fitted elsewhere.
+    """
+    started = time.perf_counter()
+    model = uncompiled(model)
+    layers = match_layers(model, plan.specs)
+    changed = [index for index, layer in enumerate(plan.layers) if layer.changes]
+    weights = {index: ExpertWeights(layers[index]) for index in changed}
+    for index in changed:
+        check_optimizer(optimizer, weights[index].tensors(layers[index]))
+    system = find_system(model)
+    shifted = {index: plan.layers[index] for index in changed if plan.layers[index].shift_E is not None}
+    if shifted and system is None:
+        raise LifecycleError("the plan moves a bias of the router, which the wrapped model holds; wrap the model first")
+    new: dict[int, NewProjections] = given or {}
+    reports: tuple[LayerRefit, ...] = ()
+    if refit and shifted and given is None:
+        new, reports = fit_split(model, layers, plan, weights, batches, **how)
+    changes = Changes()
+    for index in changed:
+        _rewrite(layers[index], plan.layers[index], weights[index], optimizer, changes)
+    for projections in new.values():
+        projections.write(changes)
+    restore = write_shifts(system, shifted) if shifted else None
+    changes.seal()
+    return AppliedSplit(
+        plan=plan, refits=reports, seconds=time.perf_counter() - started, _changes=changes, _bias=restore
+    )
+
+
+def _rewrite(layer: FoundLayer, split: LayerSplit, weights: ExpertWeights, optimizer: Any, changes: Changes) -> None:
+    """Copies and router rows of one layer."""
+    for one in split.copies:
+        weights.copy(one.donor, one.target, changes, optimizer)
+        if one.row_of < 0:
+            continue
+        for tensor in router_vectors(layer):
+            changes.write(tensor, one.target, tensor.detach()[one.donor])
+            copy_moments(optimizer, tensor, tensor, one.donor, one.target, changes)
+    weight_ED = layer.adapter.weight(layer.router)
+    for one in split.copies:
+        if one.row_of >= 0:
+            copy_moments(optimizer, weight_ED, weight_ED, one.donor, one.target, changes)
+    for expert, row_D in split.rows.items():
+        changes.write(weight_ED, expert, row_D.to(weight_ED))
+
+
+def router_vectors(layer: FoundLayer) -> list[Tensor]:
+    """What the router keeps per expert beside its rows: a bias of its linear, a correction bias."""
+    found = [layer.adapter.linear_bias(layer.router), layer.adapter.native_bias(layer.router, layer.parent)]
+    return [tensor for tensor in found if tensor is not None]

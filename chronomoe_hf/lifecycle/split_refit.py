@@ -1,0 +1,111 @@
+"""The refit of a split: output projections under which a layer with copies and a bias gives what it gave before.
+
+Shape suffixes: T tokens, I input of a projection, D width of the output.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from chronomoe_hf.lifecycle.expert_weights import Changes, ExpertWeights
+from chronomoe_hf.lifecycle.layer_fit import LayerRefit, fit_layer, routed_output
+from chronomoe_hf.lifecycle.live import Batch, quiet
+from chronomoe_hf.lifecycle.projections import OutputProjections
+from chronomoe_hf.lifecycle.refit import groups_in_memory, split_batches
+from chronomoe_hf.lifecycle.samples import LayerSamples, collect_samples
+from chronomoe_hf.lifecycle.split_plan import LayerSplit, SplitPlan
+from chronomoe_hf.lifecycle.split_routing import RouterTap
+from chronomoe_hf.wrapping.discovery import FoundLayer
+from chronomoe_hf.wrapping.owner import find_system
+
+
+@dataclass
+class NewProjections:
+    """Output projections of one layer that are to be written.
+
+    Args:
+        projections: the layer's.
+        weights: by expert, as the model stores them.
+    """
+
+    projections: OutputProjections
+    weights: dict[int, Tensor]
+
+    def write(self, changes: Changes) -> None:
+        """Write them into the model."""
+        for expert, weight in self.weights.items():
+            tensor, index = self.projections.place(expert)
+            changes.write(tensor, index, weight)
+
+
+def fit_split(
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    plan: SplitPlan,
+    weights: dict[int, ExpertWeights],
+    batches: list[Batch],
+    *,
+    ridge: float,
+    sweeps: int,
+    held_out: float,
+    memory_gb: float,
+) -> tuple[dict[int, NewProjections], tuple[LayerRefit, ...]]:
+    """New projections for every layer whose bias moves; the model is left as it is.
+
+    Raises:
+        LifecycleError: the family cannot be refitted, or the batches are too few or not finite.
+    """
+    shifted = [index for index, layer in enumerate(plan.layers) if layer.shift_E is not None]
+    projections = {index: OutputProjections(layers[index]) for index in shifted}
+    fit, check = split_batches(batches, held_out)
+    system = find_system(model)
+    wrapped = {layer.name: layer for layer in system.layers} if system is not None else {}
+    new: dict[int, NewProjections] = {}
+    reports = []
+    with quiet(model):
+        for group in groups_in_memory(model, layers, shifted, [*fit, *check], memory_gb):
+            altered = []
+            for index in group:
+                shift_E = plan.layers[index].shift_E
+                assert shift_E is not None
+                tap = RouterTap(layers[index], wrapped.get(layers[index].name))
+                device = layers[index].adapter.weight(layers[index].router).device
+                altered.append(functools.partial(tap.shifted, shift_E.to(device)))
+            for index, samples in zip(
+                group, collect_samples(model, [layers[i] for i in group], altered, fit, check), strict=True
+            ):
+                report, fitted = _fit(
+                    index, plan.layers[index], projections[index], weights[index], samples, ridge=ridge, sweeps=sweeps
+                )
+                reports.append(report)
+                if report.applied:
+                    new[index] = NewProjections(projections[index], fitted)
+    return new, tuple(reports)
+
+
+def _fit(
+    index: int,
+    split: LayerSplit,
+    projections: OutputProjections,
+    weights: ExpertWeights,
+    samples: LayerSamples,
+    *,
+    ridge: float,
+    sweeps: int,
+) -> tuple[LayerRefit, dict[int, Tensor]]:
+    """Fit one layer with its copies in place; they are taken off again."""
+    target_TD = routed_output(projections, samples)
+    copied = Changes()
+    with torch.no_grad():
+        for one in split.copies:
+            weights.copy(one.donor, one.target, copied)
+        try:
+            everyone = range(projections.num_experts)
+            return fit_layer(index, projections, samples, everyone, ridge=ridge, sweeps=sweeps, target_TD=target_TD)
+        finally:
+            copied.undo()
