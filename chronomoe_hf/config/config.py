@@ -37,13 +37,14 @@ class ChronoConfig(ConfigBase):
             compared: two configs with equal settings are equal.
         schema_version: of this config's JSON form.
 
-    **Presets are contracts.** :meth:`observe`, :meth:`protect` (the default), :meth:`balance` and :meth:`original` take
-    overrides that tune them: ``ChronoConfig.balance(beta__rate=0.1)`` keeps everything else of `balance`. A whole part
-    overrides the fields that are written out in it, and no others: ``ChronoConfig.observe(beta=BetaConfig(
-    stale_after=500))`` still observes. What a preset's name promises cannot be overridden: ``observe`` never steers,
-    ``balance`` stays `balance`. Such an override raises, here, in :meth:`replace`, in ``dataclasses.replace`` and when
-    JSON is read. Build a config from parts (``ChronoConfig(beta=BetaConfig(law="balance"), ...)``) for a mixture that
-    no preset promises; parts left out are the defaults.
+    **Presets are contracts.** :meth:`observe`, :meth:`protect` (the default), :meth:`balance`, :meth:`revive` and
+    :meth:`original` take overrides that tune them: ``ChronoConfig.balance(beta__rate=0.1)`` keeps everything else of
+    `balance`. A whole part overrides the fields that are written out in it, and no others:
+    ``ChronoConfig.observe(beta=BetaConfig(stale_after=500))`` still observes. What a preset's name promises cannot be
+    overridden: ``observe`` never steers, ``balance`` stays `balance`. Such an override raises, here, in
+    :meth:`replace`, in ``dataclasses.replace`` and when JSON is read. Build a config from parts
+    (``ChronoConfig(beta=BetaConfig(law="balance"), ...)``) for a mixture that no preset promises; parts left out are
+    the defaults.
 
     Raises:
         ConfigError: unknown names, wrong types, values out of range, a contradiction to the preset.
@@ -105,6 +106,19 @@ class ChronoConfig(ConfigBase):
         return cls.preset("balance", **overrides)
 
     @classmethod
+    def revive(cls, **overrides: Any) -> typing.Self:
+        """**Rewrites the weights of idle experts** when training begins: they become copies of busy ones.
+
+        Copy first, route second: what makes balancing dear is that tokens reach experts that never learned them. So an
+        idle expert first gets the weights of the expert whose tokens it is to share
+        (:func:`chronomoe_hf.lifecycle.plan_split`), and a balance law with a wide dead zone keeps it at work. Where no
+        expert is idle, no weight is written. Needs whole, trainable experts: full fine-tuning, alone or under DDP.
+
+        Fixed: the balance law, no lens, the split at the start.
+        """
+        return cls.preset("revive", **overrides)
+
+    @classmethod
     def original(cls, **overrides: Any) -> typing.Self:
         """Every law and constant of the original ChronoMoE documents, as far as a setting reaches them.
 
@@ -121,7 +135,7 @@ class ChronoConfig(ConfigBase):
         """The preset of that name.
 
         Args:
-            name: ``observe``, ``protect``, ``balance`` or ``original``.
+            name: ``observe``, ``protect``, ``balance``, ``revive`` or ``original``.
             overrides: as for :meth:`replace`.
 
         Raises:

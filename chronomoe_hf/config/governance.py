@@ -9,7 +9,7 @@ from typing import Literal
 from chronomoe_hf.config.base import ConfigBase, between, positive, require
 
 BalanceRule = Literal["quadratic", "proportional", "sign"]
-FirstLayer = Literal["same", "floor", "off"]
+FirstLayer = Literal["same", "floor", "off", "auto"]
 BasisName = Literal["scaled", "least_squares", "router"]
 ReaderName = Literal["ridge", "mean"]
 
@@ -34,12 +34,13 @@ class BetaConfig(ConfigBase):
             outside, the error is measured from the edge. ``None`` = no zone. With k experts a token no share exceeds
             E/k fair ones, so the upper edge is at most ``(1 + E/k) / 2``; ``(0.3, None)`` has none, a floor alone.
         first_layer: balance law, the first of several MoE layers: ``"same"`` as the others; ``"floor"``, only experts
-            below `first_floor` are pushed up, and none is pushed down; ``"off"``, no force. The first layer reads
+            below `first_floor` are pushed up, and none is pushed down; ``"off"``, no force; ``"auto"``, ``"floor"`` with several experts a token and ``"same"`` with
+            one. The first layer reads
             little more than which token it is, and evening it out costs most
             (``benchmarks/results/balance.md``).
         first_floor: in units of the fair share, for ``first_layer="floor"``.
-        scope: ``"routing"`` (selection and weights from biased logits) or ``"selection"`` (weights from clean).
-            The balance law always uses ``"selection"``.
+        scope: ``"routing"`` (selection and weights from biased logits) or ``"selection"`` (weights from clean);
+            ``None`` = ``"selection"`` for the balance law, ``"routing"`` for the coherence law.
         native: balance law, update the model's own correction bias where it has one.
         native_rate: balance law on a native bias, in that tensor's own score units per step; ``None`` = the step that
             `rate` means in logits, through the slope of the family's score (scale-free).
@@ -57,9 +58,14 @@ class BetaConfig(ConfigBase):
     dead_zone: tuple[float, float | None] | None = None
     first_layer: FirstLayer = "same"
     first_floor: float = 0.3
-    scope: Literal["routing", "selection"] = "routing"
+    scope: Literal["routing", "selection"] | None = None
     native: bool = True
     native_rate: float | None = None
+
+    @property
+    def scope_in_force(self) -> Literal["routing", "selection"]:
+        """`scope`, or what it means where it is None."""
+        return self.scope or ("selection" if self.law == "balance" else "routing")
 
     def _check(self) -> None:
         for name in ("eta", "k_max", "rate", "balance_cap", "stale_after"):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-PresetName = Literal["observe", "protect", "balance", "original"]
+PresetName = Literal["observe", "protect", "balance", "revive", "original"]
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,36 @@ class Preset:
 
 PRESETS: dict[PresetName, Preset] = {
     "observe": Preset(
-        promise="never steers",
-        fixed={"beta.law": "none", "control.enabled": False, "lens.enabled": False},
+        promise="never steers and never writes a weight",
+        fixed={"beta.law": "none", "control.enabled": False, "lens.enabled": False, "lifecycle.split": "off"},
         other={"veto.enabled": False},
     ),
-    "protect": Preset(promise="moves beta by coherence", fixed={"beta.law": "coherence"}, other={}),
+    "protect": Preset(
+        promise="moves beta by coherence and never writes a weight",
+        fixed={"beta.law": "coherence", "lifecycle.split": "off"},
+        other={},
+    ),
     "balance": Preset(
-        promise="balances the load by choosing experts only, without a lens",
-        fixed={"beta.law": "balance", "beta.scope": "selection", "lens.enabled": False},
+        promise="balances the load by choosing experts only, without a lens and without writing a weight",
+        fixed={"beta.law": "balance", "beta.scope": "selection", "lens.enabled": False, "lifecycle.split": "off"},
         other={
             "veto.enabled": False,
             "beta.dead_zone": (0.7, 2.0),
             "beta.rate": 0.05,
             "beta.first_layer": "floor",
             "beta.first_floor": 0.3,
+        },
+    ),
+    "revive": Preset(
+        promise="rewrites idle experts when training begins, and keeps every expert at work afterwards",
+        fixed={"beta.law": "balance", "lens.enabled": False, "lifecycle.split": "start"},
+        other={
+            "veto.enabled": False,
+            "beta.dead_zone": (0.67, 1.5),
+            "beta.rate": 0.05,
+            "beta.first_layer": "auto",
+            "beta.first_floor": 0.3,
+            "beta.scope": "routing",
         },
     ),
     "original": Preset(
@@ -58,6 +74,7 @@ PRESETS: dict[PresetName, Preset] = {
             "lens.basis": "router",
             "lens.reader": "mean",
             "lens.train_router": True,
+            "lifecycle.split": "off",
         },
         other={
             "beta.tau": 0.5,

@@ -85,6 +85,9 @@ class LifecycleConfig(ConfigBase):
         keep: fraction of the experts that the measured plan keeps.
         measure_batches: evaluation batches read per rank.
         measure_controls: random plans of the same size measured beside it.
+        split: ``"start"`` **rewrites idle experts** when training begins (not on a resume): copies of busy ones, see
+            :func:`chronomoe_hf.lifecycle.plan_split`. Only ``ChronoConfig.revive()`` and configs built from parts.
+        split_batches: training batches per process that it reads for that.
     """
 
     enabled: bool = True
@@ -98,6 +101,8 @@ class LifecycleConfig(ConfigBase):
     keep: float = 0.75
     measure_batches: int = 16
     measure_controls: int = 3
+    split: Literal["off", "start"] = "off"
+    split_batches: int = 8
 
     def _check(self) -> None:
         for name in ("prune_threshold", "starvation_threshold"):
@@ -109,6 +114,7 @@ class LifecycleConfig(ConfigBase):
         positive("lifecycle.confirmations", self.confirmations)
         require(0.0 < self.keep < 1.0, f"lifecycle.keep must be in (0, 1), got {self.keep}")
         positive("lifecycle.measure_batches", self.measure_batches)
+        positive("lifecycle.split_batches", self.split_batches)
         between("lifecycle.measure_controls", self.measure_controls, 0, math.inf)
 
 

@@ -93,7 +93,7 @@ class ExpertWeights:
             self.own.setdefault(number, {})[rest] = tensor
         elif tensor.dim() >= 1 and tensor.shape[0] == self.num_experts:
             self.fused.append(tensor)
-        else:
+        elif tensor.dim() > 1:  # a vector is a norm that all experts share
             raise LifecycleError(
                 f"{self.layer.name}: {name} of shape {list(tensor.shape)} is no tensor of one expert, so its experts "
                 "cannot be copied"

@@ -55,9 +55,7 @@ class AppliedSplit:
         if self._undone:
             return
         if not self._changes.untouched:
-            raise LifecycleError(
-                "the weights were written to since the split (trained or loaded), so it cannot be undone"
-            )
+            raise LifecycleError("the weights were trained or loaded since the split, so it cannot be undone")
         self._changes.undo()
         if self._bias is not None:
             self._bias()

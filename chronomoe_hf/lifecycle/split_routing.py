@@ -46,15 +46,15 @@ class RouterTap:
         """Put the hooks on and return their handles."""
         return [
             self.layer.owner.register_forward_pre_hook(self._owner, with_kwargs=True, prepend=True),
-            self.layer.router.register_forward_hook(self._router, with_kwargs=True),
+            self.layer.router.register_forward_pre_hook(self._router, with_kwargs=True),
         ]
 
     def _owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(forward_parameters(module), args, strict=False)) | kwargs
         self.real_T, _ = real_tokens(named, PadToken.of(getattr(module, "config", None)))
 
-    def _router(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.calls.append((args, dict(kwargs), self.real_T))
+    def _router(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.calls.append((_copied(args), _copied(kwargs), self.real_T))
 
     def choose(self) -> Tensor:
         """The experts of every real token, by the router as it is now: int64 ``(T, K)``, before capacity drops."""
@@ -76,7 +76,7 @@ class RouterTap:
     def _again(self) -> Iterator[tuple[Tensor, Tensor]]:
         adapter, router = self.layer.adapter, self.layer.router
         for args, kwargs, real_T in self.calls:
-            routing = adapter.read(router, router.forward(*args, **kwargs))
+            routing = adapter.read(router, router.forward(*_copied(args), **_copied(kwargs)))
             yield _real(routing.index_TK, real_T), _real(routing.logits_TE, real_T).float()
 
     @contextlib.contextmanager
@@ -171,6 +171,17 @@ def _real(rows: Tensor, real_T: Tensor | None) -> Tensor:
     if real_T is None or real_T.shape[0] != rows.shape[0]:
         return rows.detach()
     return rows.detach()[real_T.to(rows.device)]
+
+
+def _copied(value: Any) -> Any:
+    """Copies of every tensor in arguments: some routers write into their input."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, tuple | list):
+        return type(value)(_copied(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value
 
 
 def _input_name(router: nn.Module) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-FirstLayer = Literal["same", "floor", "off"]
+FirstLayer = Literal["same", "floor", "off", "auto"]
 NO_EDGE = 1e9  # no share is this many times its fair one
 
 
@@ -34,7 +34,8 @@ def zone_bounds(
         dead_zone: (low, high); (low, None) = no upper edge; None = the fair share itself, so that every other share is
             pushed.
         first_layer: ``"same"``, ``"floor"`` (in the first of several layers only experts below `first_floor` are
-            pushed up, none is pushed down) or ``"off"`` (no force there).
+            pushed up, none is pushed down), ``"off"`` (no force there) or ``"auto"`` (``"floor"``, but ``"same"`` at
+            k = 1).
         first_floor: lower edge of the first layer with ``"floor"``.
 
     Returns:
@@ -44,6 +45,8 @@ def zone_bounds(
     lows, highs = [low] * len(num_experts), [NO_EDGE if high is None else high] * len(num_experts)
     if high is not None and top_k is not None:
         highs = [min(high, 0.5 * (1.0 + num / k)) for num, k in zip(num_experts, top_k, strict=True)]
+    if first_layer == "auto":
+        first_layer = "same" if top_k is not None and top_k[0] == 1 else "floor"
     if first_layer != "same" and len(num_experts) > 1:
         lows[0], highs[0] = (first_floor if first_layer == "floor" else 0.0), NO_EDGE
     low_L1, high_L1 = (torch.tensor(edges, dtype=torch.float64)[:, None] for edges in (lows, highs))

@@ -26,6 +26,7 @@ MANIFEST = "run_manifest.json"
 ATTEMPTS = "attempts"
 EVENTS = "routing_events"
 EFFECTS = "lifecycle_effects"
+SPLITS = "lifecycle_splits"
 LOGS = "logs"  # losses, as Trainer logged them
 KINDS = (
     EVENTS,
@@ -33,6 +34,7 @@ KINDS = (
     "control_decisions",
     "lifecycle_decisions",
     EFFECTS,
+    SPLITS,
     "alerts",
     LOGS,
     ATTEMPTS,

@@ -17,12 +17,13 @@ from chronomoe_hf.checkpoint.state_file import has_state
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError
 from chronomoe_hf.lifecycle.in_run import measure_dry_run
+from chronomoe_hf.lifecycle.split_in_run import split_at_start
 from chronomoe_hf.recording.scope import SCOPE
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import SystemSnapshot
 from chronomoe_hf.trainer.binding import Binding
 from chronomoe_hf.trainer.evaluation import evaluate_apart
-from chronomoe_hf.trainer.hooks import TrainerHooks, calling_trainer, refuse_data_parallel
+from chronomoe_hf.trainer.hooks import TrainerHooks, calling_trainer, refuse_data_parallel, require_plain_engine
 from chronomoe_hf.trainer.model_card import write_model_card
 from chronomoe_hf.trainer.resume import ResumePath, restore
 from chronomoe_hf.trainer.trackers import publish, record_log
@@ -149,6 +150,9 @@ class ChronoCallback(TrainerCallback):
         except TelemetryError as error:
             # Training must not die for its telemetry; statistics and scalars go on.
             logger.error("%s; training goes on without record files", error)
+        if system.config.lifecycle.split == "start" and not (resumed or again):
+            require_plain_engine(self.hooks.trainer if self.hooks is not None else None)
+            split_at_start(system, kwargs["model"], kwargs.get("optimizer"), kwargs["train_dataloader"])
         if resumed:  # after the records are open, so that a mismatch is among them
             check_weights(system, kwargs["model"], directory, saved, state.global_step)
 

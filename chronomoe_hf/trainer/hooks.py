@@ -185,6 +185,19 @@ class TrainerHooks:
         return removed
 
 
+def require_plain_engine(trainer: Trainer | None) -> None:
+    """Raise ConfigError under an engine that shards weights or optimizer state: no expert can be copied there."""
+    engine = "no" if trainer is None else str(trainer.accelerator.distributed_type.value).lower()
+    if engine == "no" or engine.startswith("multi_"):
+        return
+    raise ConfigError(
+        f"LifecycleConfig(split='start') rewrites experts in place, but under {engine} weights or optimizer state are "
+        "sharded over the ranks. Split first, in one process: wrap(model, ChronoConfig.revive()), "
+        "lifecycle.apply(model, lifecycle.plan_split(model, batches)), save_pretrained, and train from that checkpoint "
+        "with ChronoConfig.balance()"
+    )
+
+
 def refuse_data_parallel(trainer: Trainer) -> None:
     """Raise ConfigError for a Trainer that would run nn.DataParallel, whose replicas lose what a forward records."""
     if trainer.args.n_gpu > 1:

@@ -166,7 +166,7 @@ def _make_layer(
     if refused_beta is not None:
         notes.append(f"no beta: {refused_beta}")
     state = RouterState(layer_id, num_experts, k_max=config.beta.k_max)
-    state.scope = "selection" if config.beta.law == "balance" else config.beta.scope
+    state.scope = config.beta.scope_in_force
     if config.beta.law == "balance":
         state.k_max = config.beta.balance_cap
     lens = None
