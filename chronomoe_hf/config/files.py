@@ -108,9 +108,13 @@ def upgrade(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_2(data: dict[str, Any]) -> dict[str, Any]:
     beta = data.get("beta", {})
-    if data.get("contract") != "balance" or not isinstance(beta, Mapping):
+    if not isinstance(beta, Mapping):
         return data
-    return {**data, "beta": {**_BALANCE_2, **beta}}
+    if data.get("contract") == "balance":
+        return {**data, "beta": {**_BALANCE_2, **beta}}
+    if beta.get("law") == "balance":  # a law built from parts chose by "selection", whatever was written
+        return {**data, "beta": {**beta, "scope": "selection"}}
+    return data
 
 
 def _from_1(data: dict[str, Any]) -> dict[str, Any]:

@@ -34,10 +34,9 @@ class BetaConfig(ConfigBase):
             outside, the error is measured from the edge. ``None`` = no zone. With k experts a token no share exceeds
             E/k fair ones, so the upper edge is at most ``(1 + E/k) / 2``; ``(0.3, None)`` has none, a floor alone.
         first_layer: balance law, the first of several MoE layers: ``"same"`` as the others; ``"floor"``, only experts
-            below `first_floor` are pushed up, and none is pushed down; ``"off"``, no force; ``"auto"``, ``"floor"`` with several experts a token and ``"same"`` with
-            one. The first layer reads
-            little more than which token it is, and evening it out costs most
-            (``benchmarks/results/balance.md``).
+            below `first_floor` are pushed up, and none is pushed down; ``"off"``, no force; ``"auto"``, ``"floor"``
+            with several experts a token and ``"same"`` with one. The first layer reads little more than which token it
+            is, and evening it out costs most (``benchmarks/results/balance.md``).
         first_floor: in units of the fair share, for ``first_layer="floor"``.
         scope: ``"routing"`` (selection and weights from biased logits) or ``"selection"`` (weights from clean);
             ``None`` = ``"selection"`` for the balance law, ``"routing"`` for the coherence law.

@@ -30,7 +30,7 @@ class Preset:
 
 PRESETS: dict[PresetName, Preset] = {
     "observe": Preset(
-        promise="never steers and never writes a weight",
+        promise="never steers",
         fixed={"beta.law": "none", "control.enabled": False, "lens.enabled": False, "lifecycle.split": "off"},
         other={"veto.enabled": False},
     ),
@@ -58,7 +58,7 @@ PRESETS: dict[PresetName, Preset] = {
             "beta.dead_zone": (0.67, 1.5),
             "beta.rate": 0.05,
             "beta.first_layer": "auto",
-            "beta.first_floor": 0.3,
+            "beta.first_floor": 0.4,
             "beta.scope": "routing",
         },
     ),

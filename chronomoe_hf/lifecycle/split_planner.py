@@ -22,7 +22,7 @@ from chronomoe_hf.wrapping.owner import find_system
 
 IDLE, BUSY = 0.5, 1.5  # fair shares
 BOUND = 2.0  # shares are brought within [1 / BOUND, BOUND] fair shares (k > 1)
-FLOOR = 0.3  # fair share that every expert of the first layer is brought to (k > 1)
+FLOOR = 0.4  # fair share that every expert of the first layer is brought to (k > 1)
 STRENGTH = 0.1  # spread of what splits two rows, in standard deviations of the layer's logits
 _POWER_STEPS, _SOLVE_STEPS = 50, 300
 _PAST = 1.03
@@ -40,7 +40,7 @@ def plan_split(model: nn.Module, batches: Iterable[Batch], *, idle: float = IDLE
     the tokens, and is so short that their logits spread by a tenth of the layer's logit standard deviation.
 
     *Several experts per token (k > 1).* A bias on the router's logits is found that brings every share into
-    [1/2, 2] fair shares (in the first layer only above 0.3); rows stay. An idle expert becomes a copy of the expert
+    [1/2, 2] fair shares (in the first layer only above 0.4); rows stay. An idle expert becomes a copy of the expert
     that most of its new tokens lose for it. :func:`~chronomoe_hf.lifecycle.apply` then refits all output projections.
 
     Args:
@@ -204,11 +204,12 @@ def _bias_split(tap: RouterTap, spec: LayerSpec, idle: float) -> LayerSplit:
 def _solve_bias(tap: RouterTap, share_E: Tensor, std: float, low: float, high: float) -> Tensor:
     """A shift of the logits under which every share lies in [low, high]; the best found, fp32 ``(E,)`` centred.
 
-    Each expert outside moves by a step of its own, which is halved when its error changes sides and grows otherwise.
+    Each expert outside moves by a step of its own, which is halved when it arrives and grows while it does not.
     """
     device = tap.layer.adapter.weight(tap.layer.router).device
     num = len(share_E)
-    shift_E, step_E, side_E = torch.zeros(num, dtype=torch.float64), torch.full((num,), _FIRST).double(), None
+    shift_E, side_E = torch.zeros(2, num, dtype=torch.float64)
+    step_E = torch.full_like(shift_E, _FIRST)
     best_E, best = shift_E.clone(), math.inf
     for _ in range(_SOLVE_STEPS):
         ratio_E = share_E.clamp_min(1e-3)
@@ -216,15 +217,16 @@ def _solve_bias(tap: RouterTap, share_E: Tensor, std: float, low: float, high: f
         # Aimed a little past the edge: towards the edge itself the steps would become ever smaller.
         error_E = torch.where(ratio_E < low, (_PAST * low / ratio_E).log(), (high / _PAST / ratio_E).log())
         error_E = error_E.masked_fill(inside_E, 0.0)
-        worst = float(error_E.abs().max())
-        if worst < best:
-            best, best_E = worst, shift_E.clone()
-        if worst == 0.0:
+        off = float(error_E.abs().sum())
+        if off < best:
+            best, best_E = off, shift_E.clone()
+        if off == 0.0:
             break
-        if side_E is not None:
-            turned_E = side_E * error_E.sign() < 0
-            step_E = torch.where(turned_E, step_E * 0.5, step_E * 1.2).clamp(_SMALLEST, _LARGEST)
-        side_E = torch.where(error_E != 0, error_E.sign(), side_E if side_E is not None else error_E.sign())
+        now_E = error_E.sign()
+        # An expert that was pushed and has arrived, or gone past, moves more gently from then on.
+        arrived_E, pushed_E = (side_E != 0) & (now_E != side_E), (side_E != 0) & (now_E == side_E)
+        step_E = torch.where(arrived_E, step_E * 0.5, torch.where(pushed_E, step_E * 1.2, step_E))
+        step_E, side_E = step_E.clamp(_SMALLEST, _LARGEST), now_E
         shift_E = shift_E + step_E * error_E.clamp(-1.0, 1.0)
         with tap.shifted((shift_E * std).float().to(device)):
             share_E = _shares(tap.choose(), num)

@@ -28,3 +28,16 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     printed = capsys.readouterr().out
     assert re.search(r"contribution, 6 experts a layer: loss [+-]\d", printed) and "random" in printed
     assert torch.isfinite(names["logits"]).all()
+
+
+def test_the_page_on_splits_runs_and_gives_every_bit_back(capsys: pytest.CaptureFixture[str]) -> None:
+    page = PAGE.with_name("split.md")
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {}
+    before, after = blocks[1].split("undo = lifecycle.apply", 1)
+    exec(compile(blocks[0] + before, str(page), "exec"), names)
+    bits = digest(names["model"])
+    exec(compile("undo = lifecycle.apply" + after, str(page), "exec"), names)
+    assert digest(names["model"]) == bits and names["plan"].num_copies > 0
+    assert "idle experts of 16 become copies" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support import models, moe_zoo
+from support.idle import IDLE, with_idle
 from support.plans import digest
 from torch import Tensor
 
@@ -19,19 +20,6 @@ from chronomoe_hf.lifecycle import SplitPlan, apply, plan_split
 from chronomoe_hf.lifecycle.expert_weights import Changes, ExpertWeights
 from chronomoe_hf.lifecycle.live import live_layers
 from chronomoe_hf.lifecycle.projections import expert_outputs
-
-IDLE = [5, 6, 7]
-
-
-def with_idle(family: str = "mixtral", k: int = 1, **fields: Any) -> Any:
-    """A tiny model whose experts 5, 6 and 7 are hardly chosen: their router rows are short."""
-    model = models.tiny_model(family, train=False, num_experts_per_tok=k, **fields)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.gate.weight[IDLE] *= 0.02
-            if k > 1:
-                layer.mlp.gate.weight[IDLE] -= 0.3 * layer.mlp.gate.weight[:5].mean(0)
-    return model
 
 
 def batches(count: int = 4, *, padded: bool = True) -> list[dict[str, Any]]:
@@ -217,7 +205,7 @@ def test_with_several_experts_a_token_a_bias_brings_shares_into_bounds_and_the_r
     assert idle[1] and all(
         one.target in idle[i] and one.donor not in idle[i] for i in (0, 1) for one in plan.layers[i].copies
     )
-    assert min(plan.layers[0].share_after) >= 0.3
+    assert min(plan.layers[0].share_after) >= 0.4
     assert min(plan.layers[1].share_after) >= 0.5 and max(plan.layers[1].share_after) <= 2.0
     undo = apply(model, plan, held_out=0.25)
     assert recount(model, read)[0].tolist() == pytest.approx(plan.layers[0].share_after, abs=1e-9)
@@ -280,7 +268,7 @@ def test_a_native_correction_bias_takes_the_shift() -> None:
     read = [{"input_ids": torch.randint(2, 60, (8, 32), generator=torch.Generator().manual_seed(s))} for s in range(4)]
     was, before = digest(model), bias_E.clone()
     plan = plan_split(model, read)
-    assert plan.layers[0].changes and min(plan.layers[0].share_after) >= 0.3 > min(plan.layers[0].share_before)
+    assert plan.layers[0].changes and min(plan.layers[0].share_after) >= 0.4 > min(plan.layers[0].share_before)
     undo = apply(model, plan)
     slope = layer.adapter.rule.bias_slope(8)
     assert torch.allclose(bias_E - before, plan.layers[0].shift_E * slope, atol=1e-5)  # type: ignore[operator]
@@ -311,7 +299,7 @@ def test_a_copied_expert_computes_what_its_donor_computes(family: str) -> None:
                 ExpertWeights(layer)
             continue
         weights, changes = ExpertWeights(layer), Changes()
-        width = layer.adapter.weight(layer.router).shape[-1]
+        width = 16 if family == "muse_spark" else layer.adapter.weight(layer.router).shape[-1]
         hidden_ND = torch.randn(6, width)
         if family == "llama4":  # its experts are not called one by one here: compare the weights
             weights.copy(0, 1, changes)
