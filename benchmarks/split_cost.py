@@ -81,7 +81,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# What reviving idle experts costs",
         "",
-        "One layer of Qwen3-30B-A3B's shape (128 experts, 8 a token, width 2048, experts of 768, bf16) on one core of a",
+        "One layer of Qwen3-30B-A3B's shape (128 experts, 8 a token, width 2048, experts of 768, bf16), one core of a",
         f"CPU, random weights with {IDLE} idle experts, random tokens. {results['machine']}; {versions}. Written by",
         "`benchmarks/split_cost.py`, with `split_cost.json`.",
         "",
