@@ -149,7 +149,7 @@ def refit(
                         f"layer {index}: error on held-out tokens {report.error_before:.4f} -> {report.error_after:.4f}"
                     )
         before, after, tokens = _check_model(model, layers, drops, check, stored)
-    _warn_of_few_tokens(reports)
+    warn_of_few_tokens(reports)
     reason = "" if stored and after < before else "the KL to the full model on held-out tokens does not fall"
     if not stored:
         reason = "no layer's error on held-out tokens falls"
@@ -172,11 +172,12 @@ def refit(
     )
 
 
-def _warn_of_few_tokens(reports: Sequence[LayerRefit]) -> None:
+def warn_of_few_tokens(reports: Sequence[LayerRefit]) -> None:
+    """Warn where an expert sees too few tokens for the width of its projection."""
     fewest = min((report.rows_per_width for report in reports), default=FEW_ROWS)
     if fewest < FEW_ROWS:
         logger.warning(
-            "refit: a survivor sees %.1f tokens per input of its projection in the thinnest layer, %.0f are good; give "
+            "refit: an expert sees %.1f tokens per input of its projection in the thinnest layer, %.0f are good; give "
             "more batches, or a larger ridge",
             fewest,
             FEW_ROWS,

@@ -6,6 +6,7 @@ Shape suffixes: T tokens, I input of a projection, D width of the output.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,12 +17,14 @@ from chronomoe_hf.lifecycle.expert_weights import Changes, ExpertWeights
 from chronomoe_hf.lifecycle.layer_fit import LayerRefit, fit_layer, routed_output
 from chronomoe_hf.lifecycle.live import Batch, quiet
 from chronomoe_hf.lifecycle.projections import OutputProjections
-from chronomoe_hf.lifecycle.refit import groups_in_memory, split_batches
+from chronomoe_hf.lifecycle.refit import groups_in_memory, split_batches, warn_of_few_tokens
 from chronomoe_hf.lifecycle.samples import LayerSamples, collect_samples
 from chronomoe_hf.lifecycle.split_plan import LayerSplit, SplitPlan
 from chronomoe_hf.lifecycle.split_routing import RouterTap
 from chronomoe_hf.wrapping.discovery import FoundLayer
 from chronomoe_hf.wrapping.owner import find_system
+
+logger = logging.getLogger("chronomoe_hf")
 
 
 @dataclass
@@ -85,6 +88,14 @@ def fit_split(
                 reports.append(report)
                 if report.applied:
                     new[index] = NewProjections(projections[index], fitted)
+    warn_of_few_tokens(reports)
+    refused = [str(report.layer_id) for report in reports if not report.applied]
+    if refused:
+        logger.warning(
+            "the refit of layers %s does not lower their error on held-out tokens, so their output projections stay; "
+            "read more text (LifecycleConfig.split_batches)",
+            ", ".join(refused),
+        )
     return new, tuple(reports)
 
 
