@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +49,39 @@ class RouterBatch:
     distribution: Callable[[Tensor], Tensor]
 
 
-def routing_sums(batch: RouterBatch, row: Row, disagreement_G4: Tensor | None = None) -> tuple[Tensor, Tensor]:
+class Scores(NamedTuple):
+    """Scores of a call's rows, and which rows count.
+
+    Args:
+        z_GTE: clean logits, fp32.
+        var_GT: their variance over experts.
+        real_GT: bool, False for padding and for rows whose logits are not finite.
+        left_out_GT: its opposite.
+        prob_GTE: the family's scores, fp32; 0 in rows that are left out.
+    """
+
+    z_GTE: Tensor
+    var_GT: Tensor
+    real_GT: Tensor
+    left_out_GT: Tensor
+    prob_GTE: Tensor
+
+    @classmethod
+    def of(cls, logits_GTE: Tensor, mask_T: Tensor | None, distribution: Callable[[Tensor], Tensor]) -> Scores:
+        """Scores of logits; arguments as in :class:`RouterBatch`."""
+        z_GTE = logits_GTE.float()
+        var_GT = z_GTE.var(-1, correction=0)
+        real_GT = var_GT < math.inf  # False for NaN too: the variance of a token with a bad logit is one
+        if mask_T is not None:
+            real_GT = real_GT & mask_T
+        left_out_GT = ~real_GT
+        prob_GTE = distribution(z_GTE).masked_fill_(left_out_GT[..., None], 0.0)
+        return cls(z_GTE, var_GT, real_GT, left_out_GT, prob_GTE)
+
+
+def routing_sums(
+    batch: RouterBatch, row: Row, disagreement_G4: Tensor | None = None, scores: Scores | None = None
+) -> tuple[Tensor, Tensor]:
     """Counts, probability sums and logit moments, and how many tokens steering sent elsewhere.
 
     A token whose logits are not finite is in no sum but "nonfinite"; padding is in none.
@@ -57,42 +90,38 @@ def routing_sums(batch: RouterBatch, row: Row, disagreement_G4: Tensor | None = 
         batch: the calls.
         row: the columns.
         disagreement_G4: from :func:`disagreement_sums`; None while it is not measured.
+        scores: of the batch, where they are known already.
 
     Returns:
         float64 ``(G, head)`` and ``(G, tail)``: what is added to ``row.head`` and ``row.tail``.
     """
-    z_GTE = batch.logits_GTE.float()
-    num_groups, num_rows, num_experts = z_GTE.shape
+    if scores is None:
+        scores = Scores.of(batch.logits_GTE, batch.mask_T, batch.distribution)
+    num_groups, num_rows, num_experts = scores.z_GTE.shape
     num_k = batch.index_GTK.shape[-1]
-    var_GT = z_GTE.var(-1, correction=0)
-    finite_GT = var_GT < math.inf  # False for NaN too: the variance of a token with a bad logit is one
-    real_GT = finite_GT if batch.mask_T is None else finite_GT & batch.mask_T
-    left_out_GT = ~real_GT
-    prob_GTE = batch.distribution(z_GTE).masked_fill_(left_out_GT[..., None], 0.0)
-    weight_GT = real_GT.double()
-    tokens_G = weight_GT.sum(-1)
+    weight_GT = scores.real_GT.double()
+    tokens_G1 = weight_GT.sum(-1, keepdim=True)
     kept_GTK = weight_GT[..., None].expand_as(batch.index_GTK)
     if batch.kept_GTK is not None:
         kept_GTK = kept_GTK * batch.kept_GTK
-    count_GE = tokens_G.new_zeros(num_groups, row.width)
-    # Whole numbers in float64: exact in any order.
-    count_GE = count_GE.scatter_add_(1, batch.index_GTK.flatten(1), kept_GTK.flatten(1))
-    zero_G = torch.zeros_like(tokens_G)
-    dropped_G = zero_G if batch.kept_GTK is None else tokens_G * num_k - count_GE.sum(-1)
+    # Whole numbers in float64: exact in any order. The last column stays zero.
+    count_GF = tokens_G1.new_zeros(num_groups, row.width + 1)
+    count_GF.scatter_add_(1, batch.index_GTK.flatten(1), kept_GTK.flatten(1))
+    count_GE, zero_G1 = count_GF[:, :-1], count_GF[:, -1:]
+    dropped_G1 = zero_G1 if batch.kept_GTK is None else tokens_G1 * num_k - count_GE.sum(-1, keepdim=True)
     expected = num_rows if batch.mask_T is None else batch.mask_T.sum()
-    meta_G4 = torch.stack([tokens_G, dropped_G, expected - tokens_G, zero_G + 1.0], dim=-1)
-    prob_GE = prob_GTE.sum(1, dtype=torch.float64)
-    head = [count_GE, meta_G4, prob_GE]
+    prob_GE = scores.prob_GTE.sum(1, dtype=torch.float64)
+    head = [count_GE, tokens_G1, dropped_G1, expected - tokens_G1, torch.ones_like(tokens_G1), prob_GE]
     if num_experts < row.width:
         head.append(prob_GE.new_zeros(num_groups, row.width - num_experts))
-    var_G = var_GT.masked_fill_(left_out_GT, 0.0).sum(-1, dtype=torch.float64)
-    differs_G2 = torch.stack([zero_G, zero_G], dim=-1)
+    var_G1 = scores.var_GT.masked_fill(scores.left_out_GT, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
+    differs = [zero_G1, zero_G1]
     if batch.native_GTK is not None:
-        differs_GT = experts_differ(batch.native_GTK, batch.index_GTK) & real_GT
-        differs_G2 = torch.stack([differs_GT.sum(-1, dtype=torch.float64), tokens_G], dim=-1)
+        differs_GT = experts_differ(batch.native_GTK, batch.index_GTK) & scores.real_GT
+        differs = [differs_GT.sum(-1, keepdim=True, dtype=torch.float64), tokens_G1]
     if disagreement_G4 is None:
-        disagreement_G4 = zero_G[:, None].expand(-1, 4)
-    return torch.cat(head, dim=-1), torch.cat([var_G[:, None], disagreement_G4, differs_G2], dim=-1)
+        disagreement_G4 = zero_G1.expand(-1, 4)
+    return torch.cat(head, dim=-1), torch.cat([var_G1, disagreement_G4, *differs], dim=-1)
 
 
 def experts_differ(native_TK: Tensor, steered_TK: Tensor) -> Tensor:
@@ -109,30 +138,31 @@ def experts_differ(native_TK: Tensor, steered_TK: Tensor) -> Tensor:
 
 
 def disagreement_sums(
-    logits_GSE: Tensor, beta_GE: Tensor, sample: TokenSample, distribution: Callable[[Tensor], Tensor]
+    scores: Scores, beta_GE: Tensor, sample: TokenSample, distribution: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """How far the full, unvetoed beta moves the scores, on a sample of the tokens.
 
     Args:
-        logits_GSE: clean logits of the tokens read.
+        scores: of all rows.
         beta_GE: the full bias in logits.
-        sample: which they are.
+        sample: the rows that are compared.
         distribution: the family's scores.
 
     Returns:
         float64 ``(G, 4)``: sums of the JS divergence (nats), of top-1 flips and of the moved mass, and the tokens
         compared; scaled to the whole call.
     """
-    z_GSE = logits_GSE.float()
-    finite_GS = z_GSE.sum(-1).abs() < math.inf
-    real_GS = finite_GS if sample.valid_S is None else finite_GS & sample.valid_S
-    p_GSE, q_GSE = distribution(z_GSE), distribution(z_GSE + beta_GE[:, None])
+    z_GSE, p_GSE = sample.pick(scores.z_GTE, 1), sample.pick(scores.prob_GTE, 1)
+    left_out_GS = sample.pick(scores.left_out_GT, 1)
+    if sample.valid_S is not None and sample.position_S is not None:  # without positions, filler is left out already
+        left_out_GS = left_out_GS | ~sample.valid_S
+    q_GSE = distribution(z_GSE + beta_GE[:, None])
     measured_GS4 = torch.stack(
         [js(q_GSE, p_GSE), top1_flip(q_GSE, p_GSE).float(), overlap_only(q_GSE, p_GSE), torch.ones_like(z_GSE[..., 0])],
         dim=-1,
     )
     # A NaN token would poison the sum: it is no real token.
-    return measured_GS4.masked_fill_(~real_GS[..., None], 0.0).sum(1, dtype=torch.float64) * sample.scale
+    return measured_GS4.masked_fill_(left_out_GS[..., None], 0.0).sum(1, dtype=torch.float64) * sample.scale
 
 
 @dataclass(frozen=True)

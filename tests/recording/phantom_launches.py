@@ -23,8 +23,13 @@ A_LAYER = {"observe": 12, "protect": 25, "balance": 16}
 FIXED, A_STEP = 150, 60
 
 
-def counted(family: str, preset: str | None, layers: int, **coherence: Any) -> dict[str, Any]:
-    """Launches, host reads and uploads of one micro-batch, and of one step, between windows with governance acting."""
+def counted(
+    family: str, preset: str | None, layers: int, *, last_step: bool = False, **coherence: Any
+) -> dict[str, Any]:
+    """Launches, host reads and uploads of one micro-batch, and of one step, with governance acting.
+
+    Between windows; or in the last step of one, in which the lens's reader is fitted and whose step closes the window.
+    """
     depth = {"num_layers": 2 * layers, "num_sparse_encoder_layers": layers} if "switch" in family else {}
     if not depth:
         depth = {"num_hidden_layers": layers}
@@ -41,14 +46,15 @@ def counted(family: str, preset: str | None, layers: int, **coherence: Any) -> d
             config = ChronoConfig.preset(preset, interval=INTERVAL, coherence=CoherenceConfig(**coherence))
             chronomoe_hf.wrap(model, config)
             system = chronomoe_hf.system_of(model)
-            for step in range(1, INTERVAL + 1):
+            for step in range(1, (2 * INTERVAL if last_step else INTERVAL + 1)):
                 model(**batch).loss.backward()
                 system.step(step)
+            assert system.switches.router_input == (last_step and preset == "protect"), "bad test setup"
         model.zero_grad()  # a gradient that is there already costs a launch more
         with phantom.counting() as micro:
             model(**batch).loss.backward()
         with phantom.counting() as stepping:
-            if system is not None:
+            if system is not None and not last_step:
                 assert system.step(INTERVAL + 1) is None, "bad test setup: a window closed"
                 assert preset == "observe" or any(layer.handle.state.beta_on for layer in system.layers)
     reads = sum(micro.reads.values())
@@ -83,6 +89,22 @@ def test_launches_stay_within_the_budget_and_nothing_reads_the_host(family: str,
         assert mine[layers]["step_reads"] == 0
         assert mine[layers]["step"] <= A_STEP
     assert mine[few]["step"] == mine[many]["step"], "a step costs the same whatever the number of layers"
+
+
+@pytest.mark.parametrize(
+    "family", [each for each in FAMILIES if "switch_transformers" not in getattr(each, "values", ())]
+)
+def test_the_last_step_of_a_window_fits_the_reader_within_the_budget(family: str) -> None:
+    few, many = 2, 4
+    added = {
+        layers: counted(family, "protect", layers, last_step=True)["launches"]
+        - counted(family, None, layers)["launches"]
+        for layers in (few, many)
+    }
+    a_layer = (added[many] - added[few]) / (many - few)
+    between = counted(family, "protect", few)["launches"] - counted(family, None, few)["launches"]
+    assert between < added[few], "bad test setup: nothing was fitted"
+    assert a_layer <= A_LAYER["protect"] and added[few] - few * a_layer <= FIXED, (a_layer, added)
 
 
 def test_reading_every_fourth_micro_batch_costs_a_quarter_of_the_readings() -> None:
@@ -186,12 +208,15 @@ def test_memory_is_bounded_at_a_large_shape(layers: int) -> None:
     adapter = SimpleNamespace(distribution=lambda router, z: z.softmax(-1))
     router: Any = SimpleNamespace(adapter=adapter)
     sums = Sums(layers, experts)
-    scope = ForwardScope(Switches(), ("input_ids", "attention_mask"), None, sums)
-    recorders = [LayerRecorder(i, experts, scope, sums, CoherenceConfig()) for i in range(layers)]
+    scope = ForwardScope(Switches(router_input=True), ("input_ids", "attention_mask"), None, sums)
+    recorders = [LayerRecorder(i, experts, scope, sums, CoherenceConfig(), input_width=width) for i in range(layers)]
     ids = torch.ones(8, tokens // 8, dtype=torch.long)
     with phantom.device() as seen:
         put = phantom.to_device
         rows_AD = put(torch.randn(1, width).expand(tokens * k, width).bfloat16().contiguous())
+        hidden_TD = put(torch.randn(tokens, width).bfloat16())
+        for recorder in recorders:
+            recorder.to_(hidden_TD.device)
         scope.open(True, (put(ids), put(ids)), {})
         before = phantom._Block.alive
         for recorder in recorders:
@@ -199,11 +224,13 @@ def test_memory_is_bounded_at_a_large_shape(layers: int) -> None:
             index_TK = put(torch.rand(tokens, experts).topk(k).indices)
             weight_TK = put(torch.rand(tokens, k).bfloat16())
             sample = recorder.sample(tokens, rows_AD.device)
+            recorder.router_input(hidden_TD)
             recorder.outputs(rows_AD, recorder.slots(sample, k, rows_AD.device), sample, weight_TK, index_TK)
             beta_E = put(torch.randn(experts) * 0.1)
             recorder.routing(router, Routing(logits_TE, index_TK), index_TK, beta_E)
             del logits_TE, index_TK, weight_TK
         scope.close()
         peak = seen.peak + seen.start - before
+    assert all(float(recorder.inputs.cpu()[-4]) == tokens for recorder in recorders), "bad test setup"
     assert peak <= (64 + 3 * layers) * 2**20, f"{peak / 2**20:.1f} MB"
     assert float(sums.on("train", torch.device("phantom", 0)).cpu()[:, :experts].sum()) == layers * tokens * k
