@@ -170,7 +170,7 @@ class OutputBatch:
     """Expert outputs of S tokens in G layers, all K assignments of each.
 
     Args:
-        rows_GSKD: native dtype, detached; overwritten where they do not count. Unweighted outputs, or (`divided`)
+        rows_GSKD: native dtype, detached; overwritten. Unweighted outputs, or (`divided`)
             outputs times weights.
         weight_GSK: combine weights, fp32.
         index_GSK: int64 expert ids; E and above are no experts (expert parallelism marks foreign ones so).
@@ -215,33 +215,47 @@ def output_sums(batch: OutputBatch, num_experts: int, width: int, reference: str
     gain_GSK = weight_GSK.masked_fill(left_out_GSK, 1.0).reciprocal() if batch.divided else None
     own_GSK = None if batch.divided else weight_GSK.masked_fill(left_out_GSK, 0.0)
     rows_GSKD = batch.rows_GSKD.masked_fill_(left_out_GSK[..., None], 0.0)
-    hit_GAE = batch.index_GSK.flatten(1)[..., None] == torch.arange(num_experts, device=rows_GSKD.device)
-    hit_GAE = hit_GAE & valid_GSK.flatten(1)[..., None]
     alone = num_k > 1 and reference == "leave_one_out"
+    contribution_GSK = contribution_GSK.masked_fill(left_out_GSK, 0.0)
     sums = _products if rows_GSKD.device.type != "cpu" else _in_order
-    output_GED, reference_GED = sums(rows_GSKD, batch.index_GSK, hit_GAE, gain_GSK, own_GSK, alone)
+    index_GSK = batch.index_GSK
+    output_GED, reference_GED, rows_GE, contribution_GE = sums(
+        rows_GSKD, index_GSK, valid_GSK, gain_GSK, own_GSK, contribution_GSK, num_experts, alone
+    )
     phi_GE, has_phi_GE = phase_coherence(output_GED, reference_GED)
-    rows_GE = hit_GAE.sum(1, dtype=torch.float32)
     weighed_GE = rows_GE * batch.scale
     evidence_GE = weighed_GE * has_phi_GE
-    contribution_GSK = contribution_GSK.masked_fill(left_out_GSK, 0.0)
-    contribution_GE = (hit_GAE * contribution_GSK.flatten(1)[..., None]).sum(1) * batch.scale
-    table_G5E = torch.stack([phi_GE * evidence_GE, evidence_GE, rows_GE, contribution_GE, weighed_GE], dim=1)
+    table_G5E = torch.stack(
+        [phi_GE * evidence_GE, evidence_GE, rows_GE, contribution_GE * batch.scale, weighed_GE], dim=1
+    )
     if num_experts < width:
         table_G5E = torch.nn.functional.pad(table_G5E, (0, width - num_experts))
     return table_G5E.view(num_groups, -1)
 
 
+PerExpert = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Sums of outputs and of references ``(G, E, D)``, rows and sums of contributions ``(G, E)``; all fp32."""
+
+
 def _products(
-    rows_GSKD: Tensor, index_GSK: Tensor, hit_GAE: Tensor, gain_GSK: Tensor | None, own_GSK: Tensor | None, alone: bool
-) -> tuple[Tensor, Tensor]:
-    """Sums of outputs and of references per expert, as one matrix product with coefficients: fp32 ``(G, E, D)`` each.
+    rows_GSKD: Tensor,
+    index_GSK: Tensor,
+    valid_GSK: Tensor,
+    gain_GSK: Tensor | None,
+    own_GSK: Tensor | None,
+    contribution_GSK: Tensor,
+    num_experts: int,
+    alone: bool,
+) -> PerExpert:
+    """Sums per expert, those of rows as one matrix product with coefficients.
 
     An output's coefficient is 1 (or 1 / weight) at its own expert; in the leave-one-out reference of expert e it is its
     weight where another slot of its token is e. Their difference is thus never taken, and nothing cancels.
     """
     num_groups, num_tokens, num_k, width = rows_GSKD.shape
-    dtype, num_experts = rows_GSKD.dtype, hit_GAE.shape[-1]
+    dtype = rows_GSKD.dtype
+    hit_GAE = index_GSK.flatten(1)[..., None] == torch.arange(num_experts, device=rows_GSKD.device)
+    hit_GAE = hit_GAE & valid_GSK.flatten(1)[..., None]
     if gain_GSK is None:
         output_GAE = hit_GAE.to(dtype)
     else:
@@ -257,33 +271,53 @@ def _products(
         other_GAF = own_GSK.flatten(1)[..., None].to(dtype)
     product_GFD = _bmm32(torch.cat([output_GAE, other_GAF], dim=-1).mT, rows_GSKD.flatten(1, 2))
     output_GED, other_GFD = product_GFD.split([num_experts, other_GAF.shape[-1]], dim=1)
-    return output_GED, other_GFD.expand(num_groups, num_experts, width)
+    contribution_GE = (hit_GAE * contribution_GSK.flatten(1)[..., None]).sum(1)
+    reference_GED = other_GFD.expand(num_groups, num_experts, width)
+    return output_GED, reference_GED, hit_GAE.sum(1, dtype=torch.float32), contribution_GE
 
 
 def _in_order(
-    rows_GSKD: Tensor, index_GSK: Tensor, hit_GAE: Tensor, gain_GSK: Tensor | None, own_GSK: Tensor | None, alone: bool
-) -> tuple[Tensor, Tensor]:
-    """The same sums on a CPU, where adding 2 D numbers a row beats multiplying it with 2 E coefficients."""
-    num_groups, _, _, width = rows_GSKD.shape
-    num_experts = hit_GAE.shape[-1]
-    first_G = torch.arange(num_groups, device=index_GSK.device) * num_experts
-    at_N = (index_GSK.clamp(max=num_experts - 1) + first_G[:, None, None]).flatten()
-    valid_GSK = hit_GAE.any(-1).view(index_GSK.shape)
+    rows_GSKD: Tensor,
+    index_GSK: Tensor,
+    valid_GSK: Tensor,
+    gain_GSK: Tensor | None,
+    own_GSK: Tensor | None,
+    contribution_GSK: Tensor,
+    num_experts: int,
+    alone: bool,
+) -> PerExpert:
+    """The same sums on a CPU, where adding 2 D numbers a row beats multiplying it with 2 E coefficients.
+
+    Rows are sorted by expert, those that do not count last, and each expert's rows are added in order.
+    """
+    num_groups, num_tokens, num_k, width = rows_GSKD.shape
+    bins = num_experts + 1
+    bin_GSK = index_GSK.masked_fill(~(valid_GSK & (index_GSK < num_experts)), num_experts)
+    first_G = torch.arange(num_groups, device=index_GSK.device) * bins
+    bin_N, order_N = torch.sort((bin_GSK + first_G[:, None, None]).flatten(), stable=True)
+    start_B = torch.searchsorted(bin_N, torch.arange(num_groups * bins, device=bin_N.device))
+
+    def per_expert(value_ND: Tensor, weight_N: Tensor | None = None) -> Tensor:
+        sums_BD = torch.nn.functional.embedding_bag(order_N, value_ND, start_B, mode="sum", per_sample_weights=weight_N)
+        return sums_BD.view(num_groups, bins, -1)[:, :num_experts]
+
     y_GSKD = rows_GSKD.float()
-    own_GSKD = y_GSKD if own_GSK is None else y_GSKD * own_GSK[..., None]
-    mixture_GSD = own_GSKD.sum(2)
-    if gain_GSK is not None:
-        y_GSKD = y_GSKD * gain_GSK[..., None]
-
-    def per_expert(value_GSKD: Tensor) -> Tensor:
-        out = value_GSKD.new_zeros(num_groups * num_experts, width)
-        return out.index_add_(0, at_N, value_GSKD.reshape(-1, width)).view(num_groups, num_experts, width)
-
-    output_GED = per_expert(y_GSKD)
+    y_ND = y_GSKD.view(-1, width)
+    output_GED = per_expert(y_ND, None if gain_GSK is None else gain_GSK.flatten()[order_N])
+    contribution_GE = per_expert(contribution_GSK.view(-1, 1)).squeeze(-1)
+    end_B = torch.cat([start_B[1:], start_B.new_full((1,), bin_N.shape[0])])
+    rows_GE = (end_B - start_B).float().view(num_groups, bins)[:, :num_experts]
+    if own_GSK is None:
+        mixture_GSD = y_GSKD.sum(2)
+    else:
+        mixture_XD = torch.bmm(own_GSK.view(-1, 1, num_k), y_GSKD.view(-1, num_k, width))
+        mixture_GSD = mixture_XD.view(num_groups, num_tokens, width)
     if not alone:
-        return output_GED, mixture_GSD.sum(1, keepdim=True).expand_as(output_GED)
-    rest_GSKD = (mixture_GSD[:, :, None] - own_GSKD).mul_(valid_GSK[..., None])
-    return output_GED, per_expert(rest_GSKD)
+        return output_GED, mixture_GSD.sum(1, keepdim=True).expand_as(output_GED), rows_GE, contribution_GE
+    assert own_GSK is not None
+    out = None if torch.compiler.is_compiling() else y_GSKD  # a fresh buffer of this size costs more than the sum
+    rest_GSKD = torch.addcmul(mixture_GSD[:, :, None], own_GSK[..., None], y_GSKD, value=-1.0, out=out)
+    return output_GED, per_expert(rest_GSKD.view(-1, width)), rows_GE, contribution_GE
 
 
 def _bmm32(left_GEA: Tensor, right_GAD: Tensor) -> Tensor:
