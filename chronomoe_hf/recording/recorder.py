@@ -130,6 +130,14 @@ class LayerRecorder:
         else:
             self.scope.tape.calls.append(call)
 
+    def routed(self, num_rows: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Ids ``(T, K)`` of this layer's last router call and what capacity kept of it; None where it is not known."""
+        calls = self.scope.tape.calls
+        if torch.compiler.is_compiling() or not calls or calls[-1].layer is not self:
+            return None, None
+        index_TK, kept_TK = calls[-1].index_TK, calls[-1].kept_TK
+        return (index_TK, kept_TK) if kept_TK is not None and index_TK.shape[0] == num_rows else (None, None)
+
     def _sum_routing(self, call: RoutedCall) -> None:
         row, device, num_rows = self.sums.row, call.logits_TE.device, call.logits_TE.shape[0]
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
