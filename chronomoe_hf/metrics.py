@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -58,8 +58,10 @@ def compute_entropy(shares: Values) -> float | None:
         ConfigError: negative or non-finite values, or not one value per expert.
     """
     share_E = _sorted_shares(shares)
-    if share_E is None:
-        return None
+    return None if share_E is None else _entropy(share_E)
+
+
+def _entropy(share_E: np.ndarray[Any, Any]) -> float:
     used = share_E[share_E > 0.0]
     return max(0.0, -float((used * np.log(used)).sum()))
 
@@ -73,7 +75,11 @@ def compute_n_effective(shares: Values) -> float | None:
 def top2_share(shares: Values) -> float | None:
     """Sum of the two largest shares, in ``(0, 1]``; at most ``min(1, 2/k)`` when tokens pick k distinct experts."""
     share_E = _sorted_shares(shares)
-    return None if share_E is None else min(1.0, float(share_E[-2:].sum()))
+    return None if share_E is None else _top2(share_E)
+
+
+def _top2(share_E: np.ndarray[Any, Any]) -> float:
+    return min(1.0, float(share_E[-2:].sum()))
 
 
 def relative_top2(top2: float, k: int) -> float:
@@ -139,6 +145,10 @@ def gini(shares: Values) -> float | None:
     share_E = _sorted_shares(shares)
     if share_E is None:
         return None
+    return _gini(share_E)
+
+
+def _gini(share_E: np.ndarray[Any, Any]) -> float:
     size = share_E.size
     rank_E = 2.0 * np.arange(1, size + 1) - size - 1.0  # each sorted value is added once per smaller, minus per larger
     return max(0.0, float((rank_E * share_E).sum()) / size)
@@ -147,10 +157,57 @@ def gini(shares: Values) -> float | None:
 def load_cv(counts: Values) -> float | None:
     """Coefficient of variation of the load: population standard deviation / mean; None when nothing was counted."""
     share_E = _sorted_shares(counts)
-    if share_E is None:
-        return None
+    return None if share_E is None else _load_cv(share_E)
+
+
+def _load_cv(share_E: np.ndarray[Any, Any]) -> float:
     relative_E = share_E * share_E.size
     return math.sqrt(float(((relative_E - 1.0) ** 2).mean()))
+
+
+class Load(NamedTuple):
+    """Balance of one layer's counts (SPEC section 3); None where nothing was counted."""
+
+    entropy: float | None
+    n_effective: float | None
+    top2_share: float | None
+    top2_relative: float | None
+    dead_experts: int | None
+    nearly_dead_count: int | None
+    max_violation: float | None
+    max_violation_ceiling: float
+    gini: float | None
+    load_cv: float | None
+
+
+def load_metrics(counts: Values, k: int) -> Load:
+    """Every balance metric of one layer, as the functions above give them one by one; sorts the counts once.
+
+    Args:
+        counts: assignments per expert, length E.
+        k: experts per token.
+    """
+    weight_E = _sorted_weights(counts)
+    size, total = weight_E.size, float(weight_E.sum())
+    ceiling = max_violation_ceiling(size, k)
+    if total <= 0.0:
+        return Load(None, None, None, None, None, None, None, ceiling, None, None)
+    share_E = weight_E / total
+    entropy, top2 = _entropy(share_E), _top2(share_E)
+    dead = int(share_E.searchsorted(0.0, side="right"))
+    below = int(share_E.searchsorted(nearly_dead_limit(size), side="left"))
+    return Load(
+        entropy=entropy,
+        n_effective=min(float(size), math.exp(entropy)),
+        top2_share=top2,
+        top2_relative=relative_top2(top2, k),
+        dead_experts=dead,
+        nearly_dead_count=max(0, below - dead),
+        max_violation=float(weight_E[-1]) * size / total - 1.0,
+        max_violation_ceiling=ceiling,
+        gini=_gini(share_E),
+        load_cv=_load_cv(share_E),
+    )
 
 
 def _float(p_TE: Tensor) -> Tensor:

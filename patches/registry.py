@@ -166,6 +166,14 @@ class Adapter:
             return f"the logits of {self.router_class} are not linear in the router's input"
         return None
 
+    def steer(self, router: nn.Module, call: RouterCall, recorded: bool) -> tuple[Any, Routing | None]:
+        """:meth:`reroute`, and what :meth:`read` says of it where the forward is recorded.
+
+        A router whose output does not show its whole choice answers here what it has just computed.
+        """
+        output = self.reroute(router, call)
+        return output, self.read(router, output) if recorded else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObserveOnly(Adapter):

@@ -30,13 +30,24 @@ class SwitchAdapter(Adapter):
         logits_TE = logits_BSE.reshape(-1, logits_BSE.shape[-1])
         prob_TE = F.softmax(logits_TE.detach(), dim=-1, dtype=router.dtype).to(weight_BS1.dtype)
         mask_TE = mask_BSE.reshape(logits_TE.shape)
-        kept_T1 = mask_TE.sum(dim=-1, keepdim=True) > 0
-        # A steered choice is not the argmax of the clean logits: use the mask where it is set, else the argmax.
-        index_T1 = torch.where(kept_T1, mask_TE.argmax(dim=-1, keepdim=True), prob_TE.argmax(dim=-1, keepdim=True))
-        return Routing(logits_TE, index_T1, kept_T1)
+        # Steering can choose what is not the argmax of the clean logits: where the mask is set, it outweighs every
+        # probability.
+        index_T1 = torch.add(prob_TE, mask_TE, alpha=2).argmax(dim=-1, keepdim=True)
+        return Routing(logits_TE, index_T1, mask_TE.any(dim=-1, keepdim=True))
 
     def reroute(self, router: Any, call: RouterCall) -> Any:
         """Choose with ``z + beta``, then apply the capacity per sequence in position order, as the native does."""
+        return self._choose(router, call)[0]
+
+    def steer(self, router: Any, call: RouterCall, recorded: bool) -> tuple[Any, Routing | None]:
+        """As :meth:`reroute`; the choice of a token that the capacity has dropped is known here, and only here."""
+        output, index_T1 = self._choose(router, call)
+        if not recorded:
+            return output, None
+        kept_T1 = output[0].reshape(call.logits_TE.shape).any(dim=-1, keepdim=True)
+        return output, Routing(call.logits_TE, index_T1, kept_T1)
+
+    def _choose(self, router: Any, call: RouterCall) -> tuple[Any, Tensor]:
         mask_BSE, weight_BS1, logits_BSE = call.output
 
         def score(z: Tensor) -> Tensor:
@@ -48,9 +59,10 @@ class SwitchAdapter(Adapter):
         else:
             choice_TE, weight_TE = _low_precision_scores(score, call)
         index_T1 = choice_TE.argmax(dim=-1, keepdim=True)
-        demand_BSE = F.one_hot(index_T1.squeeze(-1), num_classes=mask_BSE.shape[-1]).view(mask_BSE.shape)
+        demand_BSE = torch.zeros_like(mask_BSE).scatter_(-1, index_T1.view(*mask_BSE.shape[:-1], 1), 1)
         kept_BSE = torch.cumsum(demand_BSE, dim=-2) <= router.expert_capacity
-        return demand_BSE * kept_BSE, weight_TE.gather(-1, index_T1).view(weight_BS1.shape), logits_BSE
+        weight_BS1 = weight_TE.gather(-1, index_T1).view(weight_BS1.shape)
+        return (demand_BSE * kept_BSE, weight_BS1, logits_BSE), index_T1
 
 
 def _low_precision_scores(score: Any, call: RouterCall) -> tuple[Tensor, Tensor]:

@@ -80,3 +80,28 @@ def test_the_advice_for_a_plain_reload_comes_once_a_run(tmp_path, caplog: pytest
         said = [record.message for record in caplog.records if "outside chronomoe_hf" in record.message]
         assert len(said) == 1, (run, said)
         assert "wrap(model, state=directory)" in said[0]
+
+
+@pytest.mark.parametrize("next_call", ["step", "take_evaluation", "discard"])
+def test_an_interrupted_forward_is_dropped_at_the_next_call(next_call: str) -> None:
+    """torch calls no hook of a forward that Ctrl-C ends; its half is in no sum and its tensors are let go."""
+    model = tiny_model("mixtral")
+    chronomoe_hf.wrap(model, ChronoConfig.protect(interval=100))
+    system = chronomoe_hf.system_of(model)
+    batch = tiny_batch("mixtral")
+    scope = system.layers[0].recorder.scope
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[-1].self_attn.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch)
+    hook.remove()
+    assert scope.tape.calls and scope.mode == "train", "bad test setup: nothing was left behind"
+    getattr(system, next_call)(*([1] if next_call == "step" else []))
+    assert not scope.tape.calls and not scope.tape.chunks and scope.mode == "off" and scope.mask_T is None
+    assert not system.snapshot().layers[0].token_count
+    model(**batch).loss.backward()
+    system.step(2)
+    assert system.snapshot().layers[0].calls == 1

@@ -8,11 +8,13 @@ of moving them. Ridge regression of 1 on x leaves out the directions in which to
 A reader is fitted in two folds of a sample and judged on the fold that it has not seen; the direction used is the mean
 of the two, whose readings have at most the mean of their standard deviations.
 
-Shape suffixes: T tokens, D router input width, F tokens in a fold.
+Shape suffixes: G calls of one shape, T tokens, D router input width, S tokens sampled, F tokens in a fold, N = 2 F,
+P = 2 G folds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -53,54 +55,107 @@ def input_sums(
         of their readings x V, each by the V of the other fold.
     """
     real_T = real_T.bool()
-    sampled_SD = x_TD if sample_S is None else x_TD.index_select(0, sample_S)
-    counts_S = real_T if sample_S is None else real_T.index_select(0, sample_S)
-    if valid_S is not None:
-        counts_S = counts_S & valid_S
-    half = sampled_SD.shape[0] // 2
-    # Neighbours go to different folds, so that both see every part of the batch.
-    counts_2F = counts_S[: 2 * half].view(half, 2).T
-    x_2FD = sampled_SD[: 2 * half].view(half, 2, x_TD.shape[-1]).transpose(0, 1).float()
-    x_2FD, real_2F = torch.where(counts_2F[..., None], x_2FD, 0.0), counts_2F.float()
-    fitted_2D = _ridge(x_2FD, real_2F) if reader == "ridge" else _mean(x_2FD, real_2F)
-    reading_2F = (x_2FD @ fitted_2D.flip(0)[..., None]).squeeze(-1)  # filler rows read 0
-    weight = real_2F.sum()
-    return torch.cat(
-        [
-            _sum_real(x_TD, real_T),
-            fitted_2D.mean(0) * weight,
-            torch.stack([real_T.sum(dtype=torch.float32), weight, reading_2F.sum(), reading_2F.square().sum()]),
-        ]
-    )
+    folds = Folds.of(x_TD.shape[0], sample_S, valid_S, x_TD.device)
+    rows_1ND = x_TD.index_select(0, folds.position_N)[None]
+    return reader_sums(sum_real(x_TD, real_T)[None], rows_1ND, real_T[None], folds, reader)[0]
 
 
-def _sum_real(x_TD: Tensor, real_T: Tensor) -> Tensor:
-    """Sum of the real rows, fp32 ``(D,)``; works on a masked copy of at most PIECE bytes at a time."""
+class Folds(NamedTuple):
+    """Which tokens of a call the reader is fitted on, N = 2 F of them, one fold after the other.
+
+    Args:
+        position_N: int64 rows of the call. Neighbours are in different folds, so that both see every part of it.
+        valid_N: bool, False for filler; None = all count.
+    """
+
+    position_N: Tensor
+    valid_N: Tensor | None
+
+    @classmethod
+    def of(cls, num_rows: int, sample_S: Tensor | None, valid_S: Tensor | None, device: torch.device) -> Folds:
+        """Deal a sample out; arguments as in :func:`input_sums`."""
+        if sample_S is None:
+            sample_S = torch.arange(num_rows, device=device)
+        half = sample_S.shape[0] // 2
+        position_N, valid_N = (
+            None if each is None else each[: 2 * half].view(half, 2).T.flatten() for each in (sample_S, valid_S)
+        )
+        assert position_N is not None
+        return cls(position_N, valid_N)
+
+
+def reader_sums(sum_GD: Tensor, rows_GND: Tensor, real_GT: Tensor, folds: Folds, reader: ReaderName) -> Tensor:
+    """:func:`input_sums` of G calls of one shape at once.
+
+    Args:
+        sum_GD: sums of the real rows, fp32, from :func:`sum_real`.
+        rows_GND: the rows that `folds` names, native dtype.
+        real_GT: bool, real tokens of the whole calls.
+        folds: which rows they are.
+        reader: ``"ridge"`` or ``"mean"``.
+
+    Returns:
+        fp32 ``(G, 2 D + 4)``.
+    """
+    num_groups, num_rows, width = rows_GND.shape
+    real_GN = real_GT.index_select(1, folds.position_N)
+    if folds.valid_N is not None:
+        real_GN = real_GN & folds.valid_N
+    rows_GND = torch.where(real_GN[..., None], rows_GND, 0.0).float()
+    # The two folds of a call become two problems of their own: P = 2 G of them.
+    folded = (2 * num_groups, num_rows // 2)
+    x_PFD, real_PF = rows_GND.view(*folded, width), real_GN.float().view(folded)
+    fitted_PD = _ridge(x_PFD, real_PF) if reader == "ridge" else _mean(x_PFD, real_PF)
+    fitted_G2D = fitted_PD.view(num_groups, 2, width)
+    other_PD = fitted_G2D.flip(1).view(-1, width)
+    reading_GN = (x_PFD @ other_PD[..., None]).view(num_groups, num_rows)  # filler rows read 0
+    weight_G1 = real_PF.view(num_groups, num_rows).sum(-1, keepdim=True)
+    tokens_G1 = real_GT.sum(-1, keepdim=True, dtype=torch.float32)
+    moments = [reading_GN.sum(-1, keepdim=True), reading_GN.square().sum(-1, keepdim=True)]
+    return torch.cat([sum_GD, fitted_G2D.mean(1) * weight_G1, tokens_G1, weight_G1, *moments], dim=-1)
+
+
+def finite_rows(x_TD: Tensor) -> Tensor:
+    """Bool ``(T,)``: the sum of a row is a number (False for NaN and infinities)."""
+    return x_TD.sum(-1, dtype=torch.float32).abs() < math.inf
+
+
+def sum_real(x_TD: Tensor, real_T: Tensor, out: Tensor | None = None) -> Tensor:
+    """Sum of the real rows, fp32 ``(D,)``; works on a masked copy of at most PIECE bytes at a time.
+
+    Args:
+        x_TD: native dtype.
+        real_T: bool.
+        out: fp32 ``(D,)`` to write to; None = a new tensor.
+    """
     step = max(1, PIECE // (x_TD.shape[-1] * x_TD.element_size()))
-    if torch.compiler.is_compiling() or x_TD.shape[0] <= step:  # a graph needs no copy at all
+    if torch.compiler.is_compiling():  # a graph needs no copy at all
         return torch.where(real_T[:, None], x_TD, 0.0).sum(0, dtype=torch.float32)
-    total_D = x_TD.new_zeros(x_TD.shape[-1], dtype=torch.float32)
-    for part_TD, part_T in zip(x_TD.split(step), real_T.split(step), strict=True):
-        total_D += torch.where(part_T[:, None], part_TD, 0.0).sum(0, dtype=torch.float32)
-    return total_D
+    if out is None:
+        out = x_TD.new_empty(x_TD.shape[-1], dtype=torch.float32)
+    first_TD, first_T = x_TD[:step], real_T[:step]
+    torch.sum(torch.where(first_T[:, None], first_TD, 0.0), 0, dtype=torch.float32, out=out)
+    for start in range(step, x_TD.shape[0], step):
+        part_TD, part_T = x_TD[start : start + step], real_T[start : start + step]
+        out += torch.where(part_T[:, None], part_TD, 0.0).sum(0, dtype=torch.float32)
+    return out
 
 
-def _mean(x_2FD: Tensor, real_2F: Tensor) -> Tensor:
+def _mean(x_PFD: Tensor, real_PF: Tensor) -> Tensor:
     """mu / |mu|^2 of each fold, the reader of SPEC section 5."""
-    mean_2D = x_2FD.sum(1) / real_2F.sum(1, keepdim=True).clamp_min(1.0)
-    return mean_2D / mean_2D.square().sum(-1, keepdim=True).clamp_min(1e-12)
+    mean_PD = x_PFD.sum(1) / real_PF.sum(1, keepdim=True).clamp_min(1.0)
+    return mean_PD / mean_PD.square().sum(-1, keepdim=True).clamp_min(1e-12)
 
 
-def _ridge(x_2FD: Tensor, real_2F: Tensor) -> Tensor:
+def _ridge(x_PFD: Tensor, real_PF: Tensor) -> Tensor:
     """Minimiser of sum_t (1 - x_t V)^2 + penalty |V|^2 in each fold, through the F x F system of its dual."""
-    gram_2FF = x_2FD @ x_2FD.mT
-    length_2 = gram_2FF.diagonal(dim1=-2, dim2=-1).sum(-1) / real_2F.sum(-1).clamp_min(1.0)
-    penalty_2 = (RIDGE * length_2).clamp_min(1e-6)
-    eye_FF = torch.eye(gram_2FF.shape[-1], device=x_2FD.device)
+    gram_PFF = x_PFD @ x_PFD.mT
+    length_P = gram_PFF.diagonal(dim1=-2, dim2=-1).sum(-1) / real_PF.sum(-1).clamp_min(1.0)
+    gram_PFF.diagonal(dim1=-2, dim2=-1).add_((RIDGE * length_P).clamp_min(1e-6)[:, None])
     # The _ex form neither checks nor waits; the penalty keeps the matrix positive definite.
-    factor_2FF, _ = torch.linalg.cholesky_ex(gram_2FF + penalty_2[:, None, None] * eye_FF)
-    dual_2F1 = torch.cholesky_solve(real_2F[..., None], factor_2FF)
-    return (x_2FD.mT @ dual_2F1).squeeze(-1)
+    factor_PFF, _ = torch.linalg.cholesky_ex(gram_PFF)
+    dual_PF1 = torch.cholesky_solve(real_PF[..., None], factor_PFF)
+    return (x_PFD.mT @ dual_PF1).squeeze(-1)
 
 
 class RouterInputs(NamedTuple):

@@ -148,9 +148,11 @@ class ChronoSwitchExperts(nn.Module):
         recorder: LayerRecorder = self.__dict__[HANDLE].recorder
         output: Tensor = super().forward(hidden_states, selected_experts, routing_weights)  # type: ignore[misc]
         if recorder.reads_outputs:
-            mask_TE = selected_experts.reshape(output.shape[0], -1)
-            index_T1 = mask_TE.argmax(-1, keepdim=True)
-            _read_single(recorder, output, index_T1, routing_weights, mask_TE.sum(-1, keepdim=True) > 0)
+            index_T1, kept_T1 = recorder.routed(output.shape[0])
+            if index_T1 is None:
+                mask_TE = selected_experts.reshape(output.shape[0], -1)
+                index_T1, kept_T1 = mask_TE.argmax(-1, keepdim=True), mask_TE.any(-1, keepdim=True)
+            _read_single(recorder, output, index_T1, routing_weights, kept_T1)
         return output
 
 

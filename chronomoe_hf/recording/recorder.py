@@ -10,17 +10,15 @@ of one row.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.config import CoherenceConfig, ReaderName
-from chronomoe_hf.lens.direction import SAMPLE, input_sums, sums_width
+from chronomoe_hf.lens.direction import SAMPLE, finite_rows, input_sums, sums_width
 from chronomoe_hf.recording.sampling import TokenSample
 from chronomoe_hf.recording.scope import ForwardScope
-from chronomoe_hf.recording.sums import DISAGREEMENT_SAMPLE, output_sums, routing_sums
-from chronomoe_hf.recording.tape import OutputCall, RoutedCall, compare, output_batch, router_batch
+from chronomoe_hf.recording.sums import DISAGREEMENT_SAMPLE, output_sums
+from chronomoe_hf.recording.tape import OutputCall, RoutedCall, output_batch, sums_of
 from chronomoe_hf.recording.totals import Recorded, Sums
 from chronomoe_hf.router.state import Routing
 
@@ -132,13 +130,21 @@ class LayerRecorder:
         else:
             self.scope.tape.calls.append(call)
 
+    def routed(self, num_rows: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Ids ``(T, K)`` of this layer's last router call and what capacity kept of it; None where it is not known."""
+        calls = self.scope.tape.calls
+        if torch.compiler.is_compiling() or not calls or calls[-1].layer is not self:
+            return None, None
+        index_TK, kept_TK = calls[-1].index_TK, calls[-1].kept_TK
+        return (index_TK, kept_TK) if kept_TK is not None and index_TK.shape[0] == num_rows else (None, None)
+
     def _sum_routing(self, call: RoutedCall) -> None:
         row, device, num_rows = self.sums.row, call.logits_TE.device, call.logits_TE.shape[0]
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            disagreement_14 = None
+            compared = None
             if call.beta_E is not None:
-                disagreement_14 = compare([call], self.scope.sample(num_rows, DISAGREEMENT_SAMPLE, device))
-            head, tail = routing_sums(router_batch([call], self.scope.rows(num_rows, device)), row, disagreement_14)
+                compared = self.scope.sample(num_rows, DISAGREEMENT_SAMPLE, device)
+            head, tail = sums_of([call], row, self.scope.rows(num_rows, device), compared)
             self._graph_R[row.head].add_(head[0])
             self._graph_R[row.tail].add_(tail[0])
 
@@ -152,12 +158,15 @@ class LayerRecorder:
             return
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             x_TD = hidden.detach().reshape(-1, hidden.shape[-1])
-            real_T = x_TD.sum(-1, dtype=torch.float32).abs() < math.inf  # False for NaN too
+            real_T = finite_rows(x_TD)
             mask_T = self.scope.rows(x_TD.shape[0], hidden.device)
             if mask_T is not None:
                 real_T = real_T & mask_T
             sample = self.scope.sample(x_TD.shape[0], SAMPLE, hidden.device)
-            self.inputs.add_(input_sums(x_TD, real_T, sample.position_S, sample.valid_S, self.reader))
+            if torch.compiler.is_compiling():
+                self.inputs.add_(input_sums(x_TD, real_T, sample.position_S, sample.valid_S, self.reader))
+            else:
+                self.scope.tape.inputs.add(self, x_TD, real_T, sample)
 
     # ---- experts -------------------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ def sample_tokens(mask_T: Tensor | None, num_rows: int, limit: int | None, devic
         return TokenSample(slot_S * num_rows // limit, None, num_rows / limit)
     rank_T = mask_T.to(device).cumsum(0)
     total = rank_T[-1]
-    wanted_S = torch.where(total > limit, slot_S * total // limit, slot_S) + 1
-    position_S = torch.searchsorted(rank_T, wanted_S).clamp_(max=num_rows - 1)
-    scale = total.clamp_min(limit).float() / limit
-    return TokenSample(position_S, wanted_S <= total, scale)
+    spread = total.clamp_min(limit)  # fewer real tokens than slots: one a slot, then filler
+    wanted_S = slot_S * spread // limit
+    position_S = torch.searchsorted(rank_T, wanted_S, right=True).clamp_(max=num_rows - 1)
+    return TokenSample(position_S, wanted_S < total, spread / limit)

@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +49,39 @@ class RouterBatch:
     distribution: Callable[[Tensor], Tensor]
 
 
-def routing_sums(batch: RouterBatch, row: Row, disagreement_G4: Tensor | None = None) -> tuple[Tensor, Tensor]:
+class Scores(NamedTuple):
+    """Scores of a call's rows, and which rows count.
+
+    Args:
+        z_GTE: clean logits, fp32.
+        var_GT: their variance over experts.
+        real_GT: bool, False for padding and for rows whose logits are not finite.
+        left_out_GT: its opposite.
+        prob_GTE: the family's scores, fp32; 0 in rows that are left out.
+    """
+
+    z_GTE: Tensor
+    var_GT: Tensor
+    real_GT: Tensor
+    left_out_GT: Tensor
+    prob_GTE: Tensor
+
+    @classmethod
+    def of(cls, logits_GTE: Tensor, mask_T: Tensor | None, distribution: Callable[[Tensor], Tensor]) -> Scores:
+        """Scores of logits; arguments as in :class:`RouterBatch`."""
+        z_GTE = logits_GTE.float()
+        var_GT = z_GTE.var(-1, correction=0)
+        real_GT = var_GT < math.inf  # False for NaN too: the variance of a token with a bad logit is one
+        if mask_T is not None:
+            real_GT = real_GT & mask_T
+        left_out_GT = ~real_GT
+        prob_GTE = distribution(z_GTE).masked_fill_(left_out_GT[..., None], 0.0)
+        return cls(z_GTE, var_GT, real_GT, left_out_GT, prob_GTE)
+
+
+def routing_sums(
+    batch: RouterBatch, row: Row, disagreement_G4: Tensor | None = None, scores: Scores | None = None
+) -> tuple[Tensor, Tensor]:
     """Counts, probability sums and logit moments, and how many tokens steering sent elsewhere.
 
     A token whose logits are not finite is in no sum but "nonfinite"; padding is in none.
@@ -57,42 +90,38 @@ def routing_sums(batch: RouterBatch, row: Row, disagreement_G4: Tensor | None = 
         batch: the calls.
         row: the columns.
         disagreement_G4: from :func:`disagreement_sums`; None while it is not measured.
+        scores: of the batch, where they are known already.
 
     Returns:
         float64 ``(G, head)`` and ``(G, tail)``: what is added to ``row.head`` and ``row.tail``.
     """
-    z_GTE = batch.logits_GTE.float()
-    num_groups, num_rows, num_experts = z_GTE.shape
+    if scores is None:
+        scores = Scores.of(batch.logits_GTE, batch.mask_T, batch.distribution)
+    num_groups, num_rows, num_experts = scores.z_GTE.shape
     num_k = batch.index_GTK.shape[-1]
-    var_GT = z_GTE.var(-1, correction=0)
-    finite_GT = var_GT < math.inf  # False for NaN too: the variance of a token with a bad logit is one
-    real_GT = finite_GT if batch.mask_T is None else finite_GT & batch.mask_T
-    left_out_GT = ~real_GT
-    prob_GTE = batch.distribution(z_GTE).masked_fill_(left_out_GT[..., None], 0.0)
-    weight_GT = real_GT.double()
-    tokens_G = weight_GT.sum(-1)
+    weight_GT = scores.real_GT.double()
+    tokens_G1 = weight_GT.sum(-1, keepdim=True)
     kept_GTK = weight_GT[..., None].expand_as(batch.index_GTK)
     if batch.kept_GTK is not None:
         kept_GTK = kept_GTK * batch.kept_GTK
-    count_GE = tokens_G.new_zeros(num_groups, row.width)
-    # Whole numbers in float64: exact in any order.
-    count_GE = count_GE.scatter_add_(1, batch.index_GTK.flatten(1), kept_GTK.flatten(1))
-    zero_G = torch.zeros_like(tokens_G)
-    dropped_G = zero_G if batch.kept_GTK is None else tokens_G * num_k - count_GE.sum(-1)
+    # Whole numbers in float64: exact in any order. The last column stays zero.
+    count_GF = tokens_G1.new_zeros(num_groups, row.width + 1)
+    count_GF.scatter_add_(1, batch.index_GTK.flatten(1), kept_GTK.flatten(1))
+    count_GE, zero_G1 = count_GF[:, :-1], count_GF[:, -1:]
+    dropped_G1 = zero_G1 if batch.kept_GTK is None else tokens_G1 * num_k - count_GE.sum(-1, keepdim=True)
     expected = num_rows if batch.mask_T is None else batch.mask_T.sum()
-    meta_G4 = torch.stack([tokens_G, dropped_G, expected - tokens_G, zero_G + 1.0], dim=-1)
-    prob_GE = prob_GTE.sum(1, dtype=torch.float64)
-    head = [count_GE, meta_G4, prob_GE]
+    prob_GE = scores.prob_GTE.sum(1, dtype=torch.float64)
+    head = [count_GE, tokens_G1, dropped_G1, expected - tokens_G1, torch.ones_like(tokens_G1), prob_GE]
     if num_experts < row.width:
         head.append(prob_GE.new_zeros(num_groups, row.width - num_experts))
-    var_G = var_GT.masked_fill_(left_out_GT, 0.0).sum(-1, dtype=torch.float64)
-    differs_G2 = torch.stack([zero_G, zero_G], dim=-1)
+    var_G1 = scores.var_GT.masked_fill(scores.left_out_GT, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
+    differs = [zero_G1, zero_G1]
     if batch.native_GTK is not None:
-        differs_GT = experts_differ(batch.native_GTK, batch.index_GTK) & real_GT
-        differs_G2 = torch.stack([differs_GT.sum(-1, dtype=torch.float64), tokens_G], dim=-1)
+        differs_GT = experts_differ(batch.native_GTK, batch.index_GTK) & scores.real_GT
+        differs = [differs_GT.sum(-1, keepdim=True, dtype=torch.float64), tokens_G1]
     if disagreement_G4 is None:
-        disagreement_G4 = zero_G[:, None].expand(-1, 4)
-    return torch.cat(head, dim=-1), torch.cat([var_G[:, None], disagreement_G4, differs_G2], dim=-1)
+        disagreement_G4 = zero_G1.expand(-1, 4)
+    return torch.cat(head, dim=-1), torch.cat([var_G1, disagreement_G4, *differs], dim=-1)
 
 
 def experts_differ(native_TK: Tensor, steered_TK: Tensor) -> Tensor:
@@ -109,30 +138,31 @@ def experts_differ(native_TK: Tensor, steered_TK: Tensor) -> Tensor:
 
 
 def disagreement_sums(
-    logits_GSE: Tensor, beta_GE: Tensor, sample: TokenSample, distribution: Callable[[Tensor], Tensor]
+    scores: Scores, beta_GE: Tensor, sample: TokenSample, distribution: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """How far the full, unvetoed beta moves the scores, on a sample of the tokens.
 
     Args:
-        logits_GSE: clean logits of the tokens read.
+        scores: of all rows.
         beta_GE: the full bias in logits.
-        sample: which they are.
+        sample: the rows that are compared.
         distribution: the family's scores.
 
     Returns:
         float64 ``(G, 4)``: sums of the JS divergence (nats), of top-1 flips and of the moved mass, and the tokens
         compared; scaled to the whole call.
     """
-    z_GSE = logits_GSE.float()
-    finite_GS = z_GSE.sum(-1).abs() < math.inf
-    real_GS = finite_GS if sample.valid_S is None else finite_GS & sample.valid_S
-    p_GSE, q_GSE = distribution(z_GSE), distribution(z_GSE + beta_GE[:, None])
+    z_GSE, p_GSE = sample.pick(scores.z_GTE, 1), sample.pick(scores.prob_GTE, 1)
+    left_out_GS = sample.pick(scores.left_out_GT, 1)
+    if sample.valid_S is not None and sample.position_S is not None:  # without positions, filler is left out already
+        left_out_GS = left_out_GS | ~sample.valid_S
+    q_GSE = distribution(z_GSE + beta_GE[:, None])
     measured_GS4 = torch.stack(
         [js(q_GSE, p_GSE), top1_flip(q_GSE, p_GSE).float(), overlap_only(q_GSE, p_GSE), torch.ones_like(z_GSE[..., 0])],
         dim=-1,
     )
     # A NaN token would poison the sum: it is no real token.
-    return measured_GS4.masked_fill_(~real_GS[..., None], 0.0).sum(1, dtype=torch.float64) * sample.scale
+    return measured_GS4.masked_fill_(left_out_GS[..., None], 0.0).sum(1, dtype=torch.float64) * sample.scale
 
 
 @dataclass(frozen=True)
@@ -140,7 +170,7 @@ class OutputBatch:
     """Expert outputs of S tokens in G layers, all K assignments of each.
 
     Args:
-        rows_GSKD: native dtype, detached; overwritten where they do not count. Unweighted outputs, or (`divided`)
+        rows_GSKD: native dtype, detached; overwritten. Unweighted outputs, or (`divided`)
             outputs times weights.
         weight_GSK: combine weights, fp32.
         index_GSK: int64 expert ids; E and above are no experts (expert parallelism marks foreign ones so).
@@ -185,33 +215,47 @@ def output_sums(batch: OutputBatch, num_experts: int, width: int, reference: str
     gain_GSK = weight_GSK.masked_fill(left_out_GSK, 1.0).reciprocal() if batch.divided else None
     own_GSK = None if batch.divided else weight_GSK.masked_fill(left_out_GSK, 0.0)
     rows_GSKD = batch.rows_GSKD.masked_fill_(left_out_GSK[..., None], 0.0)
-    hit_GAE = batch.index_GSK.flatten(1)[..., None] == torch.arange(num_experts, device=rows_GSKD.device)
-    hit_GAE = hit_GAE & valid_GSK.flatten(1)[..., None]
     alone = num_k > 1 and reference == "leave_one_out"
+    contribution_GSK = contribution_GSK.masked_fill(left_out_GSK, 0.0)
     sums = _products if rows_GSKD.device.type != "cpu" else _in_order
-    output_GED, reference_GED = sums(rows_GSKD, batch.index_GSK, hit_GAE, gain_GSK, own_GSK, alone)
+    index_GSK = batch.index_GSK
+    output_GED, reference_GED, rows_GE, contribution_GE = sums(
+        rows_GSKD, index_GSK, valid_GSK, gain_GSK, own_GSK, contribution_GSK, num_experts, alone
+    )
     phi_GE, has_phi_GE = phase_coherence(output_GED, reference_GED)
-    rows_GE = hit_GAE.sum(1, dtype=torch.float32)
     weighed_GE = rows_GE * batch.scale
     evidence_GE = weighed_GE * has_phi_GE
-    contribution_GSK = contribution_GSK.masked_fill(left_out_GSK, 0.0)
-    contribution_GE = (hit_GAE * contribution_GSK.flatten(1)[..., None]).sum(1) * batch.scale
-    table_G5E = torch.stack([phi_GE * evidence_GE, evidence_GE, rows_GE, contribution_GE, weighed_GE], dim=1)
+    table_G5E = torch.stack(
+        [phi_GE * evidence_GE, evidence_GE, rows_GE, contribution_GE * batch.scale, weighed_GE], dim=1
+    )
     if num_experts < width:
         table_G5E = torch.nn.functional.pad(table_G5E, (0, width - num_experts))
     return table_G5E.view(num_groups, -1)
 
 
+PerExpert = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Sums of outputs and of references ``(G, E, D)``, rows and sums of contributions ``(G, E)``; all fp32."""
+
+
 def _products(
-    rows_GSKD: Tensor, index_GSK: Tensor, hit_GAE: Tensor, gain_GSK: Tensor | None, own_GSK: Tensor | None, alone: bool
-) -> tuple[Tensor, Tensor]:
-    """Sums of outputs and of references per expert, as one matrix product with coefficients: fp32 ``(G, E, D)`` each.
+    rows_GSKD: Tensor,
+    index_GSK: Tensor,
+    valid_GSK: Tensor,
+    gain_GSK: Tensor | None,
+    own_GSK: Tensor | None,
+    contribution_GSK: Tensor,
+    num_experts: int,
+    alone: bool,
+) -> PerExpert:
+    """Sums per expert, those of rows as one matrix product with coefficients.
 
     An output's coefficient is 1 (or 1 / weight) at its own expert; in the leave-one-out reference of expert e it is its
     weight where another slot of its token is e. Their difference is thus never taken, and nothing cancels.
     """
     num_groups, num_tokens, num_k, width = rows_GSKD.shape
-    dtype, num_experts = rows_GSKD.dtype, hit_GAE.shape[-1]
+    dtype = rows_GSKD.dtype
+    hit_GAE = index_GSK.flatten(1)[..., None] == torch.arange(num_experts, device=rows_GSKD.device)
+    hit_GAE = hit_GAE & valid_GSK.flatten(1)[..., None]
     if gain_GSK is None:
         output_GAE = hit_GAE.to(dtype)
     else:
@@ -227,33 +271,53 @@ def _products(
         other_GAF = own_GSK.flatten(1)[..., None].to(dtype)
     product_GFD = _bmm32(torch.cat([output_GAE, other_GAF], dim=-1).mT, rows_GSKD.flatten(1, 2))
     output_GED, other_GFD = product_GFD.split([num_experts, other_GAF.shape[-1]], dim=1)
-    return output_GED, other_GFD.expand(num_groups, num_experts, width)
+    contribution_GE = (hit_GAE * contribution_GSK.flatten(1)[..., None]).sum(1)
+    reference_GED = other_GFD.expand(num_groups, num_experts, width)
+    return output_GED, reference_GED, hit_GAE.sum(1, dtype=torch.float32), contribution_GE
 
 
 def _in_order(
-    rows_GSKD: Tensor, index_GSK: Tensor, hit_GAE: Tensor, gain_GSK: Tensor | None, own_GSK: Tensor | None, alone: bool
-) -> tuple[Tensor, Tensor]:
-    """The same sums on a CPU, where adding 2 D numbers a row beats multiplying it with 2 E coefficients."""
-    num_groups, _, _, width = rows_GSKD.shape
-    num_experts = hit_GAE.shape[-1]
-    first_G = torch.arange(num_groups, device=index_GSK.device) * num_experts
-    at_N = (index_GSK.clamp(max=num_experts - 1) + first_G[:, None, None]).flatten()
-    valid_GSK = hit_GAE.any(-1).view(index_GSK.shape)
+    rows_GSKD: Tensor,
+    index_GSK: Tensor,
+    valid_GSK: Tensor,
+    gain_GSK: Tensor | None,
+    own_GSK: Tensor | None,
+    contribution_GSK: Tensor,
+    num_experts: int,
+    alone: bool,
+) -> PerExpert:
+    """The same sums on a CPU, where adding 2 D numbers a row beats multiplying it with 2 E coefficients.
+
+    Rows are sorted by expert, those that do not count last, and each expert's rows are added in order.
+    """
+    num_groups, num_tokens, num_k, width = rows_GSKD.shape
+    bins = num_experts + 1
+    bin_GSK = index_GSK.masked_fill(~(valid_GSK & (index_GSK < num_experts)), num_experts)
+    first_G = torch.arange(num_groups, device=index_GSK.device) * bins
+    bin_N, order_N = torch.sort((bin_GSK + first_G[:, None, None]).flatten(), stable=True)
+    start_B = torch.searchsorted(bin_N, torch.arange(num_groups * bins, device=bin_N.device))
+
+    def per_expert(value_ND: Tensor, weight_N: Tensor | None = None) -> Tensor:
+        sums_BD = torch.nn.functional.embedding_bag(order_N, value_ND, start_B, mode="sum", per_sample_weights=weight_N)
+        return sums_BD.view(num_groups, bins, -1)[:, :num_experts]
+
     y_GSKD = rows_GSKD.float()
-    own_GSKD = y_GSKD if own_GSK is None else y_GSKD * own_GSK[..., None]
-    mixture_GSD = own_GSKD.sum(2)
-    if gain_GSK is not None:
-        y_GSKD = y_GSKD * gain_GSK[..., None]
-
-    def per_expert(value_GSKD: Tensor) -> Tensor:
-        out = value_GSKD.new_zeros(num_groups * num_experts, width)
-        return out.index_add_(0, at_N, value_GSKD.reshape(-1, width)).view(num_groups, num_experts, width)
-
-    output_GED = per_expert(y_GSKD)
+    y_ND = y_GSKD.view(-1, width)
+    output_GED = per_expert(y_ND, None if gain_GSK is None else gain_GSK.flatten()[order_N])
+    contribution_GE = per_expert(contribution_GSK.view(-1, 1)).squeeze(-1)
+    end_B = torch.cat([start_B[1:], start_B.new_full((1,), bin_N.shape[0])])
+    rows_GE = (end_B - start_B).float().view(num_groups, bins)[:, :num_experts]
+    if own_GSK is None:
+        mixture_GSD = y_GSKD.sum(2)
+    else:
+        mixture_XD = torch.bmm(own_GSK.view(-1, 1, num_k), y_GSKD.view(-1, num_k, width))
+        mixture_GSD = mixture_XD.view(num_groups, num_tokens, width)
     if not alone:
-        return output_GED, mixture_GSD.sum(1, keepdim=True).expand_as(output_GED)
-    rest_GSKD = (mixture_GSD[:, :, None] - own_GSKD).mul_(valid_GSK[..., None])
-    return output_GED, per_expert(rest_GSKD)
+        return output_GED, mixture_GSD.sum(1, keepdim=True).expand_as(output_GED), rows_GE, contribution_GE
+    assert own_GSK is not None
+    out = None if torch.compiler.is_compiling() else y_GSKD  # a fresh buffer of this size costs more than the sum
+    rest_GSKD = torch.addcmul(mixture_GSD[:, :, None], own_GSK[..., None], y_GSKD, value=-1.0, out=out)
+    return output_GED, per_expert(rest_GSKD.view(-1, width)), rows_GE, contribution_GE
 
 
 def _bmm32(left_GEA: Tensor, right_GAD: Tensor) -> Tensor:

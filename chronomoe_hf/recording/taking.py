@@ -53,6 +53,8 @@ def take(
         flag: travels along and is summed.
         copies: how many ranks have seen the same batch.
     """
+    for scope in {each.scope for each in recorders}:
+        scope.abandon()  # no forward is running: this one a KeyboardInterrupt ended, for which torch calls no hook
     row_LR = sums.total(mode, home, [each.held(mode)[0] for each in recorders])
     loss_N = sums.loss(mode, home)
     wide = {each.layer_id: each.inputs for each in recorders if each.inputs is not None} if with_inputs else {}

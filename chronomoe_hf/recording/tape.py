@@ -17,11 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from chronomoe_hf.recording.columns import Row
+from chronomoe_hf.recording.inputs import InputTape
 from chronomoe_hf.recording.sampling import TokenSample
 from chronomoe_hf.recording.sums import (
     DISAGREEMENT_SAMPLE,
     OutputBatch,
     RouterBatch,
+    Scores,
     disagreement_sums,
     output_sums,
     routing_sums,
@@ -123,11 +126,13 @@ class Tape:
         self.sums = sums
         self.calls: list[RoutedCall] = []
         self.chunks: dict[Any, OutputChunk] = {}
+        self.inputs = InputTape(sums.num_layers, LIMIT // 2)
 
     def clear(self) -> None:
         """Forget everything."""
         self.calls.clear()
         self.chunks.clear()
+        self.inputs.clear()
 
     def slot(
         self, shape: tuple[int, int, int], like: Tensor, sample: TokenSample, every: int, divided: bool
@@ -165,6 +170,7 @@ class Tape:
         self.chunks, self.calls = {}, []
         while chunks:
             self._sum_outputs(mode, chunks.pop())
+        self.inputs.sum_up()
         for group in _groups(calls):
             for part in _chunks(group):
                 self._sum_routing(mode, part, mask, sample)
@@ -185,14 +191,12 @@ class Tape:
         row = self.sums.row
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             mask_T = mask(num_rows, device)
-            disagreement_G4 = None
-            if calls[0].beta_E is not None:
-                disagreement_G4 = compare(calls, sample(num_rows, DISAGREEMENT_SAMPLE, device))
+            compared = None if calls[0].beta_E is None else sample(num_rows, DISAGREEMENT_SAMPLE, device)
             layer_ids = [call.layer.layer_id for call in calls]
             for rows in _pieces(calls, num_rows):
                 part_T = mask_T if mask_T is None or rows is None else mask_T[rows]
-                head, tail = routing_sums(router_batch(calls, part_T, rows), row, disagreement_G4)
-                disagreement_G4 = None
+                head, tail = sums_of(calls, row, part_T, compared, rows)
+                compared = None
                 if rows is not None and rows.start > 0:
                     head[:, row.width + 3] = 0.0  # one call, however many pieces
                 self.sums.add(mode, layer_ids, row.head, head)
@@ -221,11 +225,34 @@ def router_batch(calls: list[RoutedCall], mask_T: Tensor | None, rows: slice | N
     )
 
 
-def compare(calls: list[RoutedCall], sample: TokenSample) -> Tensor:
-    """Disagreement of calls of one key, ``(G, 4)``; see ``disagreement_sums``."""
-    logits_GSE = _stack([sample.pick(call.logits_TE) for call in calls])
-    beta_GE = _stack([call.beta_E for call in calls if call.beta_E is not None])
-    return disagreement_sums(logits_GSE, beta_GE, sample, calls[0].distribution)
+def sums_of(
+    calls: list[RoutedCall],
+    row: Row,
+    mask_T: Tensor | None,
+    compared: TokenSample | None = None,
+    rows: slice | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``routing_sums`` of calls of one key.
+
+    Args:
+        calls: of layers of one shape.
+        row: the columns.
+        mask_T: bool, real tokens among the rows that are summed.
+        compared: measure disagreement, on these tokens of the whole call.
+        rows: only these rows; None = all.
+    """
+    batch = router_batch(calls, mask_T, rows)
+    scores = Scores.of(batch.logits_GTE, mask_T, batch.distribution)
+    disagreement_G4 = None
+    if compared is not None:
+        beta_GE = _stack([call.beta_E for call in calls if call.beta_E is not None])
+        seen, sample = scores, compared
+        if rows is not None:  # the sample is spread over all rows of the call
+            logits_GSE = _stack([compared.pick(call.logits_TE) for call in calls])
+            seen = Scores.of(logits_GSE, compared.valid_S, batch.distribution)
+            sample = TokenSample(None, None, compared.scale)
+        disagreement_G4 = disagreement_sums(seen, beta_GE, sample, batch.distribution)
+    return routing_sums(batch, row, disagreement_G4, scores)
 
 
 def output_batch(

@@ -55,9 +55,9 @@ class ChronoRouter(nn.Module):
                 assert lens is not None
                 shift_TE = lens.logit_shift(_flat(hidden), adapter.weight(self)).float()
             call = RouterCall(output, clean_TE, state.beta_applied, state.scope, args, kwargs, shift_TE)
-            output = adapter.reroute(self, call)
-            if recording:
-                native_TK, routing = routing.index_TK.detach(), adapter.read(self, output)
+            output, steered = adapter.steer(self, call, recording)
+            if steered is not None:
+                native_TK, routing = routing.index_TK.detach(), steered
         if recording:
             handle.recorder.router_input(hidden)
             handle.recorder.routing(self, routing, native_TK, state.beta_full if state.beta_on else None)

@@ -46,8 +46,8 @@ class RouterRule(Protocol):
     def distribution(self, router: nn.Module, logits_TE: Tensor) -> Tensor:
         """The family's scores of logits as a distribution, fp32 ``(T, E)``."""
 
-    def reroute(self, router: nn.Module, call: RouterCall) -> Any:
-        """Choose again with what steers; the native structure."""
+    def steer(self, router: nn.Module, call: RouterCall, recorded: bool) -> tuple[Any, Routing | None]:
+        """Choose again with what steers: the native structure, and, where `recorded`, what was decided."""
 
 
 class Recorder(Protocol):

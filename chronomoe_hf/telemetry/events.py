@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
-
-import numpy as np
+from typing import Any, Literal, get_args
 
 from chronomoe_hf import metrics
 from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.metrics import Load, load_metrics
 from chronomoe_hf.telemetry.experts import ExpertState
 from chronomoe_hf.telemetry.values import finite, finite_list, known, plain_counts, plain_list, plain_number
 
@@ -51,44 +49,6 @@ NUMBERS = (
     "lens_scale",
     "lens_spread",
 )
-
-
-class Load(NamedTuple):
-    """Balance of one layer's counts (SPEC section 3); None where nothing was counted."""
-
-    entropy: float | None
-    n_effective: float | None
-    top2_share: float | None
-    top2_relative: float | None
-    dead_experts: int | None
-    nearly_dead_count: int | None
-    max_violation: float | None
-    max_violation_ceiling: float
-    gini: float | None
-    load_cv: float | None
-
-
-def load_metrics(counts: Sequence[int], k: int) -> Load:
-    """Every balance metric of one layer.
-
-    Args:
-        counts: assignments per expert, length E.
-        k: experts per token.
-    """
-    count_E = np.asarray(counts, dtype=np.float64)
-    top2 = metrics.top2_share(count_E)
-    return Load(
-        entropy=metrics.compute_entropy(count_E),
-        n_effective=metrics.compute_n_effective(count_E),
-        top2_share=top2,
-        top2_relative=None if top2 is None else metrics.relative_top2(top2, k),
-        dead_experts=metrics.dead_experts(count_E),
-        nearly_dead_count=metrics.nearly_dead_count(count_E),
-        max_violation=metrics.max_violation(count_E),
-        max_violation_ceiling=metrics.max_violation_ceiling(count_E.size, k),
-        gini=metrics.gini(count_E),
-        load_cv=metrics.load_cv(count_E),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

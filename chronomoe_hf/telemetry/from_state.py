@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 
 from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.recording.columns import Row
 from chronomoe_hf.telemetry import RoutingEvent
 from chronomoe_hf.telemetry.alerts import UNOBSERVED
+from chronomoe_hf.telemetry.values import evidence_rows, known
 from chronomoe_hf.wrapping.layer import Layer
 from chronomoe_hf.wrapping.unobserved import why_unobserved
-
-
-def _ratio(above: Any, below: Any) -> list[float | None]:
-    return [float(a) / float(b) if b > 0 else None for a, b in zip(above, below, strict=True)]
 
 
 def layer_events(
@@ -46,25 +44,36 @@ def layer_events(
         config: settings in force; they say what was measured.
         lens_spread: of the layers whose router inputs were read in this window's last step.
     """
-    others_ran = any(row.meta(window, "calls") > 0 for window in host["window"])
-    return [
-        RoutingEvent.from_router_output(
-            run_id=run_id,
-            attempt=attempt,
-            step=step,
-            mode=mode,  # type: ignore[arg-type]
-            layer_id=layer.layer_id,
-            layer_name=layer.name,
-            n_experts=layer.num_experts,
-            top_k=layer.top_k,
-            window_steps=window_steps,
-            notes=[*layer.notes, *_remarks(row, host["window"][layer.layer_id], layer, config, others_ran)],
-            **_window_fields(row, host["window"][layer.layer_id], layer, config),
-            **(_state_fields(host, layer, config) if "tokens" in host else {}),
-            lens_spread=(lens_spread or {}).get(layer.layer_id),
+    window_LR = host["window"]
+    others_ran = bool((row.meta(window_LR, "calls") > 0).any())
+    counts = _counts(row.count(window_LR))
+    vectors = {**_window_vectors(row, window_LR), **(_state_vectors(host) if "tokens" in host else {})}
+    events = []
+    for layer in layers:
+        at, num = layer.layer_id, layer.num_experts
+        reads = config.coherence.enabled and layer.experts is not None
+        names = _vectors_of(layer, config, reads, has_tokens=row.meta(window_LR[at], "tokens") > 0)
+        fields: dict[str, Any] = {name: vectors[name][at][:num] for name in names if name in vectors}
+        fields |= _window_numbers(row, window_LR[at])
+        fields |= _state_numbers(host, layer, config) if "tokens" in host else {}
+        events.append(
+            RoutingEvent(
+                run_id=run_id,
+                attempt=attempt,
+                step=step,
+                mode=mode,  # type: ignore[arg-type]
+                layer_id=at,
+                layer_name=layer.name,
+                n_experts=num,
+                top_k=layer.top_k,
+                window_steps=window_steps,
+                expert_token_counts=counts[at][:num],
+                notes=[*layer.notes, *_remarks(row, window_LR[at], layer, reads, others_ran)],
+                **fields,
+                lens_spread=known((lens_spread or {}).get(at)),
+            )
         )
-        for layer in layers
-    ]
+    return events
 
 
 def window_shares(layers: Sequence[Layer], row: Row, host: Mapping[str, Any]) -> dict[int, list[float]]:
@@ -83,18 +92,16 @@ def window_shares(layers: Sequence[Layer], row: Row, host: Mapping[str, Any]) ->
     return shares
 
 
-def _remarks(row: Row, window: Any, layer: Layer, config: ChronoConfig, others_ran: bool) -> list[str]:
+def _remarks(row: Row, window: Any, layer: Layer, reads: bool, others_ran: bool) -> list[str]:
     """What is to be said of this window of the layer."""
     if row.meta(window, "calls") == 0:
         return [UNOBSERVED + why_unobserved(layer, others_ran)]
-    return _unread(row, window, layer, config)
+    return _unread(row, window) if reads else []
 
 
-def _unread(row: Row, window: Any, layer: Layer, config: ChronoConfig) -> list[str]:
+def _unread(row: Row, window: Any) -> list[str]:
     """Says so where tokens were routed, but no expert output was seen (a kernel replaced the experts' forward)."""
-    if not config.coherence.enabled or layer.experts is None or row.count(window).sum() == 0:
-        return []
-    if row.expert(window, "phi_rows").sum() > 0:
+    if row.count(window).sum() == 0 or row.expert(window, "phi_rows").sum() > 0:
         return []
     return [
         "no expert output was read in this window: something replaced the experts' forward after wrap(), or the "
@@ -102,45 +109,77 @@ def _unread(row: Row, window: Any, layer: Layer, config: ChronoConfig) -> list[s
     ]
 
 
-def _window_fields(row: Row, window: Any, layer: Layer, config: ChronoConfig) -> dict[str, Any]:
-    num = layer.num_experts
-    tokens = float(row.meta(window, "tokens"))
-    compared = float(row.layer(window, "compared"))
-    fields: dict[str, Any] = {
-        "used_capacity": np.rint(row.count(window)[:num]).astype(np.int64),
-        "tokens": round(tokens),
-        "dropped": round(float(row.meta(window, "dropped"))),
-        "nonfinite_tokens": round(float(row.meta(window, "nonfinite"))),
-        "calls": round(float(row.meta(window, "calls"))),
+def _counts(count_LE: Any) -> list[list[int]]:
+    """Counts of every layer as Python ints.
+
+    Raises:
+        ConfigError: what is no count.
+    """
+    if not (count_LE >= 0).all() or not np.isfinite(count_LE).all():
+        raise ConfigError(f"a window counts assignments: finite numbers >= 0, got {count_LE.min()} to {count_LE.max()}")
+    rows: list[list[int]] = np.rint(count_LE).astype(np.int64).tolist()
+    return rows
+
+
+def _window_vectors(row: Row, window_LR: Any) -> dict[str, list[list[Any]]]:
+    """Per-expert fields that the window's sums say, for all layers at once: ``[L][E]``, padded to the widest layer."""
+    contribution_LE = row.expert(window_LR, "contribution")
+    with np.errstate(divide="ignore", invalid="ignore"):  # no evidence becomes None
+        prob_LE = row.expert(window_LR, "prob") / row.meta(window_LR, "tokens")[:, None]
+        weight_LE = row.expert(window_LR, "contribution_weight")
+        saliency_LE = np.where(weight_LE > 0, contribution_LE / weight_LE, np.nan)
+    return {
+        "prob_mean": evidence_rows(prob_LE),
+        "phi_rows": np.rint(row.expert(window_LR, "phi_rows")).astype(np.int64).tolist(),
+        "contribution": evidence_rows(contribution_LE),
+        "saliency": evidence_rows(saliency_LE),
     }
-    if tokens > 0:
-        fields["prob_mean"] = (row.expert(window, "prob")[:num] / tokens).tolist()
-    if config.coherence.enabled and layer.experts is not None:
-        contribution = row.expert(window, "contribution")[:num]
-        fields["phi_rows"] = np.rint(row.expert(window, "phi_rows")[:num]).astype(np.int64)
-        fields["contribution"] = contribution.tolist()
-        fields["saliency"] = _ratio(contribution, row.expert(window, "contribution_weight")[:num])
+
+
+def _state_vectors(host: Mapping[str, Any]) -> dict[str, list[list[Any]]]:
+    """Per-expert fields of the state, for all layers at once."""
+    seen_LE = host["updates"] > 0
+    clocks = ("phi_fast", "phi_mid", "phi_slow")
+    return {
+        **{name: evidence_rows(np.where(seen_LE, host[name], np.nan)) for name in clocks},
+        "total_tokens_seen": np.rint(host["tokens"]).astype(np.int64).tolist(),
+        "beta": evidence_rows(host["beta"]),
+    }
+
+
+def _vectors_of(layer: Layer, config: ChronoConfig, reads: bool, has_tokens: bool) -> list[str]:
+    """The per-expert fields that are measured in a layer."""
+    names = ["total_tokens_seen"]
+    if has_tokens:
+        names.append("prob_mean")
+    if reads:
+        names += ["phi_rows", "contribution", "saliency", "phi_fast", "phi_mid", "phi_slow"]
+    if config.beta.law != "none" and not layer.native_bias:
+        names.append("beta")
+    return names
+
+
+def _window_numbers(row: Row, window_R: Any) -> dict[str, Any]:
+    compared = float(row.layer(window_R, "compared"))
+    fields: dict[str, Any] = {
+        "tokens": round(float(row.meta(window_R, "tokens"))),
+        "dropped": round(float(row.meta(window_R, "dropped"))),
+        "nonfinite_tokens": round(float(row.meta(window_R, "nonfinite"))),
+        "calls": round(float(row.meta(window_R, "calls"))),
+    }
     if compared > 0:
-        fields["disagreement_js"] = float(row.layer(window, "js")) / compared
-        fields["disagreement_flip"] = float(row.layer(window, "flip")) / compared
-        fields["overlap_only"] = float(row.layer(window, "overlap")) / compared
+        fields["disagreement_js"] = known(float(row.layer(window_R, "js")) / compared)
+        fields["disagreement_flip"] = known(float(row.layer(window_R, "flip")) / compared)
+        fields["overlap_only"] = known(float(row.layer(window_R, "overlap")) / compared)
     return fields
 
 
-def _state_fields(host: Mapping[str, Any], layer: Layer, config: ChronoConfig) -> dict[str, Any]:
-    at, num = layer.layer_id, layer.num_experts
-    fields: dict[str, Any] = {
-        "total_tokens_seen": np.rint(host["tokens"][at, :num]).astype(np.int64),
-        "logit_std": float(host["logit_std"][at]),
-    }
-    if config.coherence.enabled and layer.experts is not None:
-        seen = host["updates"][at, :num] > 0
-        for name in ("phi_fast", "phi_mid", "phi_slow"):
-            fields[name] = [float(v) if s else None for v, s in zip(host[name][at, :num], seen, strict=True)]
+def _state_numbers(host: Mapping[str, Any], layer: Layer, config: ChronoConfig) -> dict[str, Any]:
+    at = layer.layer_id
+    fields: dict[str, Any] = {"logit_std": known(float(host["logit_std"][at]))}
     if config.beta.law != "none" and not layer.native_bias:
-        fields["beta"] = host["beta"][at, :num].tolist()
-        fields["relevance"] = float(host["relevance"][at])
+        fields["relevance"] = known(float(host["relevance"][at]))
     lens = layer.handle.lens
     if lens is not None:
-        fields["lens_scale"] = lens.scale
+        fields["lens_scale"] = known(float(lens.scale))
     return fields

@@ -10,8 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from chronomoe_hf.errors import ConfigError
-from chronomoe_hf.telemetry.events import RoutingEvent, Vector, load_metrics
+from chronomoe_hf.metrics import load_metrics
+from chronomoe_hf.telemetry.events import RoutingEvent, Vector
 from chronomoe_hf.telemetry.values import finite
 
 # Scalars of a layer in a snapshot record, in this order.
@@ -147,7 +150,9 @@ class LayerSnapshot:
         shapes = {(event.n_experts, event.top_k) for event in events}
         if len(shapes) > 1:
             raise ConfigError(f"layer {last.layer_id}: events with different (n_experts, top_k): {sorted(shapes)}")
-        counts = [sum(each) for each in zip(*(event.expert_token_counts for event in events), strict=True)]
+        counts = list(last.expert_token_counts)
+        if len(events) > 1:
+            counts = [sum(each) for each in zip(*(event.expert_token_counts for event in events), strict=True)]
         calls = _sum(event.calls for event in events)
         weights = [float(event.token_count if event.tokens is None else event.tokens) for event in events]
         layer = cls(
@@ -237,11 +242,11 @@ def _merge(events: Sequence[RoutingEvent], name: str, weights: Sequence[Sequence
 
 def _coherence(phi_E: Vector, counts: Sequence[int]) -> tuple[float | None, float | None]:
     """Count-weighted mean and minimum of phi over the experts with evidence."""
-    known = [(phi, count) for phi, count in zip(phi_E, counts, strict=True) if phi is not None and math.isfinite(phi)]
-    if not known:
+    phi_E64, count_E = np.array(phi_E, dtype=np.float64), np.array(counts, dtype=np.float64)  # None becomes NaN
+    known_E = np.isfinite(phi_E64)
+    if not known_E.any():
         return None, None
-    total = sum(count for _, count in known)
-    low = min(phi for phi, _ in known)
-    if total == 0:
-        return sum(phi for phi, _ in known) / len(known), low
-    return sum(phi * count for phi, count in known) / total, low
+    phi_E64, count_E = phi_E64[known_E], count_E[known_E]
+    total = float(count_E.sum())
+    mean = float(phi_E64.mean()) if total == 0.0 else float((phi_E64 * count_E).sum()) / total
+    return mean, float(phi_E64.min())

@@ -1,6 +1,6 @@
 """Numbers on their way in (tensors to plain lists) and out (plain lists to strict JSON).
 
-Shape suffixes: E experts of a layer.
+Shape suffixes: L layers, E experts of a layer.
 """
 
 from __future__ import annotations
@@ -41,6 +41,15 @@ def finite_list(values: Sequence[float | None] | None) -> list[float | int | Non
         rounded_E = np.rint(np.where(ok_E, raw_E, 0.0) * up_E / down_E) * down_E / up_E
     rounded_E = np.where(np.isfinite(rounded_E), rounded_E, raw_E)
     return [value if good else None for value, good in zip(rounded_E.tolist(), ok_E.tolist(), strict=True)]
+
+
+def evidence_rows(value_LE: np.ndarray[Any, Any]) -> list[list[Any]]:
+    """Rows ``[L, E]`` as lists of Python floats; None ("no evidence") for NaN and infinities."""
+    rows: list[list[Any]] = value_LE.tolist()
+    known_LE = np.isfinite(value_LE)
+    for at in np.flatnonzero(~known_LE.all(-1)).tolist():
+        rows[at] = [value if ok else None for value, ok in zip(rows[at], known_LE[at].tolist(), strict=True)]
+    return rows
 
 
 def plain_number(value: Any) -> Any:

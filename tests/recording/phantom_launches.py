@@ -23,34 +23,50 @@ A_LAYER = {"observe": 12, "protect": 25, "balance": 16}
 FIXED, A_STEP = 150, 60
 
 
-def counted(family: str, preset: str | None, layers: int, **coherence: Any) -> dict[str, Any]:
-    """Launches, host reads and uploads of one micro-batch, and of one step, between windows with governance acting."""
-    depth = {"num_layers": 2 * layers, "num_sparse_encoder_layers": layers} if "switch" in family else {}
-    if not depth:
+def counted(
+    family: str, preset: str | None, layers: int, *, last_step: bool = False, **coherence: Any
+) -> dict[str, Any]:
+    """Launches, host reads and uploads of one micro-batch, and of one step, with governance acting.
+
+    Between windows; or in the last step of one, in which the lens's reader is fitted and whose step closes the window.
+    """
+    switch, hits = family == "switch_transformers", []
+    if switch:
+        # Its experts launch one by one, those that have a token. So that these are the same ones in every run: all.
+        depth = {"num_layers": 2 * layers, "num_sparse_encoder_layers": layers, "num_experts": 4}
+    else:
         depth = {"num_hidden_layers": layers}
         if "layer_types" in tiny.FAMILIES[family][2]:
             depth["layer_types"] = ["full_attention"] * layers
     with phantom.device():
         model = tiny.tiny_model(family, **depth)
-        if family != "switch_transformers":
+        if switch:
+            for module in model.modules():
+                if type(module).__name__ == "SwitchTransformersExperts":
+                    module.register_forward_hook(lambda _, given, out: hits.append(every_expert(given[1])))
+        else:
             model.set_experts_implementation("grouped_mm")
         phantom.to_device(model)
-        batch = phantom.to_device(tiny.tiny_batch(family, padded=True))
+        size = {"batch": 8, "length": 64} if switch else {}
+        batch = phantom.to_device(tiny.tiny_batch(family, padded=True, **size))
         system: ChronoSystem | None = None
         if preset is not None:
             config = ChronoConfig.preset(preset, interval=INTERVAL, coherence=CoherenceConfig(**coherence))
             chronomoe_hf.wrap(model, config)
             system = chronomoe_hf.system_of(model)
-            for step in range(1, INTERVAL + 1):
+            for step in range(1, (2 * INTERVAL if last_step else INTERVAL + 1)):
                 model(**batch).loss.backward()
                 system.step(step)
+            assert system.switches.router_input == (last_step and preset == "protect"), "bad test setup"
+        hits.clear()
         model.zero_grad()  # a gradient that is there already costs a launch more
         with phantom.counting() as micro:
             model(**batch).loss.backward()
         with phantom.counting() as stepping:
-            if system is not None:
+            if system is not None and not last_step:
                 assert system.step(INTERVAL + 1) is None, "bad test setup: a window closed"
                 assert preset == "observe" or any(layer.handle.state.beta_on for layer in system.layers)
+    assert all(hits) and switch == bool(hits), "bad test setup: an expert without a token launches nothing"
     reads = sum(micro.reads.values())
     return {
         "launches": micro.total,
@@ -61,20 +77,22 @@ def counted(family: str, preset: str | None, layers: int, **coherence: Any) -> d
     }
 
 
+def every_expert(mask: Any) -> bool:
+    """Whether every expert has a token, by a dispatch mask ``[T, 1, E]`` on the pretend device; counts nothing."""
+    return bool(mask.host.reshape(-1, mask.shape[-1]).any(0).all())
+
+
 @pytest.mark.parametrize("preset", ["observe", "protect", "balance"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_launches_stay_within_the_budget_and_nothing_reads_the_host(family: str, preset: str) -> None:
-    if family == "switch_transformers" and preset != "observe":
-        pytest.skip("its experts launch one by one, as many as have a token: steering changes that number")
     few, many = 2, 4
     plain = {layers: counted(family, None, layers) for layers in (few, many)}
     mine = {layers: counted(family, preset, layers) for layers in (few, many)}
     added = {layers: mine[layers]["launches"] - plain[layers]["launches"] for layers in (few, many)}
     a_layer = (added[many] - added[few]) / (many - few)
     fixed = added[few] - few * a_layer
-    # Switch has an encoder and a decoder, each with a scope of its own; its routers are read with a softmax more.
-    scopes, more = (2, 12) if family == "switch_transformers" else (1, 0)
-    assert 0 < a_layer <= A_LAYER[preset] + more, (a_layer, fixed)
+    scopes = 2 if family == "switch_transformers" else 1  # an encoder and a decoder, each with a scope of its own
+    assert 0 < a_layer <= A_LAYER[preset], (a_layer, fixed)
     assert fixed <= FIXED * scopes, (a_layer, fixed)
     for layers in (few, many):
         if family != "switch_transformers":  # its experts read the host for every expert that has a token
@@ -83,6 +101,22 @@ def test_launches_stay_within_the_budget_and_nothing_reads_the_host(family: str,
         assert mine[layers]["step_reads"] == 0
         assert mine[layers]["step"] <= A_STEP
     assert mine[few]["step"] == mine[many]["step"], "a step costs the same whatever the number of layers"
+
+
+@pytest.mark.parametrize(
+    "family", [each for each in FAMILIES if "switch_transformers" not in getattr(each, "values", ())]
+)
+def test_the_last_step_of_a_window_fits_the_reader_within_the_budget(family: str) -> None:
+    few, many = 2, 4
+    added = {
+        layers: counted(family, "protect", layers, last_step=True)["launches"]
+        - counted(family, None, layers)["launches"]
+        for layers in (few, many)
+    }
+    a_layer = (added[many] - added[few]) / (many - few)
+    between = counted(family, "protect", few)["launches"] - counted(family, None, few)["launches"]
+    assert between < added[few], "bad test setup: nothing was fitted"
+    assert a_layer <= A_LAYER["protect"] and added[few] - few * a_layer <= FIXED, (a_layer, added)
 
 
 def test_reading_every_fourth_micro_batch_costs_a_quarter_of_the_readings() -> None:
@@ -186,12 +220,15 @@ def test_memory_is_bounded_at_a_large_shape(layers: int) -> None:
     adapter = SimpleNamespace(distribution=lambda router, z: z.softmax(-1))
     router: Any = SimpleNamespace(adapter=adapter)
     sums = Sums(layers, experts)
-    scope = ForwardScope(Switches(), ("input_ids", "attention_mask"), None, sums)
-    recorders = [LayerRecorder(i, experts, scope, sums, CoherenceConfig()) for i in range(layers)]
+    scope = ForwardScope(Switches(router_input=True), ("input_ids", "attention_mask"), None, sums)
+    recorders = [LayerRecorder(i, experts, scope, sums, CoherenceConfig(), input_width=width) for i in range(layers)]
     ids = torch.ones(8, tokens // 8, dtype=torch.long)
     with phantom.device() as seen:
         put = phantom.to_device
         rows_AD = put(torch.randn(1, width).expand(tokens * k, width).bfloat16().contiguous())
+        hidden_TD = put(torch.randn(tokens, width).bfloat16())
+        for recorder in recorders:
+            recorder.to_(hidden_TD.device)
         scope.open(True, (put(ids), put(ids)), {})
         before = phantom._Block.alive
         for recorder in recorders:
@@ -199,11 +236,13 @@ def test_memory_is_bounded_at_a_large_shape(layers: int) -> None:
             index_TK = put(torch.rand(tokens, experts).topk(k).indices)
             weight_TK = put(torch.rand(tokens, k).bfloat16())
             sample = recorder.sample(tokens, rows_AD.device)
+            recorder.router_input(hidden_TD)
             recorder.outputs(rows_AD, recorder.slots(sample, k, rows_AD.device), sample, weight_TK, index_TK)
             beta_E = put(torch.randn(experts) * 0.1)
             recorder.routing(router, Routing(logits_TE, index_TK), index_TK, beta_E)
             del logits_TE, index_TK, weight_TK
         scope.close()
         peak = seen.peak + seen.start - before
+    assert all(float(recorder.inputs.cpu()[-4]) == tokens for recorder in recorders), "bad test setup"
     assert peak <= (64 + 3 * layers) * 2**20, f"{peak / 2**20:.1f} MB"
     assert float(sums.on("train", torch.device("phantom", 0)).cpu()[:, :experts].sum()) == layers * tokens * k
