@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,7 +158,27 @@ class OutputBatch:
     divided: bool = False
 
 
-def output_sums(batch: OutputBatch, num_experts: int, width: int, reference: str) -> Tensor:
+class Reading(NamedTuple):
+    """What :func:`output_sums` has worked out on the way, for whoever adds up more.
+
+    Args:
+        rows_GSKD: as in the batch, zero where a slot does not count.
+        hit_GAE: bool, the expert of each slot that counts.
+        gain_GSK: what a row is multiplied with to be the unweighted output; None = 1.
+        output_GED: sum of unweighted outputs, fp32.
+        scale: of the batch.
+    """
+
+    rows_GSKD: Tensor
+    hit_GAE: Tensor
+    gain_GSK: Tensor | None
+    output_GED: Tensor
+    scale: Tensor | float
+
+
+def output_sums(
+    batch: OutputBatch, num_experts: int, width: int, reference: str, more: Callable[[Reading], None] | None = None
+) -> Tensor:
     """Per-expert sums of one reading: phi (token-weighted), rows read, and contribution sum(gate * |y|).
 
     Args:
@@ -165,6 +186,7 @@ def output_sums(batch: OutputBatch, num_experts: int, width: int, reference: str
         num_experts: E of these layers.
         width: E of the widest layer; columns beyond E are zero.
         reference: ``"leave_one_out"`` or ``"mixture"``.
+        more: is shown the reading.
 
     Returns:
         fp32 ``(G, 5 * width)``: what is added to ``Row.outputs``.
@@ -190,6 +212,8 @@ def output_sums(batch: OutputBatch, num_experts: int, width: int, reference: str
     alone = num_k > 1 and reference == "leave_one_out"
     sums = _products if rows_GSKD.device.type != "cpu" else _in_order
     output_GED, reference_GED = sums(rows_GSKD, batch.index_GSK, hit_GAE, gain_GSK, own_GSK, alone)
+    if more is not None:
+        more(Reading(rows_GSKD, hit_GAE, gain_GSK, output_GED, batch.scale))
     phi_GE, has_phi_GE = phase_coherence(output_GED, reference_GED)
     rows_GE = hit_GAE.sum(1, dtype=torch.float32)
     weighed_GE = rows_GE * batch.scale
@@ -225,7 +249,7 @@ def _products(
         other_GAF = torch.ones_like(output_GAE[..., :1])
     else:
         other_GAF = own_GSK.flatten(1)[..., None].to(dtype)
-    product_GFD = _bmm32(torch.cat([output_GAE, other_GAF], dim=-1).mT, rows_GSKD.flatten(1, 2))
+    product_GFD = product32(torch.cat([output_GAE, other_GAF], dim=-1).mT, rows_GSKD.flatten(1, 2))
     output_GED, other_GFD = product_GFD.split([num_experts, other_GAF.shape[-1]], dim=1)
     return output_GED, other_GFD.expand(num_groups, num_experts, width)
 
@@ -256,7 +280,7 @@ def _in_order(
     return output_GED, per_expert(rest_GSKD)
 
 
-def _bmm32(left_GEA: Tensor, right_GAD: Tensor) -> Tensor:
+def product32(left_GEA: Tensor, right_GAD: Tensor) -> Tensor:
     """Batched matrix product, summed and returned in fp32; low-precision operands stay as they are where they may."""
     if left_GEA.dtype == torch.float32:
         return torch.bmm(left_GEA, right_GAD)

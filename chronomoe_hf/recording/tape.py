@@ -172,13 +172,15 @@ class Tape:
     def _sum_outputs(self, mode: Recorded, chunk: OutputChunk) -> None:
         with torch.no_grad(), torch.autocast(chunk.rows_GSKD.device.type, enabled=False):
             for calls, rows_GSKD in _runs(chunk):
+                layer_ids = [call.layer.layer_id for call in calls]
                 value_GC = output_sums(
                     output_batch(calls, rows_GSKD, chunk.sample, chunk.scale, chunk.divided),
                     calls[0].layer.num_experts,
                     self.sums.row.width,
                     calls[0].layer.reference,
+                    self.sums.more(mode, layer_ids),
                 )
-                self.sums.add(mode, [call.layer.layer_id for call in calls], self.sums.row.outputs, value_GC)
+                self.sums.add(mode, layer_ids, self.sums.row.outputs, value_GC)
 
     def _sum_routing(self, mode: Recorded, calls: list[RoutedCall], mask: Any, sample: Sampler) -> None:
         device, num_rows = calls[0].logits_TE.device, calls[0].logits_TE.shape[0]
