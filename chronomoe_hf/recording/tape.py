@@ -147,6 +147,7 @@ class Tape:
             num_tokens, num_k, width = shape
             rows = num_tokens * num_k * width * like.element_size()
             working = rows + self.sums.row.width * (6 * num_tokens * num_k * 2 + 2 * 4 * width)
+            working *= 1 if self.sums.roles is None else 2
             num = max(1, min(self.sums.num_layers, LIMIT // working))
             chunk = OutputChunk(like.new_empty(num, *shape), sample, sample.scale * every, divided)
             self.chunks[key] = chunk

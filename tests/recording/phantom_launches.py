@@ -21,6 +21,7 @@ FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
 # A layer and micro-batch over the untouched model, and what comes once per micro-batch: the promise of the README.
 A_LAYER = {"observe": 12, "protect": 25, "balance": 16}
 FIXED, A_STEP = 150, 60
+ROLES = 35  # a micro-batch, with CoherenceConfig(roles=True)
 
 
 def counted(family: str, preset: str | None, layers: int, **coherence: Any) -> dict[str, Any]:
@@ -85,6 +86,15 @@ def test_launches_stay_within_the_budget_and_nothing_reads_the_host(family: str,
     assert mine[few]["step"] == mine[many]["step"], "a step costs the same whatever the number of layers"
 
 
+def test_roles_cost_what_the_docs_say_and_read_no_host() -> None:
+    off = {layers: counted("qwen3_moe", "observe", layers) for layers in (2, 4)}
+    on = {layers: counted("qwen3_moe", "observe", layers, roles=True) for layers in (2, 4)}
+    added = {layers: on[layers]["launches"] - off[layers]["launches"] for layers in (2, 4)}
+    assert added[2] == added[4] == ROLES, "layers of one shape are summed together"
+    for layers in (2, 4):
+        assert {**on[layers], "launches": 0} == {**off[layers], "launches": 0}, "reads, uploads and steps are the same"
+
+
 def test_reading_every_fourth_micro_batch_costs_a_quarter_of_the_readings() -> None:
     read, skipped = counted("qwen3_moe", "observe", 2, every=1), counted("qwen3_moe", "observe", 2, every=4)
     assert skipped["launches"] < read["launches"] - 20
@@ -141,7 +151,7 @@ def test_no_float_sum_depends_on_the_order_in_which_a_device_adds() -> None:
         model.set_experts_implementation("grouped_mm")
         batch = phantom.to_device({k: v for k, v in tiny.tiny_batch("mixtral").items() if k != "labels"})
         plain = no_atomics(model, batch)
-        chronomoe_hf.wrap(model, ChronoConfig.observe())
+        chronomoe_hf.wrap(model, ChronoConfig.observe(coherence=CoherenceConfig(roles=True)))
         mine = no_atomics(model, batch) - plain
     assert "scatter_add_" in mine, "bad test setup: nothing was counted"
     assert not mine & {"index_add_", "index_put_", "scatter_reduce_", "_index_put_impl_", "bincount", "histc"}
