@@ -17,7 +17,7 @@ from chronomoe_hf.recording.roles import MOMENTS, RoleReading
 MIN_ROWS = 100
 """Rows of an expert read in a window, below which its bimodality and its role say nothing."""
 MIN_SHARED = 30
-"""Tokens that two experts both served in a window, below which their outputs are not compared token by token."""
+"""Tokens that two experts both served lately, below which their outputs are not compared token by token."""
 GAUSSIAN = 2.0 / math.pi
 """Part of the variance that a cut at the mean explains where projections are normally distributed."""
 SIZE, DUPLICATES, TWO_ROLES = 0.01, 0.1, 0.1
@@ -37,7 +37,7 @@ class Pair(NamedTuple):
         first, second: expert ids.
         score: how far they are duplicates, see :class:`Pairs`; None without evidence.
         cosine, centred: cos(r_i, r_j) of the role vectors, as they are and after centring over the layer.
-        agreement: mean of cos(f_i(x), f_j(x)) over the tokens that both served in the window; None below MIN_SHARED.
+        agreement: mean of cos(f_i(x), f_j(x)) over the tokens that both served lately; None below MIN_SHARED.
         shared: part of the second's tokens that the first served too.
     """
 
@@ -126,7 +126,7 @@ class Pairs:
     def get(self, one: int, other: int) -> Pair:
         """One pair, the expert with more rows first."""
         first, second = (one, other) if (-self.rows_E[one], one) <= (-self.rows_E[other], other) else (other, one)
-        rows, together = float(self.rows_E[second]), float(self.reading.pairs_PEE[0, one, other])
+        rows, together = (float(self.reading.pairs_PEE[0, second, at]) for at in (second, first))
         return Pair(
             first,
             second,

@@ -32,7 +32,7 @@ PAIRS = ("together", "cosine")
 """Per pair (i, j), over the tokens read that both serve: their number, and the sum of cos(f_i, f_j), token by token."""
 WINDOW = ("sum_ED", "along_ED", "table_EM", "pair_PEE")
 """What is added up in a window, on each rank by itself until the window closes."""
-KEPT = ("mean_ED", "direction_ED", "offset_E", "updates_E")
+KEPT = ("mean_ED", "direction_ED", "offset_E", "updates_E", "shared_PEE")
 """What moves when a window closes; the same on all ranks."""
 
 
@@ -41,7 +41,8 @@ class RoleReading(NamedTuple):
 
     Args:
         moments_EM: float64, see MOMENTS.
-        pairs_PEE: float64, see PAIRS.
+        pairs_PEE: float64, see PAIRS; of this window and, each weighing ALPHA as much as the one after it, of those
+            before: in a wide layer few tokens of one window are shared by a pair.
         cosine_EE: cos(r_i, r_j) of the role vectors; 0 where either is unknown.
         centred_EE: the same after subtracting the layer's mean role vector.
         updates_E: int64, windows in which the expert had a token read.
@@ -75,6 +76,7 @@ class LayerRoleState:
         self.updates_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.table_EM = torch.zeros(num_experts, len(MOMENTS), dtype=torch.float64, device=device)
         self.pair_PEE = torch.zeros(len(PAIRS), num_experts, num_experts, device=device)
+        self.shared_PEE = torch.zeros_like(self.pair_PEE)
 
     def to_(self, device: torch.device) -> None:
         """Move every tensor."""
@@ -113,8 +115,9 @@ class LayerRoleState:
         unit_ED = turned_ED / length_E.clamp_min(1e-30)[:, None]
         self.direction_ED.copy_(torch.where(turns_E[:, None], unit_ED, self.direction_ED))
         self.offset_E.copy_(torch.where(seen_E, (mean_ED * self.direction_ED).sum(-1), self.offset_E))
+        self.shared_PEE.mul_(ALPHA).add_(self.pair_PEE)
         cosine_EE, centred_EE = _cosines(self.role_vectors(), self.updates_E > 0)
-        parts = [self.table_EM, self.pair_PEE, cosine_EE, centred_EE, self.updates_E]
+        parts = [self.table_EM, self.shared_PEE, cosine_EE, centred_EE, self.updates_E]
         flat = torch.cat([part.double().flatten() for part in parts]).cpu().numpy()
         out = np.split(flat, np.cumsum([part.numel() for part in parts])[:-1])
         table, pair, cosine, centred, updates = (v.reshape(p.shape) for v, p in zip(out, parts, strict=True))

@@ -138,6 +138,7 @@ def pair_reading(
     centre = [sum(column) / num for column in zip(*roles, strict=True)]
     centred = [[a - b for a, b in zip(role, centre, strict=True)] for role in roles]
     pairs_PEE = np.zeros((2, num, num))
+    pairs_PEE[0] = pairs_PEE[1] = np.diag(rows)
     for (one, other), (together, total) in shared.items():
         pairs_PEE[:, one, other] = pairs_PEE[:, other, one] = together, total
     table = [[row, 0.0, 0.0, 0.0, 0.0, row] for row in rows]

@@ -72,7 +72,7 @@ def test_roles_are_those_of_a_recount(
             reading, state = readings[-1][layer], system.sums.roles.layers[layer]
             assert reading.moments_EM[:, (0, 1, 5)].tolist() == [[row[i] for i in (0, 1, 5)] for row in recount.moments]
             np.testing.assert_allclose(reading.moments_EM, recount.moments, rtol=2e-3, atol=2e-2)
-            np.testing.assert_allclose(reading.pairs_PEE[0], recount.together)
+            np.testing.assert_allclose(reading.pairs_PEE[0], recount.together, rtol=1e-6)
             np.testing.assert_allclose(reading.pairs_PEE[1], recount.agreement, atol=1e-4)
             np.testing.assert_allclose(state.role_vectors(), recount.role_vectors(), rtol=1e-4, atol=1e-4)
             np.testing.assert_allclose(state.direction_ED, recount.direction, atol=2e-3)

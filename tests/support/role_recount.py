@@ -60,15 +60,15 @@ class RoleRecount:
         self.mean = [[0.0] * width for _ in range(num)]
         self.updates = [0] * num
         self.moments: list[list[float]] = []
-        self.together: list[list[float]] = []
-        self.agreement: list[list[float]] = []
+        self.together = [[0.0] * num for _ in range(num)]
+        self.agreement = [[0.0] * num for _ in range(num)]
 
     def close(self, rows: Rows) -> None:
         """Take in all tokens of one window."""
         num = len(self.direction)
         tokens: list[list[list[float]]] = [[] for _ in range(num)]
-        self.together = [[0.0] * num for _ in range(num)]
-        self.agreement = [[0.0] * num for _ in range(num)]
+        self.together = [[ALPHA * value for value in row] for row in self.together]
+        self.agreement = [[ALPHA * value for value in row] for row in self.agreement]
         for ids, given in rows:
             for one, y in zip(ids, given, strict=True):
                 tokens[one].append(y)
