@@ -44,6 +44,7 @@ Key = tuple[Kind, tuple[int, ...]]
 KINDS = ("merge", "split", "spawn")
 OVERLOADED = 1.5
 """Multiple of its fair share from which an expert counts as overloaded."""
+UNREAD = "no roles: no expert output was read for them (compiled graphs are not)"
 TOP = 5  # pairs and experts of a layer that a snapshot record names
 
 
@@ -80,7 +81,7 @@ class Proposal:
         return {
             "run_id": self.run_id,
             "step": self.step,
-            "proposal": self.kind,
+            ("event" if self.kind == "basin" else "proposal"): self.kind,
             "layer_id": self.layer_id,
             "experts": list(self.experts),
             "expert_ids": [expert_name(self.layer_id, expert) for expert in self.experts],
@@ -156,7 +157,10 @@ class RoleObserver:
         out: list[Proposal] = []
         for layer in snapshot.layers:
             reading = readings.get(layer.layer_id)
-            if reading is None or layer.shares is None:
+            if layer.shares is None:
+                continue
+            if reading is None:
+                layer.notes.append(UNREAD)
                 continue
             memory = self._layers.setdefault(layer.layer_id, _LayerMemory())
             seen = self._see(layer, layer.shares, reading)

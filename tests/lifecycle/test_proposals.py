@@ -18,7 +18,7 @@ from support.plans import digest, keeping
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.config import CoherenceConfig, LifecycleConfig
-from chronomoe_hf.errors import StateCorruptError
+from chronomoe_hf.errors import LifecycleError, StateCorruptError
 from chronomoe_hf.lifecycle import LifecycleCoordinator, layer_specs, measure
 from chronomoe_hf.lifecycle.live import live_layers
 from chronomoe_hf.lifecycle.masking import mask_experts
@@ -128,6 +128,8 @@ def test_a_healthy_model_gives_no_proposal() -> None:
         assert energy["size"] == pytest.approx(SIZE * models.NUM_EXPERTS) and energy["duplicates"] == 0.0
         assert energy["total"] == pytest.approx(energy["incoherence"] + energy["size"] + energy["two_roles"])
         assert layer.roles["history"] == {"basin": 0, "windows": 6, "left": None, "known": 1}
+    assert system.lifecycle.roles.evaluate(system.last_snapshot, {}) == []
+    assert all("no roles" in layer.notes[-1] for layer in system.last_snapshot.layers)
 
 
 def test_little_evidence_neither_makes_nor_withdraws_a_proposal() -> None:
@@ -153,7 +155,7 @@ def test_what_no_longer_holds_is_withdrawn_and_another_load_is_an_event(tmp_path
     merges = [record for record in records if record.get("proposal") == "merge"]
     shared = system.last_snapshot.layers[0].roles["pairs"]
     assert shared and (merges[-1]["state"], merges[-1]["step"]) in {("withdrawn", 18), ("withdrawn", 20)}
-    moved = [record for record in records if record.get("proposal") == "basin" and record["layer_id"] == 0]
+    moved = [record for record in records if record.get("event") == "basin" and record["layer_id"] == 0]
     assert [(record["step"], record["evidence"]["basin"], record["evidence"]["left"]) for record in moved] == [
         (18, 1, 0)
     ]
@@ -249,3 +251,15 @@ def test_the_effect_of_a_merge_is_that_of_a_model_merged_by_hand() -> None:
         int(b["labels"][:, 1:].numel()) for b in held_out
     )
     assert effect.delta_loss == pytest.approx(losses[1] - losses[0], rel=1e-3) and abs(effect.delta_loss) > 1e-3
+
+
+def test_weights_that_cannot_be_told_apart_are_named_and_the_rest_is_measured() -> None:
+    model, system = trained(equal_experts, windows=8)
+    experts = model.model.layers[0].mlp.experts
+    experts.scale = torch.nn.Parameter(torch.ones(3))  # belongs to no single expert
+    (record,) = measure_proposals(system, model, [words(100, models.VOCAB)])
+    assert [edit["measured"] for edit in record["edits"]] == [False, True, True]
+    assert "cannot be told apart" in record["edits"][0]["reason"]
+    del experts.scale
+    with pytest.raises(LifecycleError, match="offloaded"):
+        own_expert_tensors(live_layers(models.tiny_model("mixtral").to("meta"))[0])

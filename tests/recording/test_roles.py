@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from support import models
+from support.plans import keeping
 from support.role_recount import RoleRecount, outputs_of
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
-from chronomoe_hf.config import CoherenceConfig
+from chronomoe_hf.config import CheckpointConfig, CoherenceConfig
 from chronomoe_hf.errors import ConfigError, StateCorruptError
+from chronomoe_hf.export.cut_state import cut_state
 from chronomoe_hf.recording.roles import KEPT, WINDOW, RoleReading, RoleState
 from chronomoe_hf.recording.sums import Reading
 
@@ -192,6 +195,40 @@ def test_states_with_and_without_roles_load_into_each_other(tmp_path: Path) -> N
     assert one.sums.roles.layers == {} and one.lifecycle.roles.standing == {}
     run(range(6, 9), one, with_roles)
     assert one.last_snapshot.layers[0].roles is not None
+
+
+def test_layers_that_agree_bring_their_roles_but_not_their_open_window(tmp_path: Path) -> None:
+    model, more = models.tiny_model("mixtral"), models.tiny_model("mixtral", num_hidden_layers=3)
+    system = watched(model)
+    run(range(1, 4), system, model)
+    system.save(tmp_path)
+    coherence = CoherenceConfig(roles=True, max_tokens=None)
+    config = ChronoConfig.observe(
+        interval=INTERVAL, coherence=coherence, checkpoint=CheckpointConfig(allow_partial=True)
+    )
+    other = chronomoe_hf.system_of(chronomoe_hf.wrap(more, config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other.load(tmp_path)
+    assert set(other.sums.roles.layers) == {0, 1}
+    for layer, state in other.sums.roles.layers.items():
+        own = system.sums.roles.layers[layer]
+        assert all(torch.equal(getattr(state, name), getattr(own, name)) for name in KEPT)
+        assert own.sum_ED.any() and not any(each.any() for each in state.window())
+
+
+def test_a_cut_state_leaves_the_roles_behind() -> None:
+    model = models.tiny_model("mixtral")
+    system = watched(model)
+    run(range(1, 4), system, model)
+    state = system.state_dict()
+    tensors, meta = cut_state(state["tensors"], state["meta"], keeping(model, [list(range(6)), list(range(2, 8))]))
+    small = models.tiny_model("mixtral", num_local_experts=6)
+    other = watched(small)
+    other.load_state_dict({"tensors": tensors, "meta": meta})
+    assert other.global_step == 3 and other.sums.roles.layers == {}
+    run(range(4, 6), other, small)
+    assert other.last_snapshot.layers[0].roles is not None
 
 
 @pytest.mark.parametrize(
