@@ -14,38 +14,30 @@ stand the edits that compete with it, and what each would change in the layer's 
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from chronomoe_hf.config import LifecycleConfig
-from chronomoe_hf.lifecycle.layer_evidence import layer_coherence
-from chronomoe_hf.lifecycle.roles import (
-    DUPLICATES,
-    SIZE,
-    TWO_ROLES,
-    FreeEnergy,
-    Pair,
-    Pairs,
-    RoutingHistory,
-    TwoRoles,
-    free_energy,
-    two_roles_of,
+from chronomoe_hf.lifecycle.roles import RoutingHistory
+from chronomoe_hf.lifecycle.seen_roles import (
+    KINDS,
+    Key,
+    Kind,
+    SeenRoles,
+    competing_edits,
+    evidence_for,
+    holding,
+    role_record,
+    unknown,
 )
-from chronomoe_hf.metrics import expert_name, nearly_dead_limit
+from chronomoe_hf.metrics import expert_name
 from chronomoe_hf.recording.roles import RoleReading
-from chronomoe_hf.telemetry.layers import LayerSnapshot
 from chronomoe_hf.telemetry.snapshots import SystemSnapshot
 
 logger = logging.getLogger("chronomoe_hf")
 
-Kind = Literal["merge", "split", "spawn", "basin"]
-Key = tuple[Kind, tuple[int, ...]]
-KINDS = ("merge", "split", "spawn")
-OVERLOADED = 1.5
-"""Multiple of its fair share from which an expert counts as overloaded."""
 UNREAD = "no roles: no expert output was read for them (compiled graphs are not)"
-TOP = 5  # pairs and experts of a layer that a snapshot record names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,31 +96,6 @@ class _LayerMemory:
     history: RoutingHistory = field(default_factory=RoutingHistory)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What one window shows of one layer."""
-
-    layer: LayerSnapshot
-    shares: Sequence[float]
-    pairs: Pairs
-    duplicates: list[Pair]
-    bimodal: list[TwoRoles]
-    energy: FreeEnergy
-
-    @property
-    def idle(self) -> list[int]:
-        """Experts that are dead or nearly so in this window."""
-        limit = nearly_dead_limit(self.layer.n_experts)
-        return [expert for expert, share in enumerate(self.shares) if share < limit]
-
-    @property
-    def overloaded(self) -> list[int]:
-        """Experts with at least OVERLOADED times their fair share, the most loaded first."""
-        limit = OVERLOADED / self.layer.n_experts
-        found = [expert for expert, share in enumerate(self.shares) if share >= limit]
-        return sorted(found, key=lambda expert: (-self.shares[expert], expert))
-
-
 class RoleObserver:
     """Reads the roles of a window and keeps the proposals that follow. Writes nothing but its own memory.
 
@@ -163,9 +130,9 @@ class RoleObserver:
                 layer.notes.append(UNREAD)
                 continue
             memory = self._layers.setdefault(layer.layer_id, _LayerMemory())
-            seen = self._see(layer, layer.shares, reading)
+            seen = SeenRoles.of(layer, layer.shares, reading, self.config)
             basin = self._visit(memory, seen, snapshot)
-            layer.roles = _record(seen, basin)
+            layer.roles = role_record(seen, basin[0])
             out += basin[1]
             if self.config.enabled and layer.sufficient:
                 out += self._propose(memory, seen, snapshot)
@@ -173,16 +140,8 @@ class RoleObserver:
             logger.info("%s", proposal)
         return out
 
-    def _see(self, layer: LayerSnapshot, shares: Sequence[float], reading: RoleReading) -> _Seen:
-        pairs, bimodal = Pairs(reading), two_roles_of(reading)
-        duplicates = pairs.above(self.config.merge_above)
-        two = sum(each.score is not None and each.score > self.config.split_above for each in bimodal)
-        psi = layer_coherence(layer.phi_slow, layer.total_tokens_seen)
-        energy = free_energy(psi, sum(share > 0.0 for share in shares), len(duplicates), two)
-        return _Seen(layer, shares, pairs, duplicates, bimodal, energy)
-
     def _visit(
-        self, memory: _LayerMemory, seen: _Seen, snapshot: SystemSnapshot
+        self, memory: _LayerMemory, seen: SeenRoles, snapshot: SystemSnapshot
     ) -> tuple[dict[str, Any], list[Proposal]]:
         basin, left = memory.history.visit(snapshot.step, seen.shares, float(seen.layer.token_count))
         record = {"basin": basin.basin_id, "windows": basin.windows, "left": left, "known": len(memory.history.basins)}
@@ -200,13 +159,13 @@ class RoleObserver:
         )
         return record, [event]
 
-    def _propose(self, memory: _LayerMemory, seen: _Seen, snapshot: SystemSnapshot) -> list[Proposal]:
+    def _propose(self, memory: _LayerMemory, seen: SeenRoles, snapshot: SystemSnapshot) -> list[Proposal]:
         """Move every proposal of the layer that holds now, or held before."""
-        holding = _holding(seen, self.config, memory.streaks)
+        holds_now = holding(seen, self.config, memory.streaks)
         out = []
-        for kind, experts in [*holding, *(key for key in memory.streaks if key not in holding)]:
-            holds: bool | None = (kind, experts) in holding
-            if not holds and _unknown(kind, experts, seen):
+        for kind, experts in [*holds_now, *(key for key in memory.streaks if key not in holds_now)]:
+            holds: bool | None = (kind, experts) in holds_now
+            if not holds and unknown(kind, experts, seen):
                 holds = None
             for state, streak in _advance(memory.streaks, (kind, experts), holds, self.config.confirmations):
                 proposal = Proposal(
@@ -216,8 +175,8 @@ class RoleObserver:
                     step=snapshot.step,
                     state=state,
                     streak=streak,
-                    evidence=_evidence(kind, experts, seen),
-                    competing=tuple(_competing(kind, experts, seen)),
+                    evidence=evidence_for(kind, experts, seen),
+                    competing=tuple(competing_edits(kind, experts, seen)),
                     run_id=snapshot.run_id,
                 )
                 key = (seen.layer.layer_id, kind, experts)
@@ -273,34 +232,6 @@ def _ids(values: Any) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def _holding(seen: _Seen, config: LifecycleConfig, open_keys: Container[Key]) -> list[Key]:
-    """What holds in this window. An expert is in one merge at most: one that is open already, else the closest.
-
-    A merge's key is in order of ids, since who has more tokens may change.
-    """
-    merges: list[Key] = [("merge", tuple(sorted((pair.first, pair.second)))) for pair in seen.duplicates]
-    found: list[Key] = []
-    taken: set[int] = set()
-    for kind, experts in sorted(merges, key=lambda key: key not in open_keys):
-        if taken.isdisjoint(experts):
-            found.append((kind, experts))
-            taken.update(experts)
-    loaded = seen.overloaded
-    for each in seen.bimodal:
-        if each.score is not None and each.score > config.split_above and each.expert in loaded:
-            found.append(("split", (each.expert,)))
-    return [*found, *(("spawn", (idle, donor)) for idle, donor in zip(seen.idle, loaded, strict=False))]
-
-
-def _unknown(kind: Kind, experts: tuple[int, ...], seen: _Seen) -> bool:
-    """Whether this window has too little evidence to say that a proposal no longer holds."""
-    if kind == "merge":
-        return seen.pairs.get(*experts).score is None
-    if kind == "split":
-        return next(each for each in seen.bimodal if each.expert == experts[0]).score is None
-    return False
-
-
 def _advance(streaks: dict[Key, int], key: Key, holds: bool | None, needed: int) -> list[tuple[str, int]]:
     """Move one proposal; the states that it newly entered, with the streak."""
     if holds is None:
@@ -310,61 +241,3 @@ def _advance(streaks: dict[Key, int], key: Key, holds: bool | None, needed: int)
     streak = streaks[key] = streaks.get(key, 0) + 1
     entered = [("candidate", 1)] if streak == 1 else []
     return [*entered, ("confirmed", streak)] if streak == needed else entered
-
-
-def _evidence(kind: Kind, experts: tuple[int, ...], seen: _Seen) -> dict[str, Any]:
-    known = {
-        "share": [seen.shares[expert] for expert in experts],
-        "n_experts": seen.layer.n_experts,
-        "idle_experts": len(seen.idle),
-        "free_energy": seen.energy._asdict(),
-    }
-    if kind == "merge":
-        return {**seen.pairs.get(*experts)._asdict(), **known}
-    if kind == "split":
-        own = next(each for each in seen.bimodal if each.expert == experts[0])
-        return {**own._asdict(), **known}
-    return known
-
-
-def _competing(kind: Kind, experts: tuple[int, ...], seen: _Seen) -> list[dict[str, Any]]:
-    """The proposal and what else could be done about it."""
-
-    def edit(name: str, ids: Sequence[int], delta: float | None) -> dict[str, Any]:
-        return {"edit": name, "experts": list(ids), "delta_free_energy": delta}
-
-    if kind == "merge":
-        pair = seen.pairs.get(*experts)
-        gone = {expert: _without(expert, seen) for expert in experts}
-        return [
-            edit("merge", (pair.first, pair.second), gone[pair.second]),
-            edit("prune", (pair.second,), gone[pair.second]),
-            edit("prune", (pair.first,), gone[pair.first]),
-        ]
-    if kind == "split":
-        spawns = [edit("spawn", (idle, experts[0]), SIZE) for idle in seen.idle[:1]]
-        return [edit("split", experts, SIZE - TWO_ROLES), *spawns, edit("balance", experts, None)]
-    idle = experts[0]
-    return [
-        edit("spawn", experts, SIZE if seen.shares[idle] == 0.0 else 0.0),
-        edit("prune", (idle,), _without(idle, seen)),
-        edit("balance", (idle,), None),
-    ]
-
-
-def _without(expert: int, seen: _Seen) -> float:
-    """Change of F when an expert goes, with Psi held as it is."""
-    pairs = sum(expert in (pair.first, pair.second) for pair in seen.duplicates)
-    counted = round(seen.energy.two_roles / TWO_ROLES)
-    two = expert in [each.expert for each in seen.bimodal[:counted]]
-    return -SIZE * (seen.shares[expert] > 0.0) - DUPLICATES * pairs - TWO_ROLES * two
-
-
-def _record(seen: _Seen, basin: tuple[dict[str, Any], Any]) -> dict[str, Any]:
-    """The roles of a layer in a snapshot record."""
-    return {
-        "pairs": [pair._asdict() for pair in seen.pairs.top(TOP)],
-        "two_roles": [each._asdict() for each in seen.bimodal[:TOP] if each.score is not None],
-        "free_energy": seen.energy._asdict(),
-        "history": basin[0],
-    }
