@@ -40,6 +40,13 @@ def all_reduce_sum_(flat: Tensor) -> Tensor:
     return flat
 
 
+def all_reduce_max_(flat: Tensor) -> Tensor:
+    """Largest value over ranks, in place. Collective."""
+    if active():
+        dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+    return flat
+
+
 def batch_copies(model: nn.Module) -> int:
     """How many ranks see the same batch: the size of a tensor-parallel group that Transformers set up, else 1.
 

@@ -16,6 +16,7 @@ from chronomoe_hf.coherence import ALPHAS, CoherenceBuffer, read_clocks, update_
 from chronomoe_hf.config import BetaConfig, VetoConfig
 from chronomoe_hf.errors import StepError
 from chronomoe_hf.recording.columns import Row
+from chronomoe_hf.recording.roles import RoleState
 from chronomoe_hf.router.beta_laws import (
     balance_error,
     balance_step,
@@ -54,6 +55,7 @@ class StepState:
         num_experts: E of each layer.
         takes_beta: whether a law on beta acts on each layer; None = on all.
         top_k: k of each layer, for the ceiling of its shares; None = not known.
+        roles: of the experts, where they are kept; not stacked, since widths differ and each lies with its layer.
     """
 
     NAMES = (
@@ -76,10 +78,15 @@ class StepState:
     )
 
     def __init__(
-        self, num_experts: list[int], takes_beta: list[bool] | None = None, top_k: list[int] | None = None
+        self,
+        num_experts: list[int],
+        takes_beta: list[bool] | None = None,
+        top_k: list[int] | None = None,
+        roles: RoleState | None = None,
     ) -> None:
         self.num_experts = num_experts
         self.top_k = top_k
+        self.roles = roles
         self._zones: dict[Any, tuple[Tensor, Tensor]] = {}
         num_layers, width = len(num_experts), max(num_experts)
         self.row = Row(width)
@@ -315,6 +322,8 @@ class StepState:
         """Forget the open window."""
         self.window_LR.zero_()
         self.loss_N.zero_()
+        if self.roles is not None:
+            self.roles.drop_window()
 
     def _steered(self) -> Tensor:
         return torch.stack([self.row.layer(self.window_LR, name) for name in ("topk_differs", "steered_tokens")])

@@ -67,20 +67,18 @@ class ChronoSystem(Savable):
         self.run_id = uuid.uuid4().hex[:12]
         self.global_step = 0
         self.window_steps = 0
-        self.step_state = StepState(
-            [layer.num_experts for layer in layers],
-            [layer.takes_beta for layer in layers],
-            [layer.top_k for layer in layers],
-        )
+        self.sums = layers[0].recorder.sums
+        sizes, top_k = [layer.num_experts for layer in layers], [layer.top_k for layer in layers]
+        self.step_state = StepState(sizes, [layer.takes_beta for layer in layers], top_k, self.sums.roles)
         self.alerts = AlertHistory()
         self.controller = Controller(
             n_layers=len(layers),
-            n_experts_per_layer=[layer.num_experts for layer in layers],
+            n_experts_per_layer=sizes,
             config=config.control,
-            top_k_per_layer=[layer.top_k for layer in layers],
+            top_k_per_layer=top_k,
             floors=config.alerts,
         ).initialize(run_id=self.run_id)
-        self.lifecycle = LifecycleCoordinator(config.lifecycle, n_layers=len(layers))
+        self.lifecycle = LifecycleCoordinator(config, n_layers=len(layers))
         self.records = RunRecords()
         self.last_snapshot: SystemSnapshot | None = None
         self.last_evaluation: SystemSnapshot | None = None
@@ -92,7 +90,6 @@ class ChronoSystem(Savable):
         self.on_unwrap: list[Callable[[], None]] = []  # called after unwrap has taken everything out
         self._stepped: int | None = None
         self._warned_of_repeat = False
-        self.sums = layers[0].recorder.sums
         parts = Parts(self.step_state, layers, self.controller, self.lifecycle, self.alerts, config)
         self.store = StateStore(parts)
         self.host = WindowHost(parts, self.records, type(model).__name__)
@@ -264,6 +261,8 @@ class ChronoSystem(Savable):
         inputs = {layer_id: RouterInputs.from_sums(each) for layer_id, each in sums.items()}
         spread = RouterInputs.spreads(inputs)
         host = state.host()
+        if state.roles is not None:
+            host["roles"] = state.roles.close(state.device, distributed.batch_copies(self.model))
         seen = self.host.evaluate(self._moment(), host, spread, self.lenses)
         self.decisions = [] if seen is None else seen.decisions
         self.prune_decisions.extend([] if seen is None else seen.pruned)

@@ -114,7 +114,9 @@ class WindowHost:
             verdict = self.controller.decide(snapshot, lenses)
             self.controller.accept(verdict)
             pruned = self.lifecycle.evaluate(snapshot) if self.config.lifecycle.enabled else []
-            self.records.window(events, snapshot, verdict.decisions, pruned)
+            roles = self.lifecycle.roles
+            proposals = [] if roles is None else roles.evaluate(snapshot, host.get("roles", {}))
+            self.records.window(events, snapshot, verdict.decisions, [*pruned, *proposals])
         except Exception:
             if self.config.telemetry.on_error == "raise" and not distributed.active():
                 raise

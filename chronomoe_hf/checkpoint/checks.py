@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.checkpoint.manifest import SCHEMA_MINOR, WAY_OUT, is_count, short
+from chronomoe_hf.checkpoint.role_tensors import ROLE, check_roles
 from chronomoe_hf.errors import StateCorruptError
 
 _RUN_ID = re.compile(r"[0-9A-Za-z._-]{1,64}")
@@ -146,7 +147,8 @@ def check_tensors(
     missing = [name for name in live if name not in tensors]
     if missing:
         raise StateCorruptError(f"the saved state lacks {', '.join(missing)}; {WAY_OUT}")
-    unknown = [name for name in tensors if name not in live and not LENS.fullmatch(str(name))]
+    known = (LENS, ROLE)
+    unknown = [name for name in tensors if name not in live and not any(each.fullmatch(str(name)) for each in known)]
     if unknown and not (is_count(minor) and minor > SCHEMA_MINOR):
         raise StateCorruptError(f"the saved state holds tensors that no state has: {short(sorted(unknown))}; {WAY_OUT}")
     for name, value in live.items():
@@ -156,6 +158,7 @@ def check_tensors(
         match = LENS.fullmatch(str(name))
         if match is not None and int(match[1]) >= len(num_experts):
             raise StateCorruptError(f"the saved state has {name} for {len(num_experts)} layers; {WAY_OUT}")
+    check_roles(tensors, num_experts)
     for layer in range(len(num_experts)):
         _check_lens(layer, {part: tensors.get(f"lens.{layer}.{part}") for part in ("V", "U", "scale")})
 

@@ -21,6 +21,7 @@ from chronomoe_hf.checkpoint.checks import check_meta, check_tensors
 from chronomoe_hf.checkpoint.fingerprint import check_layers
 from chronomoe_hf.checkpoint.in_force import in_force
 from chronomoe_hf.checkpoint.manifest import WAY_OUT, short
+from chronomoe_hf.checkpoint.role_tensors import load_roles, packed
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import Controller
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateError
@@ -80,6 +81,7 @@ class Position:
 def pack(parts: Parts, position: Position) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state as CPU tensors by name and a JSON-ready mapping."""
     tensors = {name: value.cpu() for name, value in parts.step_state.state_dict().items()}
+    tensors |= packed(parts.step_state.roles)
     for layer in parts.layers:
         if layer.handle.lens is not None:
             saved = layer.handle.lens.state_dict()
@@ -152,6 +154,10 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Po
             lens.load_state_dict(saved)
         elif lens is not None:
             lens.set_scale(0.0)
+    copies = distributed.batch_copies(parts.layers[0].root)
+    load_roles(parts.step_state.roles, used.tensors, pairs, copies, whole)
+    if parts.step_state.roles is None and any(name.startswith("role.") for name in tensors):
+        used.unused.append("the roles of experts (coherence.roles is False)")
     _warn_of_other_settings(parts.config, meta.get("config"), used.unused)
     return Position(
         step=int(meta["step"]),

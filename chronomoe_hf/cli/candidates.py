@@ -24,12 +24,13 @@ def candidates(
     everything: Annotated[bool, typer.Option("--all", help="Withdrawn cases too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Experts that could be pruned, by the run's own evidence; a dry run, no weight was touched."""
+    """Experts that could be pruned, merged or split, by the run's own evidence; a dry run, no weight was touched."""
     directory = records_directory(run_dir)
-    name, found = read(directory, run)
+    name, found, proposals = read(directory, run)
     kept = [case for case in found if everything or case["state"] != "withdrawn"]
+    proposals = [each for each in proposals if everything or each["state"] != "withdrawn"]
     if as_json:
-        print_json({"run": name, "dry_run": True, "candidates": kept})
+        print_json({"run": name, "dry_run": True, "candidates": kept, "proposals": proposals})
         return
     screen = console()
     screen.print(f"{name}: {len(kept)} experts with a case against them (a dry run)")
@@ -44,16 +45,28 @@ def candidates(
             f"{_short(case['share'], '.4f'):>6} {_short(case['phi_slow'], '.2f'):>6} {rank:>7}",
             soft_wrap=True,
         )
+    if proposals:
+        screen.print(f"{len(proposals)} proposals from roles; below each, edits and their rise of the loss")
+        screen.print(f"{'layer':>5}  {'proposal':<8} {'experts':<9} {'state':<9} {'since':>6} {'score':>5}")
+    for each in proposals:
+        screen.print(
+            f"{each['layer_id'][:5]:>5}  {each['proposal']:<8} {each['experts'][:9]:<9} {each['state'][:9]:<9} "
+            f"{_short(each['step'], '.0f'):>6} {_short(each['score'], '.2f'):>5}",
+            soft_wrap=True,
+        )
+        for name in each["competing"]:
+            screen.print(f"         {name[:40]:<40} {_short(each['measured'].get(name), '+.5f'):>9}", soft_wrap=True)
 
 
-def read(directory: Any, name: str | None) -> tuple[str, list[dict[str, Any]]]:
-    """The last word on every case of a run, in order of layer and expert.
+def read(directory: Any, name: str | None) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+    """The last word on every case and on every proposal of a run, in order of layer and expert.
 
     Raises:
         TelemetryError: no such run.
     """
     from chronomoe_hf.telemetry.cases import last_cases
-    from chronomoe_hf.telemetry.reader import read_jsonl, read_last
+    from chronomoe_hf.telemetry.reader import EFFECTS, read_jsonl, read_last
+    from chronomoe_hf.telemetry.role_records import last_proposals
     from chronomoe_hf.telemetry.windows import plain_text
 
     last = read_last(directory / "snapshots.jsonl", 1, name=name)
@@ -61,7 +74,8 @@ def read(directory: Any, name: str | None) -> tuple[str, list[dict[str, Any]]]:
         known = ", ".join(plain_text(run.name, 80) for run in last.history.runs) or "none yet"
         raise TelemetryError(f"no such run in {directory}; it holds {known}")
     records, _ = read_jsonl(directory / DECISIONS, run=last.run)
-    return plain_text(last.run.name, 80), last_cases(records)
+    effects, _ = read_jsonl(directory / f"{EFFECTS}.jsonl", run=last.run)
+    return plain_text(last.run.name, 80), last_cases(records), last_proposals(records, effects)
 
 
 def _short(value: float | None, form: str) -> str:

@@ -23,15 +23,20 @@ class CoherenceConfig(ConfigBase):
         every: read expert outputs in every n-th micro-batch only; what is read counts n-fold, so that sums stay
             estimates of all. The fastest clock has a half-life of 7 steps: 4 changes little. Evaluation is read
             in full, and so is every forward of a compiled graph.
+        roles: also keep the mean direction of every expert's outputs, and look for experts that are near-duplicates or
+            serve two kinds of tokens (docs/lifecycle.md, "Roles and proposals"). Costs device memory of 16 L E D + 16 L
+            E^2 bytes, and as much in every checkpoint. Compiled graphs are not read for it.
     """
 
     enabled: bool = True
     max_tokens: int | None = 256
     reference: Literal["leave_one_out", "mixture"] = "leave_one_out"
     every: int = 1
+    roles: bool = False
 
     def _check(self) -> None:
         positive("coherence.every", self.every)
+        require(self.enabled or not self.roles, "coherence.roles reads expert outputs, but coherence.enabled is False")
         if self.max_tokens is not None:
             positive("coherence.max_tokens", self.max_tokens)
 
@@ -88,6 +93,10 @@ class LifecycleConfig(ConfigBase):
         split: ``"start"`` **rewrites idle experts** when training begins (not on a resume): copies of busy ones, see
             :func:`chronomoe_hf.lifecycle.plan_split`. Only ``ChronoConfig.revive()`` and configs built from parts.
         split_batches: training batches per process that it reads for that.
+        merge_above: a pair of experts whose role vectors agree this well (cosine, before and after centring) is
+            proposed for a merge; needs ``coherence.roles``.
+        split_above: an overloaded expert with this bimodality, in [0, 1], is proposed for a split; needs
+            ``coherence.roles``.
     """
 
     enabled: bool = True
@@ -103,6 +112,8 @@ class LifecycleConfig(ConfigBase):
     measure_controls: int = 3
     split: Literal["off", "start"] = "off"
     split_batches: int = 8
+    merge_above: float = 0.9
+    split_above: float = 0.5
 
     def _check(self) -> None:
         for name in ("prune_threshold", "starvation_threshold"):
@@ -116,6 +127,8 @@ class LifecycleConfig(ConfigBase):
         positive("lifecycle.measure_batches", self.measure_batches)
         positive("lifecycle.split_batches", self.split_batches)
         between("lifecycle.measure_controls", self.measure_controls, 0, math.inf)
+        between("lifecycle.merge_above", self.merge_above, -1.0, 1.0)
+        between("lifecycle.split_above", self.split_above, 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ def cut_state(
     """A state as ``system.state_dict()`` or a state file has it, for the model that `plan` leaves.
 
     beta, clocks, counters and gains move with their experts; lenses and the controller's pressures stay, they belong to
-    a layer. What speaks of the old experts as a whole starts afresh: the open window, alerts, lifecycle cases.
+    a layer. What speaks of the old experts as a whole starts afresh: the open window, alerts, lifecycle cases, roles.
 
     Args:
         tensors: by name, on the CPU.
@@ -42,7 +42,7 @@ def cut_state(
         )
     fresh = StepState([len(layer.kept) for layer in plan.layers]).state_dict()
     widest = max(spec.num_experts for spec in plan.specs)
-    out = {name: value for name, value in tensors.items() if name not in fresh}
+    out = {name: value for name, value in tensors.items() if name not in fresh and not name.startswith("role.")}
     for name, empty in fresh.items():
         if name in tensors:
             out[name] = _moved(tensors[name], empty, plan, widest)

@@ -16,6 +16,8 @@ from chronomoe_hf.lifecycle.masking import masked
 from chronomoe_hf.lifecycle.measure import measure
 from chronomoe_hf.lifecycle.plan import PlannedLayer, PrunePlan
 from chronomoe_hf.lifecycle.planner import RANKS, plan_prune, random_plan, worst_plan
+from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
+from chronomoe_hf.lifecycle.proposals import Proposal
 from chronomoe_hf.lifecycle.records import EvidenceSource, LayerSpec
 from chronomoe_hf.lifecycle.refit import RefitReport, refit
 from chronomoe_hf.lifecycle.split import AppliedSplit, apply
@@ -37,6 +39,7 @@ __all__ = [
     "LifecycleCoordinator",
     "MaskEffect",
     "PlannedLayer",
+    "Proposal",
     "PruneDecision",
     "PrunePlan",
     "RefitReport",
@@ -46,6 +49,7 @@ __all__ = [
     "layer_specs",
     "masked",
     "measure",
+    "measure_proposals",
     "plan_prune",
     "plan_split",
     "random_plan",

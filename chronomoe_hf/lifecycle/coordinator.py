@@ -27,6 +27,7 @@ from chronomoe_hf.config import ChronoConfig, LifecycleConfig
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
 from chronomoe_hf.lifecycle.decisions import REASONS, PruneDecision, Reason, State, log_line
 from chronomoe_hf.lifecycle.layer_evidence import LayerEvaluation, at, evidence_of, layer_coherence, prune_threshold
+from chronomoe_hf.lifecycle.proposals import RoleObserver
 from chronomoe_hf.metrics import expert_name
 from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.telemetry.snapshots import SystemSnapshot
@@ -36,6 +37,7 @@ __all__ = ["LifecycleCoordinator", "PruneDecision"]
 logger = logging.getLogger("chronomoe_hf")
 
 STARVING_FRACTION = 0.8  # starvation threshold "auto": this fraction of the layer's own baseline
+NO_ROLES: dict[str, Any] = {"layers": {}, "standing": []}  # of a state that was saved without them
 BASELINE_EVALUATIONS = 3  # evaluations averaged into that baseline
 
 
@@ -58,6 +60,7 @@ class LifecycleCoordinator:
 
     Attributes:
         decisions: every decision so far, oldest first.
+        roles: proposes merges, splits and spawns, with ``coherence.roles`` of a whole ChronoConfig; else None.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class LifecycleCoordinator:
     ) -> None:
         if n_layers is not None and n_layers < 1:
             raise ConfigError(f"LifecycleCoordinator n_layers must be at least 1, got {n_layers}")
+        self.roles: RoleObserver | None = None
         if isinstance(config, ChronoConfig):
+            self.roles = RoleObserver(config.lifecycle) if config.coherence.roles else None
             config = config.lifecycle
         self.config = LifecycleConfig() if config is None else config
         self.n_layers = n_layers
@@ -216,8 +221,9 @@ class LifecycleCoordinator:
         return layer_phi < baseline - (1.0 - STARVING_FRACTION) * abs(baseline)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON: per layer the open cases ``[expert, reason, streak]`` and the coherence baseline."""
+        """Plain JSON: per layer the open cases ``[expert, reason, streak]`` and the coherence baseline; and roles."""
         return {
+            **({} if self.roles is None else {"roles": self.roles.state_dict()}),
             "layers": [
                 {
                     "cases": [[expert, reason, streak] for (expert, reason), streak in sorted(cases.streaks.items())],
@@ -225,7 +231,7 @@ class LifecycleCoordinator:
                     "insufficient": cases.insufficient,
                 }
                 for cases in self._layers
-            ]
+            ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -237,14 +243,15 @@ class LifecycleCoordinator:
         """
         try:
             loaded = [_cases_from(entry) for entry in state["layers"]]
-        except (KeyError, TypeError, ValueError) as error:
+            roles = None if self.roles is None else RoleObserver.from_state(self.config, state.get("roles") or NO_ROLES)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateCorruptError(f"lifecycle state is malformed ({error!r}); use an intact checkpoint") from None
         if self.n_layers is not None and len(loaded) != self.n_layers:
             raise StateMismatchError(
                 f"lifecycle state has {len(loaded)} layers, this model has {self.n_layers}; "
                 "load a checkpoint of this model"
             )
-        self._layers = loaded
+        self._layers, self.roles = loaded, roles
 
 
 def _cases_from(entry: dict[str, Any]) -> _LayerCases:

@@ -22,6 +22,7 @@ from chronomoe_hf.lifecycle.evidence import Evidence
 from chronomoe_hf.lifecycle.live import Batch
 from chronomoe_hf.lifecycle.measure import measure
 from chronomoe_hf.lifecycle.planner import plan_prune
+from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
 
 logger = logging.getLogger("chronomoe_hf")
 EFFECTS = "lifecycle_effects"
@@ -53,6 +54,7 @@ def measure_dry_run(system: Any, model: nn.Module, batches: Iterable[Batch]) -> 
                 controls=config.measure_controls,
                 leave_one_out=_confirmed(system.prune_decisions)[:MAX_CASES],
             )
+            measure_proposals(system, model, held_out)
     except LifecycleError as error:
         logger.warning("[DRY-RUN] step %d: no plan was measured: %s", system.global_step, error)
         return None

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +26,23 @@ from chronomoe_hf.lifecycle.live import Batch, as_batches, forward_arguments, lo
 from chronomoe_hf.lifecycle.masking import ExpertMask, mask_experts
 from chronomoe_hf.lifecycle.plan import PrunePlan
 from chronomoe_hf.lifecycle.planner import random_plan, worst_plan
+from chronomoe_hf.lifecycle.records import LayerSpec
 from chronomoe_hf.patches import find
 from chronomoe_hf.wrapping.discovery import FoundLayer, root_of
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change of a model to measure.
+
+    Args:
+        dropped: layer id -> experts that no token may choose.
+        weights: makes a context in which weights are changed, and given back.
+    """
+
+    dropped: Mapping[int, Sequence[int]]
+    weights: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
 
 _CHUNK = 512  # positions whose distributions over the vocabulary are held at a time
 _SUMS = ("count", "n", "nd", "nd2", "n2d", "n2", "kl", "overlap", "same", "chosen")
@@ -88,6 +105,30 @@ def measure(
     )
 
 
+def measure_edits(
+    model: nn.Module, specs: Sequence[LayerSpec], edits: Sequence[Edit], batches: Iterable[Batch]
+) -> tuple[float, int, list[MaskEffect]]:
+    """Compare the full model with edits of it, one after the other. Collective, as :func:`measure` is.
+
+    Args:
+        model: wrapped or plain; between edits and afterwards it is what it was.
+        specs: its layer table.
+        edits: what to compare.
+        batches: held-out text with labels.
+
+    Returns:
+        Loss of the full model (nats per predicted token), predicted tokens, and the effect of every edit.
+
+    Raises:
+        LifecycleError: as :func:`measure`.
+    """
+    layers = match_layers(model, specs)
+    drops = [[tuple(edit.dropped.get(layer, ())) for layer in range(len(layers))] for edit in edits]
+    sums = _run(model, layers, drops, _checked(model, batches), [edit.weights for edit in edits])
+    full = dict(zip(_SUMS, sums[0], strict=True))
+    return full["nd"] / full["n"], round(full["n"]), [_effect(row) for row in sums[1:]]
+
+
 def _checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
     out = as_batches(batches, "measure")
     for batch in out:
@@ -105,9 +146,14 @@ def _checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
 
 
 def _run(
-    model: nn.Module, layers: Sequence[FoundLayer], drops: Sequence[Sequence[tuple[int, ...]]], batches: list[Batch]
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    drops: Sequence[Sequence[tuple[int, ...]]],
+    batches: list[Batch],
+    weights: Sequence[Callable[[], AbstractContextManager[Any]]] | None = None,
 ) -> list[list[float]]:
-    """Sums of the full model, then of every set of dropped experts, over all batches and ranks."""
+    """Sums of the full model, then of every set of dropped experts (under its weights), over all batches and ranks."""
+    weights = [contextlib.nullcontext] * len(drops) if weights is None else weights
     inner = uncompiled(model)
     shift = 0 if getattr(getattr(root_of(model), "config", None), "is_encoder_decoder", False) else 1
     total: Tensor | None = None
@@ -118,8 +164,8 @@ def _run(
             with _chosen(layers) as chosen:
                 full_BSV = _logits(inner, arguments, shift)
             rows = [_full_sums(full_BSV, labels_BS)]
-            for dropped in drops:
-                with mask_experts(layers, dropped) as masks, _chosen(layers) as again:
+            for dropped, changed in zip(drops, weights, strict=True):
+                with changed(), mask_experts(layers, dropped) as masks, _chosen(layers) as again:
                     masked_BSV = _logits(inner, arguments, shift)
                 _require_called(layers, masks, dropped)
                 rows.append(_paired_sums(full_BSV, masked_BSV, labels_BS) + _same_experts(chosen, again))

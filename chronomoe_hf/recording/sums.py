@@ -187,7 +187,27 @@ class OutputBatch:
     divided: bool = False
 
 
-def output_sums(batch: OutputBatch, num_experts: int, width: int, reference: str) -> Tensor:
+class Reading(NamedTuple):
+    """What :func:`output_sums` has worked out on the way, for whoever adds up more.
+
+    Args:
+        rows_GSKD: as in the batch, zero where a slot does not count.
+        hit_GAE: bool, the expert of each slot that counts.
+        gain_GSK: what a row is multiplied with to be the unweighted output; None = 1.
+        output_GED: sum of unweighted outputs, fp32.
+        scale: of the batch.
+    """
+
+    rows_GSKD: Tensor
+    hit_GAE: Tensor
+    gain_GSK: Tensor | None
+    output_GED: Tensor
+    scale: Tensor | float
+
+
+def output_sums(
+    batch: OutputBatch, num_experts: int, width: int, reference: str, more: Callable[[Reading], None] | None = None
+) -> Tensor:
     """Per-expert sums of one reading: phi (token-weighted), rows read, and contribution sum(gate * |y|).
 
     Args:
@@ -195,6 +215,7 @@ def output_sums(batch: OutputBatch, num_experts: int, width: int, reference: str
         num_experts: E of these layers.
         width: E of the widest layer; columns beyond E are zero.
         reference: ``"leave_one_out"`` or ``"mixture"``.
+        more: is shown the reading.
 
     Returns:
         fp32 ``(G, 5 * width)``: what is added to ``Row.outputs``.
@@ -219,9 +240,14 @@ def output_sums(batch: OutputBatch, num_experts: int, width: int, reference: str
     contribution_GSK = contribution_GSK.masked_fill(left_out_GSK, 0.0)
     sums = _products if rows_GSKD.device.type != "cpu" else _in_order
     index_GSK = batch.index_GSK
+    mine_GSKD = rows_GSKD if more is None or rows_GSKD.device.type != "cpu" else rows_GSKD.clone()  # it is written into
     output_GED, reference_GED, rows_GE, contribution_GE = sums(
-        rows_GSKD, index_GSK, valid_GSK, gain_GSK, own_GSK, contribution_GSK, num_experts, alone
+        mine_GSKD, index_GSK, valid_GSK, gain_GSK, own_GSK, contribution_GSK, num_experts, alone
     )
+    if more is not None:
+        hit_GAE = index_GSK.flatten(1)[..., None] == torch.arange(num_experts, device=rows_GSKD.device)
+        hit_GAE = hit_GAE & valid_GSK.flatten(1)[..., None]
+        more(Reading(rows_GSKD, hit_GAE, gain_GSK, output_GED, batch.scale))
     phi_GE, has_phi_GE = phase_coherence(output_GED, reference_GED)
     weighed_GE = rows_GE * batch.scale
     evidence_GE = weighed_GE * has_phi_GE
@@ -269,7 +295,7 @@ def _products(
         other_GAF = torch.ones_like(output_GAE[..., :1])
     else:
         other_GAF = own_GSK.flatten(1)[..., None].to(dtype)
-    product_GFD = _bmm32(torch.cat([output_GAE, other_GAF], dim=-1).mT, rows_GSKD.flatten(1, 2))
+    product_GFD = product32(torch.cat([output_GAE, other_GAF], dim=-1).mT, rows_GSKD.flatten(1, 2))
     output_GED, other_GFD = product_GFD.split([num_experts, other_GAF.shape[-1]], dim=1)
     contribution_GE = (hit_GAE * contribution_GSK.flatten(1)[..., None]).sum(1)
     reference_GED = other_GFD.expand(num_groups, num_experts, width)
@@ -320,7 +346,7 @@ def _in_order(
     return output_GED, per_expert(rest_GSKD.view(-1, width)), rows_GE, contribution_GE
 
 
-def _bmm32(left_GEA: Tensor, right_GAD: Tensor) -> Tensor:
+def product32(left_GEA: Tensor, right_GAD: Tensor) -> Tensor:
     """Batched matrix product, summed and returned in fp32; low-precision operands stay as they are where they may."""
     if left_GEA.dtype == torch.float32:
         return torch.bmm(left_GEA, right_GAD)

@@ -152,6 +152,7 @@ class Tape:
             num_tokens, num_k, width = shape
             rows = num_tokens * num_k * width * like.element_size()
             working = rows + self.sums.row.width * (6 * num_tokens * num_k * 2 + 2 * 4 * width)
+            working *= 1 if self.sums.roles is None else 2
             num = max(1, min(self.sums.num_layers, LIMIT // working))
             chunk = OutputChunk(like.new_empty(num, *shape), sample, sample.scale * every, divided)
             self.chunks[key] = chunk
@@ -178,13 +179,15 @@ class Tape:
     def _sum_outputs(self, mode: Recorded, chunk: OutputChunk) -> None:
         with torch.no_grad(), torch.autocast(chunk.rows_GSKD.device.type, enabled=False):
             for calls, rows_GSKD in _runs(chunk):
+                layer_ids = [call.layer.layer_id for call in calls]
                 value_GC = output_sums(
                     output_batch(calls, rows_GSKD, chunk.sample, chunk.scale, chunk.divided),
                     calls[0].layer.num_experts,
                     self.sums.row.width,
                     calls[0].layer.reference,
+                    self.sums.more(mode, layer_ids),
                 )
-                self.sums.add(mode, [call.layer.layer_id for call in calls], self.sums.row.outputs, value_GC)
+                self.sums.add(mode, layer_ids, self.sums.row.outputs, value_GC)
 
     def _sum_routing(self, mode: Recorded, calls: list[RoutedCall], mask: Any, sample: Sampler) -> None:
         device, num_rows = calls[0].logits_TE.device, calls[0].logits_TE.shape[0]

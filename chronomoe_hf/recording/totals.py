@@ -6,7 +6,8 @@ Shape suffixes: L layers, R numbers of one row, G layers of a chunk, C some colu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from chronomoe_hf.recording.columns import Row
 from chronomoe_hf.recording.padding import IGNORED
+from chronomoe_hf.recording.roles import RoleState
+from chronomoe_hf.recording.sums import Reading
 
 Recorded = Literal["train", "eval"]
 
@@ -26,13 +29,15 @@ class Sums:
     Args:
         num_layers: L.
         width: experts of the widest layer.
+        roles: where training adds what roles need; None = nowhere.
 
     Attributes:
         labels: of the running forward, aligned with what is predicted; None where it was given none.
     """
 
-    def __init__(self, num_layers: int, width: int) -> None:
+    def __init__(self, num_layers: int, width: int, roles: RoleState | None = None) -> None:
         self.num_layers = num_layers
+        self.roles = roles
         self.row = Row(width)
         self.parts: dict[Recorded, dict[torch.device, Tensor]] = {"train": {}, "eval": {}}
         self.loss_parts: dict[Recorded, dict[torch.device, Tensor]] = {"train": {}, "eval": {}}
@@ -45,6 +50,12 @@ class Sums:
             part = torch.zeros(self.num_layers, self.row.size, dtype=torch.float64, device=device)
             self.parts[mode][device] = part
         return part
+
+    def more(self, mode: Recorded, layer_ids: Sequence[int]) -> Callable[[Reading], None] | None:
+        """What else a reading of these layers' outputs is shown to."""
+        if self.roles is None or mode != "train":
+            return None
+        return functools.partial(self.roles.add, layer_ids)
 
     def settle(self, devices: set[torch.device], home: torch.device) -> None:
         """Have a pair on each of `devices`, and move what lies elsewhere to `home`."""

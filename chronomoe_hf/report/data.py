@@ -18,11 +18,13 @@ from chronomoe_hf.telemetry.cases import last_cases
 from chronomoe_hf.telemetry.events import COUNTS
 from chronomoe_hf.telemetry.expert_records import read_windows
 from chronomoe_hf.telemetry.reader import DIRECTORY, EFFECTS, LOGS, read_jsonl, read_last, read_lines, read_manifest
+from chronomoe_hf.telemetry.role_records import last_proposals, roles_of
 from chronomoe_hf.telemetry.runs import History, Run
 from chronomoe_hf.telemetry.windows import AlertView, Window, alert_views, number, plain_text, whole
 
 MAX_FRAMES = 100  # windows that the page holds in full; of longer runs an even choice, first and last included
 _FIELDS = (COUNTS, "phi_slow", "beta")
+DECISIONS = "lifecycle_decisions"
 _MAX_JSON = 8 * 2**20  # a larger JSON file beside a run is not looked into for a plan's effect
 _MAX_FILES = 200
 
@@ -61,6 +63,8 @@ class RunData:
         alerts: edges, oldest first.
         cases: last word of the dry-run lifecycle on each expert.
         effects: measured effects of plans.
+        roles: of the newest window, layer by layer; empty where they were not kept.
+        proposals: last word of the dry run on every merge, split and spawn.
         loss: ``(step, training loss)`` as Trainer logged it.
         resumes: ``(attempt, step)``.
         others: names of other runs in the directory.
@@ -83,6 +87,8 @@ class RunData:
     others: list[str]
     broken: int
     profile: dict[str, Any] = field(default_factory=dict)
+    roles: list[dict[str, Any]] = field(default_factory=list)
+    proposals: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def model(self) -> str:
@@ -128,7 +134,7 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
     windows = sorted((w for w in shown if w is not None), key=lambda window: window.step)
     picked = pick(windows)
     alerts = [view for record in read_jsonl(directory / "alerts.jsonl", run=run)[0] for view in alert_views([record])]
-    lifecycle = read_jsonl(directory / "lifecycle_decisions.jsonl", run=run)[0]
+    lifecycle, measured = (read_jsonl(directory / f"{name}.jsonl", run=run)[0] for name in (DECISIONS, EFFECTS))
     return RunData(
         name="" if run is None else plain_text(run.name, 80),
         directory=root,
@@ -139,12 +145,14 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         governing=_governing(directory, history, run),
         alerts=alerts,
         cases=last_cases(lifecycle),
-        effects=[*_effects(root, directory), *_effects_in(read_jsonl(directory / f"{EFFECTS}.jsonl", run=run)[0])],
+        effects=[*_effects(root, directory), *_effects_in(measured)],
         loss=_logged(directory, run) or _loss(root),
         resumes=[] if run is None else list(run.resumes),
         others=[plain_text(r.name, 80) for r in history.runs if run is None or r.name != run.name],
         broken=broken + len(shown) - len(windows),
         profile=_json(directory / "profile.json") or {},
+        roles=roles_of(records[-1]) if records else [],
+        proposals=last_proposals(lifecycle, measured),
     )
 
 

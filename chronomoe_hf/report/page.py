@@ -16,7 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from chronomoe_hf.errors import ChronoError
-from chronomoe_hf.report import figures, figures_acting
+from chronomoe_hf.report import figures, figures_acting, figures_roles
 from chronomoe_hf.report.compare import compare
 from chronomoe_hf.report.data import RunData, load_run
 from chronomoe_hf.report.domains import domain_names, domains
@@ -111,6 +111,7 @@ def sections(run: RunData) -> list[Figure]:
         figures.coherence(run),
         figures_acting.governor(run),
         *figures_acting.lifecycle(run),
+        *figures_roles.roles(run),
         figures_acting.timeline(run),
     ]
 

@@ -74,6 +74,7 @@ class LayerSnapshot:
         coherence_min: lowest phi_slow of an expert.
         observed: the router was called in the window.
         sufficient: enough assignments per expert to judge the layer; otherwise "insufficient evidence".
+        roles: near-duplicate pairs, experts with two roles, basin and free energy (``CoherenceConfig(roles=True)``).
     """
 
     layer_id: int
@@ -118,6 +119,7 @@ class LayerSnapshot:
     observed: bool = True
     sufficient: bool = True
     notes: list[str] = field(default_factory=list)
+    roles: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         total = self.token_count
@@ -196,6 +198,8 @@ class LayerSnapshot:
         }
         record.update({name: finite(getattr(self, name)) for name in LAYER_NUMBERS})
         record["notes"] = list(self.notes)
+        if self.roles is not None:
+            record["roles"] = self.roles
         return record
 
 

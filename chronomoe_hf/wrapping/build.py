@@ -19,6 +19,7 @@ from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.patches import Adapter, probe
 from chronomoe_hf.recording.padding import PadToken
 from chronomoe_hf.recording.recorder import LayerRecorder
+from chronomoe_hf.recording.roles import RoleState
 from chronomoe_hf.recording.scope import ForwardScope, Switches, forward_parameters
 from chronomoe_hf.recording.totals import Sums
 from chronomoe_hf.router.state import HANDLE, RouterHandle, RouterState
@@ -64,7 +65,8 @@ def build_layers(root: nn.Module, config: ChronoConfig, switches: Switches) -> B
     for layer in found:
         for _, module, _ in layer.modules():
             check_swappable(layer.name, module)
-    sums = Sums(len(found), max(layer.adapter.num_experts(layer.router) for layer in found))
+    sizes = [layer.adapter.num_experts(layer.router) for layer in found]
+    sums = Sums(len(found), max(sizes), RoleState(sizes) if config.coherence.roles else None)
     scopes: dict[nn.Module, ForwardScope] = {}
     built = Built([], scopes, {}, [], [])
     for layer_id, layer in enumerate(found):

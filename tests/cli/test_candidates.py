@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from support.made_runs import train_into
+from support.made_runs import run_with_roles, train_into
 from typer.testing import CliRunner
 
 from chronomoe_hf.cli.main import app
 from chronomoe_hf.telemetry import read_jsonl
 from chronomoe_hf.telemetry.cases import last_cases
+from chronomoe_hf.telemetry.role_records import last_proposals
 
 
 def test_the_cases_of_a_real_run(tmp_path: Path) -> None:
@@ -32,6 +33,47 @@ def test_the_cases_of_a_real_run(tmp_path: Path) -> None:
     text = CliRunner().invoke(app, ["candidates", str(tmp_path)]).output
     assert f"{len(last)} experts" in text and text.count("low_observability") == len(last)
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_proposals_of_a_real_run_with_what_was_measured(tmp_path: Path) -> None:
+    run_with_roles(tmp_path)
+    shown = json.loads(CliRunner().invoke(app, ["candidates", str(tmp_path), "--json"]).output)
+    records, _ = read_jsonl(tmp_path / "chronomoe" / "lifecycle_decisions.jsonl")
+    last = {
+        (record["layer_id"], record["proposal"], tuple(record["experts"])): record
+        for record in records
+        if record.get("proposal") in ("merge", "split", "spawn")
+    }
+    standing = {key: record for key, record in last.items() if record["state"] != "withdrawn"}
+    assert standing and len(shown["proposals"]) == len(standing)
+    for each in shown["proposals"]:
+        key = int(each["layer_id"]), each["proposal"], tuple(int(expert) for expert in each["experts"].split())
+        assert (each["state"], each["step"]) == (standing[key]["state"], standing[key]["step"])
+        assert each["score"] == standing[key]["evidence"].get("score")
+    effects, _ = read_jsonl(tmp_path / "chronomoe" / "lifecycle_effects.jsonl")
+    newest = [record for record in effects if record.get("proposal") == "merge" and record["step"] == 8]
+    assert newest, "bad test setup: nothing was measured"
+    measured = [each for each in shown["proposals"] if each["measured"]]
+    rises = sorted(rise for each in measured for rise in each["measured"].values())
+    assert rises == sorted(edit["delta_loss"] for record in newest for edit in record["edits"])
+    text = CliRunner().invoke(app, ["candidates", str(tmp_path)]).output
+    assert f"{len(standing)} proposals" in text and text.count("confirmed") >= len(measured)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_proposals_of_a_stranger_are_text() -> None:
+    good = {"proposal": "merge", "layer_id": 0, "experts": [1, 2], "state": "candidate", "step": 1}
+    odd = [
+        {"proposal": "melt", "layer_id": 0, "experts": [1]},
+        {"proposal": ["merge"], "layer_id": 0},
+        {**good, "layer_id": "\x1b[31m", "experts": "12", "evidence": 3, "competing": [1, {"edit": 2}], "state": None},
+        {**good, "state": "withdrawn", "step": 2, "evidence": {"score": "nan"}},
+    ]
+    effects = [{**good, "edits": [{"edit": "merge", "experts": [1, 2], "delta_loss": 0.5}, {"delta_loss": "x"}, 3]}]
+    found = last_proposals([good, *odd], effects)
+    assert [(each["state"], each["score"]) for each in found] == [("withdrawn", None), ("None", None)]
+    assert found[0]["measured"] == {"merge 1 2": 0.5} and found[1]["layer_id"] == "\\x1b[31m"
+    assert found[1]["competing"] == ["2"]
 
 
 def test_a_withdrawn_case_is_left_out_unless_asked_for() -> None:

@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "lifecycle.md"
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in blocks[:3]:
@@ -28,6 +28,9 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     printed = capsys.readouterr().out
     assert re.search(r"contribution, 6 experts a layer: loss [+-]\d", printed) and "random" in printed
     assert torch.isfinite(names["logits"]).all()
+    exec(compile(blocks[4], str(PAGE), "exec"), names)
+    pair, standing = capsys.readouterr().out.splitlines()
+    assert "'score': " in pair and standing == "{}"
 
 
 def test_the_page_on_splits_runs_and_gives_every_bit_back(capsys: pytest.CaptureFixture[str]) -> None:

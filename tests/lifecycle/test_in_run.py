@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import jobs, models
+from support.made_runs import run_with_roles, train_into
 from support.plans import digest
 from transformers import Trainer, TrainingArguments
 
@@ -76,6 +77,22 @@ def test_an_evaluation_measures_the_plan_of_the_moment_and_changes_nothing(
     again = measure(measured.model, plan_prune(known, keep=0.5), held_out, controls=2)
     assert again.plan.delta_loss == pytest.approx(records[-1]["plan"]["delta_loss"], rel=1e-5)
     assert again.tokens == records[-1]["tokens"]
+
+
+def test_roles_and_their_measured_proposals_change_nothing(tmp_path: Path) -> None:
+    trainer = run_with_roles(tmp_path / "on", lr_scheduler_type="constant")
+    plain = train_into(
+        tmp_path / "off",
+        steps=8,
+        interval=2,
+        arguments={"per_device_train_batch_size": 16, "lr_scheduler_type": "constant"},
+        examples=128,
+    )
+    assert digest(trainer.model) == digest(plain.model)
+    losses = [[entry["loss"] for entry in each.state.log_history if "loss" in entry] for each in (trainer, plain)]
+    assert losses[0] == losses[1] and losses[0]
+    records, _ = read_jsonl(tmp_path / "on" / "chronomoe" / "lifecycle_effects.jsonl")
+    assert {"plan", "edits"} == {name for record in records for name in ("plan", "edits") if name in record}
 
 
 def test_a_plan_that_cannot_be_made_is_said_and_training_goes_on(

@@ -21,6 +21,7 @@ FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
 # A layer and micro-batch over the untouched model, and what comes once per micro-batch: the promise of the README.
 A_LAYER = {"observe": 12, "protect": 25, "balance": 16}
 FIXED, A_STEP = 150, 60
+ROLES = 38  # a micro-batch, with CoherenceConfig(roles=True)
 
 
 def counted(
@@ -119,6 +120,40 @@ def test_the_last_step_of_a_window_fits_the_reader_within_the_budget(family: str
     assert a_layer <= A_LAYER["protect"] and added[few] - few * a_layer <= FIXED, (a_layer, added)
 
 
+def test_roles_cost_what_the_docs_say_and_read_no_host() -> None:
+    off = {layers: counted("qwen3_moe", "observe", layers) for layers in (2, 4)}
+    on = {layers: counted("qwen3_moe", "observe", layers, roles=True) for layers in (2, 4)}
+    added = {layers: on[layers]["launches"] - off[layers]["launches"] for layers in (2, 4)}
+    assert added[2] == added[4] == ROLES, "layers of one shape are summed together"
+    for layers in (2, 4):
+        assert {**on[layers], "launches": 0} == {**off[layers], "launches": 0}, "reads, uploads and steps are the same"
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_roles_on_the_device_are_those_of_the_cpu(top_k: int) -> None:
+    """A device sums with matrix products, a CPU row by row."""
+    found = []
+    with phantom.device():
+        for place in (phantom.to_device, lambda value: value):
+            model = tiny.tiny_model("mixtral", num_experts_per_tok=top_k)
+            model.set_experts_implementation("grouped_mm" if top_k > 1 else "eager")
+            coherence = CoherenceConfig(roles=True, max_tokens=40)
+            chronomoe_hf.wrap(place(model), ChronoConfig.observe(interval=2, coherence=coherence))
+            system = chronomoe_hf.system_of(model)
+            for step in range(1, 6):
+                model(**place(tiny.tiny_batch("mixtral", seed=step, padded=True))).loss.backward()
+                system.step(step)
+            tensors = {n: v.cpu() for n, v in system.state_dict()["tensors"].items() if n.startswith("role.")}
+            found.append((tensors, [layer.roles for layer in system.last_snapshot.layers]))
+    assert found[0][0]["role.1.updates_E"].max() == 2 and found[0][0]["role.1.sum_ED"].any(), "bad test setup"
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(value, found[1][0][name], rtol=1e-2, atol=1e-2)
+    for mine, its in zip(found[0][1], found[1][1], strict=True):
+        assert mine["history"] == its["history"]
+        assert mine["free_energy"]["total"] == pytest.approx(its["free_energy"]["total"], rel=1e-4)
+        assert [pair["first"] for pair in mine["pairs"]] == [pair["first"] for pair in its["pairs"]]
+
+
 def test_reading_every_fourth_micro_batch_costs_a_quarter_of_the_readings() -> None:
     read, skipped = counted("qwen3_moe", "observe", 2, every=1), counted("qwen3_moe", "observe", 2, every=4)
     assert skipped["launches"] < read["launches"] - 20
@@ -175,7 +210,7 @@ def test_no_float_sum_depends_on_the_order_in_which_a_device_adds() -> None:
         model.set_experts_implementation("grouped_mm")
         batch = phantom.to_device({k: v for k, v in tiny.tiny_batch("mixtral").items() if k != "labels"})
         plain = no_atomics(model, batch)
-        chronomoe_hf.wrap(model, ChronoConfig.observe())
+        chronomoe_hf.wrap(model, ChronoConfig.observe(coherence=CoherenceConfig(roles=True)))
         mine = no_atomics(model, batch) - plain
     assert "scatter_add_" in mine, "bad test setup: nothing was counted"
     assert not mine & {"index_add_", "index_put_", "scatter_reduce_", "_index_put_impl_", "bincount", "histc"}

@@ -21,6 +21,16 @@ def train_into(directory: Path, *, steps: int = 6, interval: int = 1, preset: st
     return trainer
 
 
+def run_with_roles(directory: Path, **arguments: Any) -> Any:
+    """A run whose roles are kept, whose every pair may be merged, and whose proposals are measured at evaluations."""
+    config = {
+        "coherence": {"roles": True, "max_tokens": None},
+        "lifecycle": {"merge_above": -1.0, "confirmations": 2, "measure": True, "measure_batches": 2, "keep": 0.5},
+    }
+    arguments = {"eval_strategy": "steps", "eval_steps": 4, "per_device_train_batch_size": 16, **arguments}
+    return train_into(directory, steps=8, interval=2, config=config, arguments=arguments, examples=128)
+
+
 def random_run(
     directory: Path,
     *,
