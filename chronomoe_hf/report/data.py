@@ -17,7 +17,16 @@ from chronomoe_hf.telemetry.arrays import Frame
 from chronomoe_hf.telemetry.cases import last_cases
 from chronomoe_hf.telemetry.events import COUNTS
 from chronomoe_hf.telemetry.expert_records import read_windows
-from chronomoe_hf.telemetry.reader import DIRECTORY, EFFECTS, LOGS, read_jsonl, read_last, read_lines, read_manifest
+from chronomoe_hf.telemetry.reader import (
+    DIRECTORY,
+    EFFECTS,
+    LOGS,
+    SPLITS,
+    read_jsonl,
+    read_last,
+    read_lines,
+    read_manifest,
+)
 from chronomoe_hf.telemetry.role_records import last_proposals, roles_of
 from chronomoe_hf.telemetry.runs import History, Run
 from chronomoe_hf.telemetry.windows import AlertView, Window, alert_views, number, plain_text, whole
@@ -65,6 +74,7 @@ class RunData:
         effects: measured effects of plans.
         roles: of the newest window, layer by layer; empty where they were not kept.
         proposals: last word of the dry run on every merge, split and spawn.
+        splits: ``(step, experts rewritten, layers)`` of every split.
         loss: ``(step, training loss)`` as Trainer logged it.
         resumes: ``(attempt, step)``.
         others: names of other runs in the directory.
@@ -86,6 +96,7 @@ class RunData:
     resumes: list[tuple[int, int]]
     others: list[str]
     broken: int
+    splits: list[tuple[int, int, int]] = field(default_factory=list)
     profile: dict[str, Any] = field(default_factory=dict)
     roles: list[dict[str, Any]] = field(default_factory=list)
     proposals: list[dict[str, Any]] = field(default_factory=list)
@@ -146,6 +157,7 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         alerts=alerts,
         cases=last_cases(lifecycle),
         effects=[*_effects(root, directory), *_effects_in(measured)],
+        splits=_splits(read_jsonl(directory / f"{SPLITS}.jsonl", run=run)[0]),
         loss=_logged(directory, run) or _loss(root),
         resumes=[] if run is None else list(run.resumes),
         others=[plain_text(r.name, 80) for r in history.runs if run is None or r.name != run.name],
@@ -240,6 +252,17 @@ def _effects(*directories: Path) -> list[dict[str, Any]]:
                 effect = _effect(candidate, path.name)
                 if effect is not None:
                     found.append(effect)
+    return found
+
+
+def _splits(records: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
+    """Step, experts rewritten, and layers in which they were; splits that found nothing idle are left out."""
+    found = []
+    for record in records:
+        step, copies, layers = whole(record.get("step")), whole(record.get("copies")), record.get("layers")
+        if step is None or not copies or not isinstance(layers, list):
+            continue
+        found.append((step, copies, sum(isinstance(each, Mapping) and bool(each.get("copies")) for each in layers)))
     return found
 
 

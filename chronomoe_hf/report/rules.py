@@ -158,6 +158,14 @@ STATES: dict[str, Rule] = {
         "Keep the `chronomoe` folder with the checkpoint. Before serving elsewhere, fold what folds into the weights: "
         "`unwrap(model, fold=True)` says how much the routing differs without it.",
     ),
+    "REVIVED": Rule(
+        "fine",
+        "idle experts were rewritten",
+        "Before the first step, idle experts became copies of busy ones.",
+        "The preset `revive`, which says so in its name.",
+        "Compare the loss with a run under `observe`. Experts that idle again need more than a copy: look at the load.",
+        "ChronoConfig.revive()",
+    ),
     "CLEARED": Rule(
         "fine",
         "alerts that are over",

@@ -107,6 +107,9 @@ def _states(run: RunData) -> list[Finding]:
 
 
 def _governing(run: RunData, seen: dict[str, str]) -> None:
+    if run.splits:
+        step, copies, layers = run.splits[-1]
+        seen["REVIVED"] = f"At step {step}, {counted(copies, 'expert')} in {counted(layers, 'layer')} became copies."
     acted = [step for step, now in run.governing.items() if now.acting]
     biased = _is_biased(run)
     if acted or biased:

@@ -18,6 +18,8 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.config import LensConfig
 from chronomoe_hf.errors import ConfigError, LifecycleError
+from chronomoe_hf.report.data import load_run
+from chronomoe_hf.report.verdict import judge
 from chronomoe_hf.telemetry import read_jsonl
 
 CONFIG = ChronoConfig.revive(interval=2)
@@ -67,6 +69,10 @@ def test_a_run_starts_with_copies_and_says_what_it_rewrote(
     assert records[0]["copies"] == sum(len(layer["copies"]) for layer in records[0]["layers"])
     assert bool(records[0]["refits"]) == (k > 1)
     assert any("idle experts of 16 become copies" in record.message for record in caplog.records)
+    told = {finding.key: finding.seen for finding in judge(load_run(tmp_path)).findings}
+    changed = sum(bool(layer["copies"]) for layer in records[0]["layers"])
+    layers = "1 layer" if changed == 1 else f"{changed} layers"
+    assert told["REVIVED"] == f"At step 0, {records[0]['copies']} experts in {layers} became copies."
     system = chronomoe_hf.system_of(model)
     assert system.governed
     seen = system.last_snapshot
