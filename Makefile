@@ -57,11 +57,7 @@ check: $(STAMP)
 docs: $(STAMP)
 	sed -e "s#](docs/#](#g" -e "s#](CHANGELOG.md)#](changelog.md)#" README.md > docs/index.md
 	cp CHANGELOG.md docs/changelog.md
-	printf '# Results\n\nEvery table is written by a script in `benchmarks/`; the notes beside them are not.\n' > docs/results.md
-	for table in launches overhead records balance balance_notes prune_quality prune_quality_notes export_cost; do \
-		printf '\n' >> docs/results.md; sed -e 's/^#/##/' benchmarks/results/$$table.md >> docs/results.md; done
-	cp benchmarks/results/prune_quality.png docs/images/prune_quality.png
-	printf '\n![Rise of the loss at half of the experts](images/prune_quality.png)\n' >> docs/results.md
+	$(BIN)/python benchmarks/results_page.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(STAMP)
