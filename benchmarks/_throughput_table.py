@@ -16,9 +16,10 @@ def _measured(results: dict[str, Any]) -> list[str]:
         "# Balance as throughput",
         "",
         f"Two processes of Transformers' expert parallelism (`DistributedConfig(fsdp_size=2, ep_size=2)`, gloo): a "
-        f"Qwen3-MoE of {shape['layers']} layers with {shape['experts']} experts, k = {shape['top_k']}, width {shape['hidden']}, "
-        f"experts of {shape['width']}, {results['local_experts']} experts on each rank, {results['tokens']:,} tokens a "
-        f"step. The routers of the first rank's experts are turned towards a direction that all embeddings share, by "
+        f"Qwen3-MoE of {shape['layers']} layers with {shape['experts']} experts, k = {shape['top_k']}, "
+        f"width {shape['hidden']}, experts of {shape['width']}, {results['local_experts']} experts on each "
+        f"rank, {results['tokens']:,} tokens a step. The routers of the first rank's experts are turned towards a "
+        "direction that all embeddings share, by "
         f"`skew`. `none` observes, `balance` is the preset; {results['settle']} steps of each, then {results['pairs']} "
         f"pairs of steps that alternate: medians. {results['machine']}; the machine was shared, so that the time of a "
         f"step is noisy; the processor time of the busiest rank is less so. torch {versions['torch']}, transformers "

@@ -1,8 +1,8 @@
 """What balance is worth in time where experts are spread over ranks.
 
 First two processes of Transformers' expert parallelism (gloo): a model whose routers prefer the first rank's experts,
-at several strengths, trained with and without `balance`; time of a step against how uneven the load is. Then a model of a
-step's time on 8 and 64 ranks, fed with the loads of a small model that is fine-tuned on another kind of text.
+at several strengths, trained with and without `balance`; time of a step against how uneven the load is. Then a model of
+a step's time on 8 and 64 ranks, fed with the loads of a small model that is fine-tuned on another kind of text.
 
     python benchmarks/throughput.py [--quick] [--output DIRECTORY]
 """
