@@ -1,4 +1,4 @@
-"""Formulas of the cost table against counts of real processes and real state; the paper table against its own inputs."""
+"""Formulas of the cost table against counts of real processes and real state; the paper table against its inputs."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def test_state_grows_as_the_fit_says(cost: ModuleType) -> None:
         assert (fit["per_width"] > 0) == (preset == "protect"), "only a lens has vectors of the width"
 
 
+@pytest.mark.slow
 def test_the_script_runs_end_to_end(tmp_path: Path) -> None:
     """In a process of its own: the pretend device must be there before the first backward."""
     command = [sys.executable, str(BENCHMARKS / "cost.py"), "--quick", "--output", str(tmp_path)]
