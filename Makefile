@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 ARGS   ?=
 
-.PHONY: help demo test test-slow test-versions check docs format clean
+.PHONY: help demo test test-slow test-versions check docs bench format clean
 
 help:
 	@echo "make demo       the main job: fine-tune a small Mixtral and print its routing verdict (about 5 minutes, 2 cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow  the slow tests"
 	@echo "make test-versions  a reduced suite with older Transformers releases"
 	@echo "make docs       the documentation, built strictly, into build/site"
+	@echo "make bench      the CPU benchmarks again, what differs from the committed tables, docs/results.md (about half an hour)"
 	@echo "make format     rewrite the sources in the project's format"
 	@echo "make clean      remove builds and caches, keep .venv"
 
@@ -59,6 +60,11 @@ docs: $(STAMP)
 	cp CHANGELOG.md docs/changelog.md
 	$(BIN)/python benchmarks/results_page.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Into build/bench; over the committed tables only with RESULTS=benchmarks/results.
+RESULTS ?= build/bench
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench.py --results $(RESULTS) $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
