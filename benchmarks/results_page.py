@@ -78,11 +78,12 @@ def _caption(plot: Path) -> str:
 
 def write(results: Path, docs: Path) -> None:
     """`results.md` and the plots, below `docs`."""
-    images = docs / "images"
-    images.mkdir(parents=True, exist_ok=True)
+    images = docs / "images" / "results"
+    shutil.rmtree(images, ignore_errors=True)
+    images.mkdir(parents=True)
     for plot in results.glob("*.png"):
         shutil.copyfile(plot, images / plot.name)
-    (docs / "results.md").write_text(page(results, images.name), encoding="utf-8")
+    (docs / "results.md").write_text(page(results, "images/results"), encoding="utf-8")
 
 
 def main() -> None:

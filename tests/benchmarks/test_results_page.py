@@ -40,19 +40,19 @@ def test_a_page_is_its_tables_in_order(results_page: ModuleType, tmp_path: Path)
         "## Old notes",
         "## Balance",
         "## Why",
-        "![Balance](images/balance.png)",
-        "![Balance front](images/balance_front.png)",
+        "![Balance](images/results/balance.png)",
+        "![Balance front](images/results/balance_front.png)",
         "## Zebra",
         "# a comment",
-        "![Zebra](images/zebra.png)",
+        "![Zebra](images/results/zebra.png)",
     ]
-    assert (docs / "images" / "balance_front.png").read_bytes() == b"balance_front"
+    assert (docs / "images" / "results" / "balance_front.png").read_bytes() == b"balance_front"
 
 
 def test_the_committed_tables_are_all_on_the_page(results_page: ModuleType) -> None:
-    page = results_page.page(BENCHMARKS / "results", "images")
+    page = results_page.page(BENCHMARKS / "results", "plots")
     for table in (BENCHMARKS / "results").glob("*.md"):
         title = table.read_text("utf-8").strip().splitlines()[0].lstrip("# ")
         assert page.count(f"## {title}\n") == 1, f"{table.name} is not there once"
     for plot in (BENCHMARKS / "results").glob("*.png"):
-        assert page.count(f"](images/{plot.name})") == 1
+        assert page.count(f"](plots/{plot.name})") == 1
