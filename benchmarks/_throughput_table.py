@@ -19,20 +19,22 @@ def _measured(results: dict[str, Any]) -> list[str]:
         f"Qwen3-MoE of {shape['layers']} layers with {shape['experts']} experts, k = {shape['top_k']}, "
         f"width {shape['hidden']}, experts of {shape['width']}, {results['local_experts']} experts on each "
         f"rank, {results['tokens']:,} tokens a step. The routers of the first rank's experts are turned towards a "
-        "direction that all embeddings share, by "
-        f"`skew`. `none` observes, `balance` is the preset; {results['settle']} steps of each, then {results['pairs']} "
-        f"pairs of steps that alternate: medians. {results['machine']}; the machine was shared, so that the time of a "
+        "direction that all embeddings share, by `skew`. `none` observes, `balance` is the preset, `full balance` "
+        'evens out every share (`dead_zone=None, rate=0.3, first_layer="same"`). '
+        f"{results['settle']} small steps of each, then {results['pairs']} rounds of one step of each, the order "
+        "turning: medians. "
+        f"{results['machine']}; the machine was shared, so that the time of a "
         f"step is noisy; the processor time of the busiest rank is less so. torch {versions['torch']}, transformers "
         f"{versions['transformers']}. Written by `benchmarks/throughput.py`, with `throughput.json`.",
         "",
         "| skew | arm | max violation, first step | then | busiest rank over mean | step, s (quartiles) | tokens/s "
-        "| processor time of the busiest rank, s | `none` over `balance`: time | processor time |",
+        "| processor time of the busiest rank, s | `none` over this: time | processor time |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         low, high = row["seconds_quartiles"]
         ratios = [
-            "{1:.2f} ({0:.2f} - {2:.2f})".format(*row[key]) if (key := f"none_over_balance_{name}") in row else ""
+            "{1:.2f} ({0:.2f} - {2:.2f})".format(*row[key]) if (key := f"none_over_this_{name}") in row else ""
             for name in ("seconds", "cpu")
         ]
         lines.append(

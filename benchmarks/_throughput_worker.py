@@ -1,6 +1,6 @@
 """One rank of benchmarks/throughput.py: steps under Transformers' expert parallelism, with and without balance.
 
-Both models come from one checkpoint; their steps alternate. The batch differs from rank to rank (data parallel), the
+All models come from one checkpoint; their steps alternate. The batch differs from rank to rank (data parallel), the
 experts are split between the ranks, and every layer sends each token to the rank that holds its expert.
 
 Legend: L layers, E experts.
@@ -18,18 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from _throughput_model import ARMS, arm_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import chronomoe_hf
-from chronomoe_hf import ChronoConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support import gloo_exit
-
-ARMS = {"none": "observe", "balance": "balance"}
 
 
 def skewed_model(shape: dict[str, int], skew: float) -> Qwen3MoeForCausalLM:
@@ -66,16 +64,16 @@ class Arm:
         size = dist.get_world_size()
         layout = DistributedConfig(fsdp_size=size, ep_size=size)
         self.model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=layout).train()
-        chronomoe_hf.wrap(self.model, ChronoConfig.preset(ARMS[arm], interval=10))
+        chronomoe_hf.wrap(self.model, arm_config(arm))
         self.system = chronomoe_hf.system_of(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
         self.shape, self.steps = shape, 0
 
-    def step(self) -> dict[str, Any]:
-        """One optimizer step; seconds, processor seconds of every rank, and the counts of all ranks together."""
+    def step(self, batch: int) -> dict[str, Any]:
+        """One optimizer step on `batch` sequences a rank: seconds, processor seconds of every rank, counts of all ranks."""
         self.steps += 1
         generator = torch.Generator().manual_seed(1000 * self.steps + dist.get_rank())
-        ids = torch.randint(2, 512, (self.shape["batch"], self.shape["length"]), generator=generator)
+        ids = torch.randint(2, 512, (batch, self.shape["length"]), generator=generator)
         dist.barrier()
         start, start_cpu = time.perf_counter(), time.process_time()
         self.model(input_ids=ids, labels=ids).loss.backward()
@@ -98,16 +96,16 @@ class Arm:
 
 
 def measure(place: Path, shape: dict[str, int], skew: float, settle: int, pairs: int) -> dict[str, Any]:
-    """`settle` steps of each arm, then `pairs` of steps that alternate."""
+    """`settle` steps of each arm on one sequence a rank, then `pairs` rounds of one step of each arm."""
     if dist.get_rank() == 0:
         skewed_model(shape, skew).save_pretrained(place / f"skew{skew}")
     dist.barrier()
     arms = {name: Arm(str(place / f"skew{skew}"), name, shape) for name in ARMS}
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
-    settling = {name: [arm.step()["counts"] for _ in range(settle)] for name, arm in arms.items()}
+    settling = {name: [arm.step(1)["counts"] for _ in range(settle)] for name, arm in arms.items()}
     for pair in range(pairs):
         for name in list(arms) if pair % 2 == 0 else list(reversed(arms)):
-            rows[name].append(arms[name].step())
+            rows[name].append(arms[name].step(shape["batch"]))
     experts = type(arms["none"].model.model.layers[0].mlp.experts).__name__
     local = arms["none"].model.model.layers[0].mlp.experts.num_experts
     return {"skew": skew, "rows": rows, "settling": settling, "experts": experts, "local_experts": local}

@@ -47,16 +47,17 @@ def test_the_fit_finds_the_share_it_was_given(throughput: ModuleType) -> None:
 def test_balance_evens_the_load_of_two_real_ranks(throughput: ModuleType) -> None:
     """Under expert parallelism with data parallel batches: every token counted, the same law on both ranks."""
     shape = throughput.QUICK
-    found = throughput.run_ranks({"shape": shape, "skews": [2.0], "settle": 12, "pairs": 2})[0]
+    found = throughput.run_ranks({"shape": shape, "skews": [2.0], "settle": 40, "pairs": 2})[0]
     assert found["local_experts"] == shape["experts"] // 2, "the experts are not spread over the ranks"
     rows = {row["arm"]: row for row in throughput.summarise(found, 128)}
-    for arm in ("none", "balance"):
+    for arm in ("none", "balance", "full balance"):
         for step in found["rows"][arm]:
             assigned = 2 * shape["batch"] * shape["length"] * shape["top_k"]
             assert [sum(layer) for layer in step["counts"]] == [assigned] * shape["layers"]
     assert rows["none"]["busiest_rank"] > 1.8, "bad test setup: the load is not skewed"
-    assert rows["balance"]["busiest_rank"] < 1.35 and rows["balance"]["max_violation"] < 0.6
-    assert rows["none"]["max_violation"] > 0.9
+    assert rows["full balance"]["busiest_rank"] < 1.35 and rows["full balance"]["max_violation"] < 0.6
+    # The preset leaves shares from 0.7 to 2 fair ones alone (above 0.3 in the first of the two layers).
+    assert rows["full balance"]["busiest_rank"] < rows["balance"]["busiest_rank"] < rows["none"]["busiest_rank"]
 
 
 def test_the_committed_page_is_made_from_the_committed_figures(throughput: ModuleType) -> None:

@@ -105,6 +105,13 @@ def test_numbers_without_a_marker_are_found(claims: ModuleType, text: str, numbe
     assert [number for _, number in claims.unmarked(text)] == numbers
 
 
+def test_a_page_of_settings_allows_no_unit(claims: ModuleType) -> None:
+    known = {("p.md", "*"): "settings", ("p.md", "3 ms"): "a limit"}
+    found = claims.faults_of("a 0.5 and 3 ms and 4 ms", "p.md", known)
+    assert len(found) == 1 and "'4 ms' has no marker" in found[0]
+    assert len(claims.faults_of("a 0.5", "q.md", known)) == 1
+
+
 def test_a_marker_that_breaks_the_page_is_found(claims: ModuleType) -> None:
     assert "may not begin a line" in claims.faults_of("a\n  <!-- results: launches.json x d -->1", "p.md", {})[0]
     assert "cannot be read" in claims.faults_of("a <!-- results: launches.json -->1", "p.md", {})[0]
