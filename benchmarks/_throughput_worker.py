@@ -70,7 +70,7 @@ class Arm:
         self.shape, self.steps = shape, 0
 
     def step(self, batch: int) -> dict[str, Any]:
-        """One optimizer step on `batch` sequences a rank: seconds, processor seconds of every rank, counts of all ranks."""
+        """One optimizer step on `batch` sequences a rank: its time on every rank, and the counts of all ranks."""
         self.steps += 1
         generator = torch.Generator().manual_seed(1000 * self.steps + dist.get_rank())
         ids = torch.randint(2, 512, (batch, self.shape["length"]), generator=generator)

@@ -63,6 +63,6 @@ def test_balance_evens_the_load_of_two_real_ranks(throughput: ModuleType) -> Non
 def test_the_committed_page_is_made_from_the_committed_figures(throughput: ModuleType) -> None:
     results = json.loads((BENCHMARKS / "results" / "throughput.json").read_text("utf-8"))
     assert (BENCHMARKS / "results" / "throughput.md").read_text("utf-8") == throughput.markdown(results)
-    assert results["shape"] == throughput.SHAPE and {row["skew"] for row in results["rows"]} == set(throughput.SKEWS)
+    assert results["shape"] == throughput.SHAPE and {row["skew"] for row in results["rows"]} >= set(throughput.SKEWS)
     assert results["modelled"] == throughput.modelled(results["loads"])
     assert results["fitted_share"] == pytest.approx(throughput.fitted_share(results["rows"]), abs=6e-4)
