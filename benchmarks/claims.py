@@ -99,6 +99,10 @@ class Claim:
         return self.written is not None and self.written.replace("\u2212", "-") == self.wanted
 
 
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
 def pages() -> list[Path]:
     """README and the written pages of docs."""
     return [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in MADE)]
@@ -206,7 +210,7 @@ def claims_of(text: str, page: str, results: Path = RESULTS) -> Iterator[Claim]:
     files: dict[str, Any] = {}
     for match in MARKER.finditer(text):
         file, expression, form, written = match.groups()
-        line = text.count("\n", 0, match.start()) + 1
+        line = _line(text, match.start())
         try:
             if file not in files:
                 files[file] = json.loads((results / file).read_text(encoding="utf-8"))
@@ -226,7 +230,7 @@ def unmarked(text: str) -> list[tuple[int, str]]:
     # A marked number goes with its unit; a marker without a number leaves what follows to be found.
     text = re.sub(rf"{MARKER.pattern}(?:\s?{UNIT}(?!\w))?", blank, CODE.sub(blank, text))
     text = re.sub(r"<!--.*?-->", blank, text, flags=re.S)
-    return [(text.count("\n", 0, m.start()) + 1, re.sub(r"\s+", " ", m[0].strip())) for m in MEASURE.finditer(text)]
+    return [(_line(text, m.start()), re.sub(r"\s+", " ", m[0].strip())) for m in MEASURE.finditer(text)]
 
 
 def allowed() -> dict[tuple[str, str], str]:
@@ -251,8 +255,7 @@ def faults_of(text: str, page: str, known: dict[tuple[str, str], str]) -> list[s
     if text.count("<!-- results:") != len(MARKER.findall(text)):
         wrong.append(f"{page}: a marker cannot be read; see benchmarks/claims.py")
     for match in re.finditer(r"^[ \t>*-]*<!-- results:", text, flags=re.M):
-        line = text.count("\n", 0, match.start()) + 1
-        wrong.append(f"{page}:{line}: a marker may not begin a line: Markdown would end the paragraph there")
+        wrong.append(f"{page}:{_line(text, match.start())}: a marker may not begin a line: it would end the paragraph")
     try:
         for claim in claims_of(text, page):
             if not claim.holds:

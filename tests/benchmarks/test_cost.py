@@ -33,7 +33,7 @@ def committed() -> dict[str, Any]:
     return found
 
 
-def test_bytes_of_two_real_processes_are_the_formulas(cost: ModuleType) -> None:
+def test_bytes_of_two_real_processes_are_the_formulas(cost: ModuleType, committed: dict[str, Any]) -> None:
     rows = cost.collectives()
     assert [(row["layers"], row["experts"], row["hidden"], row["preset"]) for row in rows] == cost.CASES
     for row in rows:
@@ -42,10 +42,12 @@ def test_bytes_of_two_real_processes_are_the_formulas(cost: ModuleType) -> None:
         lens = 8 * layers * (2 * hidden + 4) if row["preset"] == "protect" else 0
         assert row["between"] == row["formula_between"] == [step]
         assert row["window"] == row["formula_window"] == [step + lens, 64, 8 * (2 * layers + 1)]
+    assert rows == committed["collectives"], "run benchmarks/cost.py again"
 
 
-def test_state_grows_as_the_fit_says(cost: ModuleType) -> None:
-    for preset, fit in cost.state().items():
+def test_state_grows_as_the_fit_says(cost: ModuleType, committed: dict[str, Any]) -> None:
+    assert committed["state"] == cost.state(), "the state has changed: run benchmarks/cost.py again"
+    for preset, fit in committed["state"].items():
         assert fit["said"] == pytest.approx(fit["checked"], rel=1e-9), preset
         assert fit["checked"] > 10_000 and fit["per_expert"] > 0
         assert (fit["per_width"] > 0) == (preset == "protect"), "only a lens has vectors of the width"
