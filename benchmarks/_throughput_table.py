@@ -44,7 +44,7 @@ def _measured(results: dict[str, Any]) -> list[str]:
         )
     lines += [
         "",
-        f"Least squares over these rows: a step takes 1 + f (I - 1) of a balanced one, I the load of the busiest rank "
+        f"Least squares within each skew: a step takes 1 + f (I - 1) of a balanced one, I the load of the busiest rank "
         f"over the mean, with f = {results['fitted_share']:.2f} (processor time).",
     ]
     return lines
@@ -73,4 +73,7 @@ def _modelled(results: dict[str, Any]) -> list[str]:
             f"| {row['ranks']} | {size['experts'] // row['ranks']} | {row['arm']} | {row['max_violation']:.2f} "
             f"| {row['load']:.2f} " + "".join(f"| {row['step'][share]:.2f} " for share in shares) + "|"
         )
+    missing = {row["arm"] for row in results["rows"]} - {row["arm"] for row in results["modelled"]}
+    if missing:
+        lines += ["", "Not run for this part: " + ", ".join(f"`{arm}`" for arm in sorted(missing)) + "."]
     return lines

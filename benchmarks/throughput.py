@@ -89,11 +89,19 @@ def summarise(found: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
 
 
 def fitted_share(rows: list[dict[str, Any]]) -> float:
-    """f of 1 + f (I - 1), least squares over the processor time of the busiest rank against its load."""
-    load = torch.tensor([row["busiest_rank"] for row in rows]).double()
-    time = torch.tensor([row["busiest_cpu"] for row in rows]).double()
-    slope = ((load - load.mean()) * (time - time.mean())).sum() / (load - load.mean()).square().sum()
-    return float(slope / (time.mean() + slope * (1 - load.mean())))
+    """f of 1 + f (I - 1), least squares over the processor time of the busiest rank, to 0.001.
+
+    Times are compared within a skew only (over the last arm's): skews ran at different hours of a shared machine.
+    """
+    errors = {}
+    for share in (step / 1000 for step in range(1001)):
+        error = 0.0
+        for row in rows:
+            last = [each for each in rows if each["skew"] == row["skew"]][-1]
+            said = model.relative_step(row["busiest_rank"], share) / model.relative_step(last["busiest_rank"], share)
+            error += (row["busiest_cpu"] / last["busiest_cpu"] - said) ** 2
+        errors[share] = error
+    return min(errors, key=lambda share: errors[share])
 
 
 def modelled(loads: dict[str, Any]) -> list[dict[str, Any]]:

@@ -40,7 +40,11 @@ def test_imbalance_is_its_definition(throughput: ModuleType) -> None:
 
 
 def test_the_fit_finds_the_share_it_was_given(throughput: ModuleType) -> None:
-    rows = [{"busiest_rank": load, "busiest_cpu": 0.7 * (1 + 0.4 * (load - 1))} for load in (1.0, 1.3, 1.9)]
+    rows = [
+        {"skew": skew, "busiest_rank": load, "busiest_cpu": unit * (1 + 0.4 * (load - 1))}
+        for skew, unit in ((0, 0.7), (1, 1.9))
+        for load in (1.9, 1.3, 1.05)
+    ]
     assert throughput.fitted_share(rows) == pytest.approx(0.4)
 
 
