@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 ARGS   ?=
 
-.PHONY: help demo test test-slow test-versions check docs format clean
+.PHONY: help demo test test-slow test-versions check docs bench format clean
 
 help:
 	@echo "make demo       the main job: fine-tune a small Mixtral and print its routing verdict (about 5 minutes, 2 cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow  the slow tests"
 	@echo "make test-versions  a reduced suite with older Transformers releases"
 	@echo "make docs       the documentation, built strictly, into build/site"
+	@echo "make bench      the CPU benchmarks again, what differs from the committed tables, docs/results.md (about half an hour)"
 	@echo "make format     rewrite the sources in the project's format"
 	@echo "make clean      remove builds and caches, keep .venv"
 
@@ -57,12 +58,13 @@ check: $(STAMP)
 docs: $(STAMP)
 	sed -e "s#](docs/#](#g" -e "s#](CHANGELOG.md)#](changelog.md)#" README.md > docs/index.md
 	cp CHANGELOG.md docs/changelog.md
-	printf '# Results\n\nEvery table is written by a script in `benchmarks/`; the notes beside them are not.\n' > docs/results.md
-	for table in launches overhead records balance balance_notes prune_quality prune_quality_notes export_cost; do \
-		printf '\n' >> docs/results.md; sed -e 's/^#/##/' benchmarks/results/$$table.md >> docs/results.md; done
-	cp benchmarks/results/prune_quality.png docs/images/prune_quality.png
-	printf '\n![Rise of the loss at half of the experts](images/prune_quality.png)\n' >> docs/results.md
+	$(BIN)/python benchmarks/results_page.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Into build/bench; over the committed tables only with RESULTS=benchmarks/results.
+RESULTS ?= build/bench
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench.py --results $(RESULTS) $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
