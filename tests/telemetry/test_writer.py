@@ -316,6 +316,7 @@ def test_a_broken_manifest_is_no_manifest(tmp_path):
         "control_decisions",
         "lifecycle_decisions",
         "lifecycle_effects",
+        "lifecycle_splits",
         "alerts",
         "logs",
         "attempts",
