@@ -53,6 +53,7 @@ def wrap(model: Model, config: ChronoConfig | None = None, *, state: str | Path 
         AlreadyWrappedError: wrapped before, with another config.
         NoMoELayersError: nothing routes tokens to experts.
         UnsupportedArchitectureError: every router found is of an unsupported kind; the message says which and why.
+        LifecycleError: ``lifecycle.cut_at`` asks for a cut that this model cannot have. Nothing was changed.
         StateError: `state` cannot be loaded.
         WrapError: MoE layers were added or replaced since it was wrapped, or it holds several wrapped models.
     """
@@ -129,6 +130,7 @@ def unwrap(model: Model, fold: bool = False) -> Model:
         remove_save_hook(module)
     system.close_telemetry()
     del system.model.__dict__[SYSTEM]
+    system.cut.unwrapped()
     for left in list(system.on_unwrap):
         left()
     return model

@@ -82,7 +82,7 @@ def require_agreement(checksum: Tensor, what: str) -> None:
 
 
 def broadcast_object(value: object) -> object:
-    """Rank 0's JSON-like object on every rank. Collective; only at train begin."""
+    """Rank 0's JSON-like object on every rank. Collective; only at train begin and at a cut."""
     if not active():
         return value
     box = [value]

@@ -180,13 +180,16 @@ class Load(NamedTuple):
     load_cv: float | None
 
 
-def load_metrics(counts: Values, k: int) -> Load:
+def load_metrics(counts: Values, k: int, cut: Sequence[int] = ()) -> Load:
     """Every balance metric of one layer, as the functions above give them one by one; sorts the counts once.
 
     Args:
         counts: assignments per expert, length E.
         k: experts per token.
+        cut: experts that are out of the choice: the layer is judged without them.
     """
+    if cut:
+        counts = np.delete(np.asarray(counts, dtype=np.float64), list(cut))
     weight_E = _sorted_weights(counts)
     size, total = weight_E.size, float(weight_E.sum())
     ceiling = max_violation_ceiling(size, k)

@@ -7,6 +7,7 @@ two numbers about the loss (loss tokens, forwards that were given labels).
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class StepState:
         self.top_k = top_k
         self.roles = roles
         self._zones: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._num_choices = list(num_experts)  # without what was cut
         num_layers, width = len(num_experts), max(num_experts)
         self.row = Row(width)
         wide = (num_layers, width)
@@ -268,6 +270,8 @@ class StepState:
             step_LE = balance_step(error_LE, beta.rule)
         mean_L1 = step_LE.mean(-1, keepdim=True) if self._even else step_LE.sum(-1, keepdim=True) / self._num_L1
         step_LE = step_LE - mean_L1
+        if not self._even:
+            step_LE.mul_(self._mask64_LE)
         if self._some_beta:
             gate_LE = self._gate_LE if frozen_L is None else self._mask64_LE * ~frozen_L[:, None]
             self.beta_LE.addcmul_(step_LE, gate_LE, value=beta.rate).clamp_(-beta.balance_cap, beta.balance_cap)
@@ -279,9 +283,29 @@ class StepState:
             return balance_error(count_LE, self._num_L1)
         zone = (beta.dead_zone, beta.first_layer, beta.first_floor)
         if zone not in self._zones:
-            low_L1, high_L1 = zone_bounds(self.num_experts, self.top_k, *zone)
+            low_L1, high_L1 = zone_bounds(self._num_choices, self.top_k, *zone)
             self._zones[zone] = (low_L1.to(self.device), high_L1.to(self.device))
         return zone_error(count_LE, self._num_L1, *self._zones[zone])
+
+    def cut(self, dropped: Sequence[Sequence[int]]) -> None:
+        """Leave experts out of every law: their beta is 0, and the fair share is that of the others.
+
+        Args:
+            dropped: ids per layer; those of an earlier call are forgotten, so that empty lists bring all back.
+        """
+        width = self.mask_LE.shape[-1]
+        mask_LE = torch.arange(width)[None, :] < torch.tensor(self.num_experts)[:, None]
+        for layer, ids in enumerate(dropped):
+            mask_LE[layer, list(ids)] = False
+        self.mask_LE = mask_LE.to(self.device)
+        self._mask64_LE = self.mask_LE.double()
+        self._num_L1 = self._mask64_LE.sum(-1, keepdim=True)
+        self._num_choices = [int(num) for num in mask_LE.sum(-1)]
+        self._zones.clear()
+        self._even = bool(mask_LE.all())
+        self.beta_LE.mul_(self.mask_LE)
+        self.gain_LE.mul_(self.mask_LE)
+        self._gate_LE = (self.mask_LE & ~self.untouched_L[:, None]).double()
 
     def recentre(self, cap: float) -> None:
         """Zero-centre the betas within +-cap, exactly, but for layers that take no beta."""

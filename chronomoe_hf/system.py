@@ -21,6 +21,7 @@ from chronomoe_hf.controller import ControlDecision, Controller, actuate
 from chronomoe_hf.lens.direction import RouterInputs
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
+from chronomoe_hf.lifecycle.cutting import RunCut
 from chronomoe_hf.recording.scope import Switches
 from chronomoe_hf.recording.taking import Taken, take, zero
 from chronomoe_hf.recording.totals import Recorded
@@ -53,6 +54,7 @@ class ChronoSystem(Savable):
         last_evaluation: SystemSnapshot of the last recorded evaluation, or None.
         decisions: ControlDecisions of the last closed window.
         prune_decisions: every lifecycle state change so far.
+        cut: of this run, see ``LifecycleConfig(cut_at=...)``; ``cut.plan`` once it was made.
         global_step: last optimizer step added.
         run_id: of the run.
         records: where its records go.
@@ -90,7 +92,8 @@ class ChronoSystem(Savable):
         self.on_unwrap: list[Callable[[], None]] = []  # called after unwrap has taken everything out
         self._stepped: int | None = None
         self._warned_of_repeat = False
-        parts = Parts(self.step_state, layers, self.controller, self.lifecycle, self.alerts, config)
+        self.cut = RunCut(config, layers, self.step_state, self.alerts)
+        parts = Parts(self.step_state, layers, self.controller, self.lifecycle, self.alerts, self.cut, config)
         self.store = StateStore(parts)
         self.host = WindowHost(parts, self.records, type(model).__name__)
         self.placement = Placement(self.step_state, self.sums, layers)
@@ -165,6 +168,9 @@ class ChronoSystem(Savable):
             self.governed = self.beta_moved = True
         closing = global_step % self.config.interval == 0 and not repeated
         snapshot = self._close_window(global_step, inputs) if closing else None
+        if self.cut.due(global_step) and not repeated:
+            snapshot = snapshot or self.close_window()
+            self.cut.make(self)
         if self.config.beta.law != "none":
             self.step_state.refresh(self.cap)
         self.step_state.publish()
@@ -278,6 +284,7 @@ class ChronoSystem(Savable):
 
     def _reset_window(self, snapshot: SystemSnapshot | None) -> None:
         self.last_snapshot = snapshot or self.last_snapshot
+        self.cut.observe(snapshot)
         self.step_state.close_window()
         self.window_steps = 0
         self.overhead_s = 0.0

@@ -67,6 +67,7 @@ _OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "attempt": (is_count, "a non-negative integer"),
     "world_size": (is_count, "a non-negative integer"),
     "config": (lambda value: isinstance(value, dict), "a table"),
+    "cut": (lambda value: isinstance(value, dict), "a table"),
     "topk_disagreement": (_are(_is_share), "a list of null or numbers in [0, 1]"),
 }
 

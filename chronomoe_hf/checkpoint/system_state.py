@@ -27,6 +27,7 @@ from chronomoe_hf.controller import Controller
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateError
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator
+from chronomoe_hf.lifecycle.cutting import RunCut
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import AlertHistory
 from chronomoe_hf.wrapping.fold import WARN_ABOVE
@@ -46,6 +47,7 @@ class Parts:
         step_state: stacked device state.
         layers: the wrapped layers, with their lenses.
         controller, lifecycle, alerts: host state.
+        cut: experts cut during the run.
         config: settings in force.
     """
 
@@ -54,6 +56,7 @@ class Parts:
     controller: Controller
     lifecycle: LifecycleCoordinator
     alerts: AlertHistory
+    cut: RunCut
     config: ChronoConfig
 
 
@@ -100,6 +103,9 @@ def pack(parts: Parts, position: Position) -> tuple[dict[str, Tensor], dict[str,
         "alerts": parts.alerts.state_dict(),
         "world_size": distributed.world_size(),
     }
+    cut = parts.cut.state_dict()
+    if cut is not None:
+        meta["cut"] = cut
     return tensors, meta
 
 
@@ -146,8 +152,13 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Po
     )
     lenses = {new: _lens_state(used.tensors, old) for old, new in pairs}
     _check_parts(parts, meta, lenses, whole)
+    cut = parts.cut.read(meta.get("cut") if whole else None)
+    if cut.plan is not None and parts.config.lifecycle.cut_at is None:
+        used.unused.append(f"the cut to {cut.plan.num_kept} experts a layer (lifecycle.cut_at is not set)")
+        cut = parts.cut.read(None)
     # Checked: from here on nothing raises.
     window_steps = _load(parts, used.tensors, meta, pairs, whole)
+    parts.cut.load(cut)
     for new, saved in lenses.items():
         lens = parts.layers[new].handle.lens
         if lens is not None and saved:

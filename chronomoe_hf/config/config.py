@@ -85,6 +85,8 @@ class ChronoConfig(ConfigBase):
     def observe(cls, **overrides: Any) -> typing.Self:
         """Telemetry and dry-run lifecycle only: outputs are bit-identical to the unwrapped model's.
 
+        (Until a cut that was asked for with ``lifecycle.cut_at``.)
+
         Fixed: no beta law, no controller, no lens.
         """
         return cls.preset("observe", **overrides)

@@ -75,7 +75,7 @@ class AlertConfig(ConfigBase):
 
 @dataclass(frozen=True, kw_only=True)
 class LifecycleConfig(ConfigBase):
-    """The dry-run lifecycle (SPEC section 6).
+    """The dry-run lifecycle, and the one thing that is more than a dry run: `cut_at` (SPEC section 6).
 
     Args:
         enabled: look for prune candidates at every interval. Weights are never touched.
@@ -87,7 +87,12 @@ class LifecycleConfig(ConfigBase):
         confirmations: consecutive evaluations before a candidate is confirmed.
         measure: at every Trainer evaluation, measure on its batches what pruning to `keep` would cost. Costs
             3 + `measure_controls` forwards of `measure_batches` batches; changes no weight and no loss.
-        keep: fraction of the experts that the measured plan keeps.
+        keep: fraction of the experts that a plan keeps, the measured one and that of `cut_at`.
+        rank: what orders the experts in either, see :func:`~chronomoe_hf.lifecycle.plan_prune`.
+        multiple_of: the number of experts that stay is a multiple of it.
+        cut_at: cut the model during the run: an optimizer step, or a fraction of a Trainer's run in (0, 1). A plan is
+            made from the run's last windows then, and the experts that it drops get no token any more. No weight is
+            changed by that. None = never.
         measure_batches: evaluation batches read per rank.
         measure_controls: random plans of the same size measured beside it.
         split: ``"start"`` **rewrites idle experts** when training begins (not on a resume): copies of busy ones, see
@@ -108,6 +113,9 @@ class LifecycleConfig(ConfigBase):
     confirmations: int = 3
     measure: bool = False
     keep: float = 0.75
+    rank: Literal["contribution", "reap", "frequency", "phi", "random"] = "contribution"
+    multiple_of: int = 1
+    cut_at: int | float | None = None
     measure_batches: int = 16
     measure_controls: int = 3
     split: Literal["off", "start"] = "off"
@@ -124,6 +132,13 @@ class LifecycleConfig(ConfigBase):
             between(f"lifecycle.{name}", getattr(self, name), 0, math.inf)
         positive("lifecycle.confirmations", self.confirmations)
         require(0.0 < self.keep < 1.0, f"lifecycle.keep must be in (0, 1), got {self.keep}")
+        positive("lifecycle.multiple_of", self.multiple_of)
+        step = isinstance(self.cut_at, int) and self.cut_at >= 1
+        require(
+            self.cut_at is None or step or (isinstance(self.cut_at, float) and 0.0 < self.cut_at < 1.0),
+            "lifecycle.cut_at must be an optimizer step (1 or more) or a fraction of the run in (0, 1), got "
+            f"{self.cut_at}",
+        )
         positive("lifecycle.measure_batches", self.measure_batches)
         positive("lifecycle.split_batches", self.split_batches)
         between("lifecycle.measure_controls", self.measure_controls, 0, math.inf)

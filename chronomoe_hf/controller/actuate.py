@@ -239,6 +239,9 @@ def _aim(
     logit_std: float,
 ) -> None:
     weight_ED = distributed.full_weight(layer.adapter.weight(layer.router))
+    if layer.cut:  # the lens moves tokens between the experts that are left
+        kept = [expert for expert in range(layer.num_experts) if expert not in layer.cut]
+        weight_ED, shares = weight_ED[kept], [shares[expert] for expert in kept]
     carry = carried(held, lens.scale, config.lens.memory)
     reader_D = seen.reader_D if config.lens.reader == "ridge" else None  # None reads along the mean input
     lens.aim(seen.mean_D, weight_ED, shares, logit_std or 1.0, config.lens.basis, carry, reader_D)

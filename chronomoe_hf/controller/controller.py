@@ -206,7 +206,7 @@ class Controller:
         self, state: ControlState, seen: _Evidence, top_k: int, fit: bool
     ) -> tuple[policy.Debt, policy.Quota | None, bool]:
         """Add a window with evidence to the state; returns debt, quota and the harm guard's verdict."""
-        config, n_experts = self.config, len(seen.shares)
+        config, n_experts = self.config, len(seen.shares) - len(seen.cut)
         debt = policy.topology_debt(
             n_effective=seen.n_effective,
             top2_share=seen.top2_share,
@@ -216,7 +216,12 @@ class Controller:
             floors=self.floors,
         )
         quota = policy.quota_of(
-            seen.shares, top2_share=seen.top2_share, dead_experts=seen.dead_experts, top_k=top_k, config=config
+            seen.shares,
+            top2_share=seen.top2_share,
+            dead_experts=seen.dead_experts,
+            top_k=top_k,
+            config=config,
+            n_experts=n_experts,
         )
         # The guard watches t, not the plain share: at k = 8 a layer can double its concentration within 0.02.
         top2 = relative_top2(seen.top2_share, top_k)
@@ -234,7 +239,7 @@ class Controller:
             n_effective=seen.n_effective,
             n_experts=n_experts,
             config=config,
-            min_share=min(seen.shares),
+            min_share=min(share for expert, share in enumerate(seen.shares) if expert not in seen.cut),
             fit=fit,
         )
         return debt, quota, harmed
@@ -285,6 +290,7 @@ class _Evidence(NamedTuple):
     n_effective: float
     top2_share: float
     dead_experts: int
+    cut: frozenset[int]
 
 
 def _evidence(layer: LayerSnapshot) -> _Evidence | None:
@@ -293,7 +299,7 @@ def _evidence(layer: LayerSnapshot) -> _Evidence | None:
         return None
     if layer.n_effective is None or layer.top2_share is None or layer.dead_experts is None:
         return None
-    return _Evidence(layer.shares, layer.n_effective, layer.top2_share, layer.dead_experts)
+    return _Evidence(layer.shares, layer.n_effective, layer.top2_share, layer.dead_experts, frozenset(layer.cut))
 
 
 def _by_layer(lenses: Lenses) -> dict[int, Lens]:

@@ -241,12 +241,21 @@ class Quota:
 
 
 def quota_of(
-    shares: Sequence[float], *, top2_share: float, dead_experts: int, top_k: int, config: ControlConfig
+    shares: Sequence[float],
+    *,
+    top2_share: float,
+    dead_experts: int,
+    top_k: int,
+    config: ControlConfig,
+    n_experts: int | None = None,
 ) -> Quota | None:
-    """The emergency quota where t is above `quota_top2` or an expert is dead, else None."""
-    n_experts = len(shares)
+    """The emergency quota where t is above `quota_top2` or an expert is dead, else None.
+
+    `n_experts` is the number of experts that a token can be given to, if some were cut; by default all of `shares`.
+    """
+    n_experts = len(shares) if n_experts is None else n_experts
     if dead_experts == 0 and relative_top2(top2_share, top_k) <= top2_start(config.quota_top2, n_experts, top_k):
         return None
-    dominant = tuple(sorted(range(n_experts), key=lambda expert: (-shares[expert], expert))[:2])
+    dominant = tuple(sorted(range(len(shares)), key=lambda expert: (-shares[expert], expert))[:2])
     fair = 1.0 / n_experts
-    return Quota(dominant, tuple(fair if expert in dominant else 1.0 for expert in range(n_experts)))
+    return Quota(dominant, tuple(fair if expert in dominant else 1.0 for expert in range(len(shares))))

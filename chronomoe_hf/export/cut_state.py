@@ -56,6 +56,7 @@ def cut_state(
         "alerts": AlertHistory().state_dict(),
     }
     cut.pop("topk_disagreement", None)
+    cut.pop("cut", None)  # speaks of the old ids; what it dropped is gone
     return out, cut
 
 

@@ -157,7 +157,9 @@ class LifecycleCoordinator:
             "low_observability": float(self.config.min_tokens),
             "low_coherence": prune_threshold(layer.phi_slow, layer.total_tokens_seen, self.config),
         }
-        for expert in range(layer.n_experts):
+        for key in [key for key in cases.streaks if key[0] in layer.cut]:
+            del cases.streaks[key]  # settled: there is no case against what is gone
+        for expert in sorted(set(range(layer.n_experts)) - set(layer.cut)):
             for reason, threshold in thresholds.items():
                 holds = self._holds(reason, threshold, layer, expert, step, starving)
                 for state, streak in self._advance(cases, (expert, reason), holds):

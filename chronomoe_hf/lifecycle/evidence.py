@@ -64,8 +64,8 @@ class Evidence:
         if not seen:
             raise EvidenceError("the system has recorded no token yet; call system.step(...) after a training step")
         events = [_plain(layer) | {"step": snapshot.step} for snapshot in seen for layer in snapshot.layers]
-        return _assemble(
-            [_spec(layer.table_row()) for layer in system.layers],
+        return assemble(
+            [spec_of(layer.table_row()) for layer in system.layers],
             events,
             kind="system",
             run_id=system.run_id,
@@ -107,8 +107,8 @@ class Evidence:
         if not events:
             raise EvidenceError(f"{path} has no records of mode {chosen!r}; it has {', '.join(sorted(modes))}")
         steps = sorted({int(record["step"]) for record in events})[-windows:]
-        return _assemble(
-            [_spec(row) for row in manifest.get("layers", [])],
+        return assemble(
+            [spec_of(row) for row in manifest.get("layers", [])],
             [record for record in events if record["step"] in steps],
             kind="run",
             run_id=str(manifest.get("run_id", "")),
@@ -196,7 +196,8 @@ def _plain(layer: Any) -> dict[str, Any]:
     return {item.name: getattr(layer, item.name) for item in dataclasses.fields(layer)}
 
 
-def _spec(row: Mapping[str, Any]) -> LayerSpec:
+def spec_of(row: Mapping[str, Any]) -> LayerSpec:
+    """A row of a layer table as a LayerSpec. Raises EvidenceError where it lacks the routing groups."""
     names = [item.name for item in dataclasses.fields(LayerSpec)]
     if "num_groups" not in row:
         raise EvidenceError(
@@ -212,7 +213,7 @@ def _beta_law(manifest: Mapping[str, Any]) -> str:
     return str(beta.get("law", "none")) if isinstance(beta, Mapping) else "none"
 
 
-def _assemble(specs: list[LayerSpec], events: list[dict[str, Any]], **source: Any) -> Evidence:
+def assemble(specs: list[LayerSpec], events: list[dict[str, Any]], **source: Any) -> Evidence:
     """One LayerEvidence per layer from its events, oldest first."""
     by_layer: dict[int, list[dict[str, Any]]] = {spec.layer_id: [] for spec in specs}
     for event in sorted(events, key=lambda event: int(event["step"])):

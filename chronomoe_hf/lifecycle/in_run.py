@@ -39,12 +39,20 @@ def measure_dry_run(system: Any, model: nn.Module, batches: Iterable[Batch]) -> 
         batches: held-out batches with labels; the first `measure_batches` are read.
 
     Returns:
-        The effect; None where there is no evidence, or no such plan, yet (logged).
+        The effect; None where there is no evidence, or no such plan, yet (logged), and once the run was cut.
     """
     config = system.config.lifecycle
+    if system.cut.plan is not None:
+        return None  # decided: the evaluation itself is of the model that was cut
     try:
         known = Evidence.from_system(system)
-        plan = plan_prune(known, keep=config.keep, candidates=system.prune_decisions)
+        plan = plan_prune(
+            known,
+            keep=config.keep,
+            rank=config.rank,
+            multiple_of=config.multiple_of,
+            candidates=system.prune_decisions,
+        )
         with untouched_randomness():
             held_out = first_batches(batches, config.measure_batches)
             effect = measure(

@@ -29,6 +29,7 @@ class LayerEvaluation(NamedTuple):
     contribution: Known = None
     saliency: Known = None
     sufficient: bool = True
+    cut: Sequence[int] = ()
 
     @classmethod
     def from_snapshot(cls, layer: LayerSnapshot) -> LayerEvaluation:

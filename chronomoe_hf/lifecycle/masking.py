@@ -2,7 +2,8 @@
 
 A mask at the router equals the sliced model: the logits of dropped experts are -inf before the score function, and so
 is a native selection bias, so that survivors' weights are those of a router that never had the others. Nothing is
-written into the model: a forward hook repeats the router's choice, and goes when the context ends.
+written into the model: a wrapped router repeats its choice itself, a plain one by a forward hook that goes when the
+context ends.
 
 Shape suffixes: E experts, T tokens.
 """
@@ -10,6 +11,7 @@ Shape suffixes: E experts, T tokens.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,13 +24,10 @@ from chronomoe_hf.lifecycle.live import match_layers
 from chronomoe_hf.lifecycle.plan import PrunePlan
 from chronomoe_hf.patches import Adapter, find
 from chronomoe_hf.patches.singletons import GemmaAdapter
-from chronomoe_hf.router.call import RouterCall, input_of
+from chronomoe_hf.router.call import RouterCall
 from chronomoe_hf.router.forward import ChronoRouter
-from chronomoe_hf.router.state import HANDLE, RouterHandle
+from chronomoe_hf.router.state import HANDLE, MASKS, RouterHandle
 from chronomoe_hf.wrapping.discovery import FoundLayer
-
-MASKS = "_chrono_masks"
-"""Plain attribute of a masked router: the masks in force, innermost last."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,17 +38,51 @@ class ExpertMask:
 
     Args:
         dropped_E: bool, the experts that no token may choose.
-        calls: forwards of the router that it acted on.
+        calls: forwards of the router that it acted on; those of a compiled graph are not counted.
     """
 
     dropped_E: Tensor
     calls: int = 0
 
 
+class CutMask:
+    """The mask of a layer whose experts were cut during a run; a router handle holds it.
+
+    Args:
+        adapter: of the layer's router.
+        dropped: ids of the experts that were cut, ascending.
+        num_experts: E.
+    """
+
+    def __init__(self, adapter: Adapter, dropped: Sequence[int], num_experts: int) -> None:
+        self.adapter, self.dropped, self.num_experts = adapter, tuple(dropped), num_experts
+        self.dropped_E = torch.zeros(num_experts, dtype=torch.bool)
+        self.dropped_E[list(dropped)] = True
+        self._masked = _masked_adapter(adapter, self.dropped_E)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.adapter, self.dropped, self.num_experts)  # the masked adapter's class has no name
+
+    def reroute(self, router: nn.Module, call: RouterCall) -> Any:
+        """See ``router.state.RouterMask``."""
+        if self.dropped_E.device != call.logits_TE.device:
+            self.dropped_E = self.dropped_E.to(call.logits_TE.device)
+            self._masked = _masked_adapter(self.adapter, self.dropped_E)
+        return _choose(router, call, self._masked, self.dropped_E)
+
+
 class _Stack(list[ExpertMask]):
-    """The masks of one router, and the hook that obeys them."""
+    """The masks that contexts have put on one router, innermost last, and the hook that obeys them on a plain one."""
 
     handle: Any = None
+
+    def reroute(self, router: nn.Module, call: RouterCall) -> Any:
+        """See ``router.state.RouterMask``."""
+        if not torch.compiler.is_compiling():
+            for mask in self:
+                mask.calls += 1
+        dropped_E = _union(router, torch.zeros(call.logits_TE.shape[-1], dtype=torch.bool)).to(call.logits_TE.device)
+        return _choose(router, call, _masked_adapter(find(router), dropped_E), dropped_E)
 
 
 @contextlib.contextmanager
@@ -121,7 +154,9 @@ def _check(layer: FoundLayer, dropped_E: Tensor) -> None:
 
 
 def _union(router: nn.Module, dropped_E: Tensor) -> Tensor:
-    for mask in router.__dict__.get(MASKS, ()):
+    handle: RouterHandle | None = router.__dict__.get(HANDLE)
+    cut = [handle.mask] if handle is not None and isinstance(handle.mask, CutMask) else []
+    for mask in (*router.__dict__.get(MASKS, ()), *cut):
         dropped_E = dropped_E | mask.dropped_E.to(dropped_E.device)
     return dropped_E
 
@@ -144,34 +179,27 @@ def _take_off(router: nn.Module, mask: ExpertMask) -> None:
 
 
 def _choose_again(router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
-    """Forward hook: the router's choice among the experts that are left."""
-    stack: list[ExpertMask] = router.__dict__.get(MASKS, [])
-    if not stack:
+    """Forward hook of a plain router: its choice among the experts that are left. A wrapped one does that itself."""
+    stack: _Stack | None = router.__dict__.get(MASKS)
+    if not stack or isinstance(router, ChronoRouter):
         return output
-    for mask in stack:
-        mask.calls += 1
-    adapter = find(router)
-    z_TE, shift_TE = adapter.read(router, output).logits_TE, None
-    dropped_E = _union(router, torch.zeros(z_TE.shape[-1], dtype=torch.bool)).to(z_TE.device)
+    z_TE = find(router).read(router, output).logits_TE
     beta_E = torch.zeros(z_TE.shape[-1], device=z_TE.device)
-    scope: Any = "routing"
-    handle: RouterHandle | None = router.__dict__.get(HANDLE)
-    if handle is not None:
-        if handle.state.beta_on:
-            beta_E, scope = handle.state.beta_applied.to(z_TE.device), handle.state.scope
-        if handle.lens_open and handle.lens is not None:
-            assert isinstance(router, ChronoRouter)
-            hidden = input_of(args, kwargs, router.input_name)
-            shift_TE = handle.lens.logit_shift(hidden.reshape(-1, hidden.shape[-1]), adapter.weight(router)).float()
-    with_mask = _masked_adapter(adapter, dropped_E)
-    z_TE = z_TE.masked_fill(dropped_E, float("-inf"))
-    native = output
-    if isinstance(adapter, GemmaAdapter):
+    return stack.reroute(router, RouterCall(output, z_TE, beta_E, "routing", args, kwargs))
+
+
+def _choose(router: nn.Module, call: RouterCall, masked_adapter: Adapter, dropped_E: Tensor) -> Any:
+    """The choice of `call` without the dropped experts: their logits are -inf, also in what is handed on."""
+    native, low = call.output, float("-inf")
+    if isinstance(masked_adapter, GemmaAdapter):
         # The family hands on probabilities: those of the survivors, which its renormalisation brings back to sum 1.
-        output = (output[0].masked_fill(dropped_E, 0.0), *output[1:])
-    again = list(with_mask.reroute(router, RouterCall(output, z_TE, beta_E, scope, args, kwargs, shift_TE)))
-    if adapter.logits_index is not None:
-        again[adapter.logits_index] = native[adapter.logits_index]
+        low = 0.0
+        call = call._replace(output=(native[0].masked_fill(dropped_E, low), *native[1:]))
+    z_TE = call.logits_TE.masked_fill(dropped_E, -math.inf)
+    again = list(masked_adapter.reroute(router, call._replace(logits_TE=z_TE)))
+    index = masked_adapter.logits_index
+    if index is not None:
+        again[index] = native[index].masked_fill(dropped_E, low)
     return type(native)(again) if isinstance(native, list) else tuple(again)
 
 

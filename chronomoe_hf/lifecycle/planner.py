@@ -77,7 +77,7 @@ def plan_prune(
     """
     scores, name = _scores(evidence, rank, errors, seed)
     specs = [layer.spec for layer in evidence.layers]
-    kept_per_group = [_survivors_per_group(spec, keep, multiple_of) for spec in specs]
+    kept_per_group = [survivors_per_group(spec, keep, multiple_of) for spec in specs]
     protected = _by_layer(protect, specs, "protect")
     notes = []
     if super_experts:
@@ -210,8 +210,8 @@ def _order(layer: LayerEvidence, score_E: Scores, named: set[int], rank: str) ->
     )
 
 
-def _survivors_per_group(spec: LayerSpec, keep: float, multiple_of: int) -> int:
-    """Survivors in each routing group of a layer."""
+def survivors_per_group(spec: LayerSpec, keep: float, multiple_of: int) -> int:
+    """Survivors in each routing group of a layer; raises PlanError where it cannot keep that many, see `plan_prune`."""
     whole = isinstance(keep, int) and not isinstance(keep, bool)
     if not whole and not (isinstance(keep, float) and 0.0 < keep < 1.0):
         raise PlanError(f"keep must be a fraction in (0, 1) or a number of experts, got {keep!r}")

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.router.call import RouterCall, input_of
-from chronomoe_hf.router.state import HANDLE, RouterHandle, RouterRule, RouterState
+from chronomoe_hf.router.state import HANDLE, MASKS, RouterHandle, RouterMask, RouterRule, RouterState
 
 
 class ChronoRouter(nn.Module):
     """Mixin placed before a router's own class: ``class ChronoX(ChronoRouter, X)``.
 
     The native forward always runs first, so its logits stand at the recorded index untouched. While nothing
-    steers, its output is returned as it is; otherwise the adapter repeats the choice with the biased logits.
+    steers, its output is returned as it is; otherwise the adapter repeats the choice with the biased logits. Where
+    experts are masked, the choice is repeated among the others, whose logits alone stay finite: what is recorded, and
+    what a loss on the router's logits sees, is the router without them.
     """
 
     adapter: ClassVar[RouterRule]
@@ -45,23 +47,36 @@ class ChronoRouter(nn.Module):
         together = torch.compiler.is_compiling() and lens is not None and handle.recorder.any_steering
         lens_open = together or handle.lens_open
         steers = state.beta_on or lens_open
-        if not (recording or steers):
+        mask: RouterMask | None = self.__dict__.get(MASKS) or handle.mask
+        if not (recording or steers or mask is not None):
             return output
         routing = adapter.read(self, output)
         native_TK = None
-        if steers:
-            clean_TE, shift_TE = routing.logits_TE, None
+        if steers or mask is not None:
+            shift_TE = None
             if lens_open:
                 assert lens is not None
                 shift_TE = lens.logit_shift(_flat(hidden), adapter.weight(self)).float()
-            call = RouterCall(output, clean_TE, state.beta_applied, state.scope, args, kwargs, shift_TE)
-            output, steered = adapter.steer(self, call, recording)
-            if steered is not None:
-                native_TK, routing = routing.index_TK.detach(), steered
+            beta_E = state.beta_applied if steers else torch.zeros_like(state.beta_applied)
+            clean = RouterCall(output, routing.logits_TE, beta_E, state.scope, args, kwargs)
+            if mask is None:
+                output, steered = adapter.steer(self, clean._replace(shift_TE=shift_TE), recording)
+                if steered is not None:
+                    native_TK, routing = routing.index_TK.detach(), steered
+            else:
+                output = mask.reroute(self, clean._replace(shift_TE=shift_TE))
+                if recording:
+                    native_TK = self._unsteered(mask, clean) if steers else None
+                    routing = adapter.read(self, output)._replace(logits_TE=clean.logits_TE)
         if recording:
             handle.recorder.router_input(hidden)
             handle.recorder.routing(self, routing, native_TK, state.beta_full if state.beta_on else None)
         return output
+
+    def _unsteered(self, mask: RouterMask, call: RouterCall) -> Tensor:
+        """What the router would choose of the experts that are left, if nothing steered."""
+        plain = mask.reroute(self, call._replace(beta_E=torch.zeros_like(call.beta_E)))
+        return self.adapter.read(self, plain).index_TK.detach()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """``model.to(device)`` and the like: the state goes where the weight goes."""

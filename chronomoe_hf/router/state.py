@@ -50,6 +50,21 @@ class RouterRule(Protocol):
         """Choose again with what steers: the native structure, and, where `recorded`, what was decided."""
 
 
+MASKS = "_chrono_masks"
+"""Plain attribute of a router: the :class:`RouterMask` that code around the forward has put on it."""
+
+
+class RouterMask(Protocol):
+    """Experts that no token may choose; implemented in ``lifecycle.masking``."""
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Their ids, ascending."""
+
+    def reroute(self, router: nn.Module, call: RouterCall) -> Any:
+        """Choose again among the experts that are left; the native structure, with -inf at the others' logits."""
+
+
 class Recorder(Protocol):
     """What the forward tells its observer; implemented in ``recording.recorder``."""
 
@@ -197,12 +212,21 @@ class RouterState:
 
 @dataclass
 class RouterHandle(SharedInParts):
-    """How a router module reaches its slow state; shared with the ChronoSystem, never registered as a submodule."""
+    """How a router module reaches its slow state; shared with the ChronoSystem, never registered as a submodule.
+
+    Args:
+        state: the slow state.
+        recorder: the observer.
+        lens: the layer's lens, if it has one.
+        placer: where the state lies.
+        mask: experts cut during the run; None = none are.
+    """
 
     state: RouterState
     recorder: Recorder
     lens: ChronoLens | None = None
     placer: Placer | None = None
+    mask: RouterMask | None = None
 
     def follow(self, hidden: Tensor) -> None:
         """Have the state where the router runs, from its first forward there on."""

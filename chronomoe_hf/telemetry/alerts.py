@@ -114,6 +114,10 @@ class AlertHistory:
         if len(values) < windows and not self.data["governed"]:
             values.append(n_effective)
 
+    def restart(self) -> None:
+        """The layers have other experts to choose from than before: baselines and streaks start anew."""
+        self.data["baseline"], self.data["streak"] = {}, {}
+
     def observe(
         self, kind: str, layer_id: int | None, step: int, *, holds: bool, after: int = 1, detail: str = ""
     ) -> Alert | None:
@@ -194,7 +198,7 @@ def _layer_edges(layer: LayerSnapshot, step: int, history: AlertHistory, config:
     ]
     if not layer.sufficient or layer.n_effective is None or layer.top2_share is None or layer.dead_experts is None:
         return edges  # insufficient evidence: no streak moves
-    size, neff, top2 = layer.n_experts, layer.n_effective, metrics.relative_top2(layer.top2_share, layer.top_k)
+    size, neff, top2 = layer.num_choices, layer.n_effective, metrics.relative_top2(layer.top2_share, layer.top_k)
     # Where E is close to k, even balanced routing sits above the threshold: there top-2 says nothing about collapse.
     balanced = metrics.balanced_top2(size, layer.top_k)
     concentrated = top2 > config.top2_pre > balanced
@@ -210,7 +214,8 @@ def _layer_edges(layer: LayerSnapshot, step: int, history: AlertHistory, config:
     baseline = history.baseline(layer.layer_id, config.baseline_windows)
     if baseline is None:
         history.extend_baseline(layer.layer_id, neff, config.baseline_windows)
-        return edges
+        again = "the baseline is collected anew"
+        return [*edges, history.observe(DRIFT, layer.layer_id, step, holds=False, detail=again)]
     drifted = neff < config.drift_fraction * baseline
     detail = f"n_effective {neff:.3g}, baseline of this run {baseline:.3g}"
     edges.append(history.observe(DRIFT, layer.layer_id, step, holds=drifted, after=config.drift_after, detail=detail))

@@ -85,6 +85,8 @@ class RoutingEvent:
         beta: bias coefficients per expert, in logit standard deviations.
         lens_scale: scale of the lens.
         lens_spread: standard deviation over mean of what the lens reads in the tokens of the window's last step.
+        cut: ids of the experts that were cut during the run and get no token; they are neither dead nor idle, and every
+            metric of balance is over the others. In records only where there are some.
         notes: remarks in plain words.
     """
 
@@ -118,6 +120,7 @@ class RoutingEvent:
     beta: Vector | None = None
     lens_scale: float | None = None
     lens_spread: float | None = None
+    cut: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -131,6 +134,8 @@ class RoutingEvent:
                 f"expert_token_counts must hold {self.n_experts} values, one per expert, "
                 f"got {len(self.expert_token_counts)}"
             )
+        if any(not 0 <= expert < self.n_experts for expert in self.cut):
+            raise ConfigError(f"cut must hold ids of experts in 0..{self.n_experts - 1}, got {self.cut}")
 
     @classmethod
     def from_router_output(
@@ -202,7 +207,7 @@ class RoutingEvent:
 
     @cached_property
     def _load(self) -> Load:
-        return load_metrics(self.expert_token_counts, self.top_k)
+        return load_metrics(self.expert_token_counts, self.top_k, self.cut)
 
     def load_metrics(self) -> dict[str, Any]:
         """Every balance metric by name; computed once."""
@@ -252,15 +257,16 @@ class RoutingEvent:
     def expert_states(self) -> list[ExpertState]:
         """Every expert's row of this event, by index."""
         shares = self.shares
-        nearly = metrics.nearly_dead_limit(self.n_experts)
+        gone = set(self.cut)
+        nearly = metrics.nearly_dead_limit(self.n_experts - len(gone))
         return [
             ExpertState(
                 expert_id=metrics.expert_name(self.layer_id, expert),
                 layer_id=self.layer_id,
                 token_count=count,
                 share=None if shares is None else shares[expert],
-                dead=None if shares is None else shares[expert] == 0.0,
-                nearly_dead=None if shares is None else 0.0 < shares[expert] < nearly,
+                dead=None if shares is None or expert in gone else shares[expert] == 0.0,
+                nearly_dead=None if shares is None or expert in gone else 0.0 < shares[expert] < nearly,
                 phi_fast=self.phi_fast[expert] if self.phi_fast is not None else None,
                 phi_mid=self.phi_mid[expert] if self.phi_mid is not None else None,
                 phi_slow=self.phi_slow[expert] if self.phi_slow is not None else None,
@@ -284,6 +290,8 @@ class RoutingEvent:
             record["arrays"] = True
         for name in NUMBERS:
             record[name] = finite(record[name])
+        if not self.cut:
+            del record["cut"]
         record["token_count"] = self.token_count
         record.update({name: finite(value) for name, value in self._load._asdict().items()})
         return record

@@ -71,6 +71,7 @@ def layer_events(
                 notes=[*layer.notes, *_remarks(row, window_LR[at], layer, reads, others_ran)],
                 **fields,
                 lens_spread=known((lens_spread or {}).get(at)),
+                cut=list(layer.cut),
             )
         )
     return events

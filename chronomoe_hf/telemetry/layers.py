@@ -75,6 +75,7 @@ class LayerSnapshot:
         observed: the router was called in the window.
         sufficient: enough assignments per expert to judge the layer; otherwise "insufficient evidence".
         roles: near-duplicate pairs, experts with two roles, basin and free energy (``CoherenceConfig(roles=True)``).
+        cut: experts that were cut during the run; metrics are over the others.
     """
 
     layer_id: int
@@ -118,6 +119,7 @@ class LayerSnapshot:
     lens_spread: float | None = None
     observed: bool = True
     sufficient: bool = True
+    cut: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     roles: dict[str, Any] | None = None
 
@@ -126,7 +128,7 @@ class LayerSnapshot:
         if self.shares is None and total:
             self.shares = [count / total for count in self.expert_token_counts]
         if self.max_violation_ceiling is None:
-            for name, value in load_metrics(self.expert_token_counts, self.top_k)._asdict().items():
+            for name, value in load_metrics(self.expert_token_counts, self.top_k, self.cut)._asdict().items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
         if self.coherence_mean is None and self.phi_slow is not None:
@@ -136,6 +138,11 @@ class LayerSnapshot:
     def token_count(self) -> int:
         """Sum of the counts."""
         return sum(self.expert_token_counts)
+
+    @property
+    def num_choices(self) -> int:
+        """Experts that a token can be given to: all but those that were cut."""
+        return self.n_experts - len(self.cut)
 
     @classmethod
     def from_events(cls, events: Sequence[RoutingEvent], *, min_window_tokens: int = 0) -> LayerSnapshot:
@@ -176,11 +183,12 @@ class LayerSnapshot:
             disagreement_flip=_mean(events, "disagreement_flip", weights),
             overlap_only=_mean(events, "overlap_only", weights),
             observed=calls is None or calls > 0,
+            cut=list(last.cut),
             notes=[note for event in events for note in event.notes],
             **{name: _last(events, name) for name in _READINGS},
             **(last.load_metrics() if len(events) == 1 else {}),
         )
-        needed = max(1, min_window_tokens * last.n_experts)
+        needed = max(1, min_window_tokens * layer.num_choices)
         layer.sufficient = layer.token_count >= needed
         if not layer.sufficient:
             layer.notes.append(f"insufficient evidence: {layer.token_count} assignments, {needed} needed")
@@ -195,6 +203,7 @@ class LayerSnapshot:
             "top_k": self.top_k,
             "observed": self.observed,
             "sufficient": self.sufficient,
+            **({"cut_experts": len(self.cut)} if self.cut else {}),
         }
         record.update({name: finite(getattr(self, name)) for name in LAYER_NUMBERS})
         record["notes"] = list(self.notes)

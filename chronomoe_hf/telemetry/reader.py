@@ -27,6 +27,7 @@ ATTEMPTS = "attempts"
 EVENTS = "routing_events"
 EFFECTS = "lifecycle_effects"
 SPLITS = "lifecycle_splits"
+CUTS = "lifecycle_cuts"
 LOGS = "logs"  # losses, as Trainer logged them
 KINDS = (
     EVENTS,
@@ -35,6 +36,7 @@ KINDS = (
     "lifecycle_decisions",
     EFFECTS,
     SPLITS,
+    CUTS,
     "alerts",
     LOGS,
     ATTEMPTS,

@@ -63,6 +63,7 @@ class LayerView:
     observed: bool
     sufficient: bool
     notes: list[str]
+    num_cut: int = 0
 
     def get(self, name: str) -> float | None:
         """One number, None without evidence."""
@@ -70,9 +71,9 @@ class LayerView:
 
     @property
     def neff_fraction(self) -> float | None:
-        """n_effective / E."""
+        """n_effective / E, or over the experts that are left where some were cut."""
         neff = self.get("n_effective")
-        return None if neff is None or not self.num_experts else neff / self.num_experts
+        return None if neff is None or not self.num_experts else neff / max(1, self.num_experts - self.num_cut)
 
     @property
     def violation_fraction(self) -> float | None:
@@ -164,6 +165,7 @@ def _layer(record: Mapping[str, Any], at: int) -> LayerView:
         observed=record.get("observed") is not False,
         sufficient=record.get("sufficient") is not False,
         notes=_texts(record.get("notes")),
+        num_cut=whole(record.get("cut_experts")) or 0,
     )
 
 

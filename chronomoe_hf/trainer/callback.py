@@ -128,6 +128,7 @@ class ChronoCallback(TrainerCallback):
     ) -> None:
         """Bind the model that trains, open the record files and drop leftovers of earlier forwards."""
         resumed = state.global_step > 0
+        total = state.max_steps
         if self.hooks is None:
             self._begin_unknown(resumed)
         system = self.bind(kwargs["model"])
@@ -138,12 +139,15 @@ class ChronoCallback(TrainerCallback):
                 stacklevel=2,
             )
             self._told = True
+        if not resumed:
+            system.cut.schedule(total)  # before anything changes
         again = not self._new_run  # a second start within one train(), with a smaller batch
         system.begin(new_run=self._new_run)
         self._new_run = False
         self._log.pending = None
         directory = self.resume_path.at(args.output_dir, state.global_step)
         saved = restore(system, directory, state.global_step) if resumed else None
+        system.cut.schedule(total, state.global_step)
         output_dir = Path(system.config.telemetry.output_dir or args.output_dir)
         try:
             system.open_telemetry(output_dir, resume_step=state.global_step if resumed or again else None)
@@ -153,6 +157,8 @@ class ChronoCallback(TrainerCallback):
         if system.config.lifecycle.split == "start" and not (resumed or again):
             require_plain_engine(self.hooks.trainer if self.hooks is not None else None)
             split_at_start(system, kwargs["model"], kwargs.get("optimizer"), kwargs["train_dataloader"])
+        if resumed:
+            system.cut.record(system.records)
         if resumed:  # after the records are open, so that a mismatch is among them
             check_weights(system, kwargs["model"], directory, saved, state.global_step)
 

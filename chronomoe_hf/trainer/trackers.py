@@ -63,12 +63,13 @@ def record_log(system: ChronoSystem, state: TrainerState, logs: dict[str, Any]) 
 
 
 def relative_load(snapshot: SystemSnapshot) -> Array:
-    """``share * E`` of every expert, ``[L, E]`` float64; NaN beyond a layer's experts and without a token."""
+    """``share * E`` of every expert, ``[L, E]`` float64; NaN beyond a layer's experts, where cut, without a token."""
     size = max((layer.n_experts for layer in snapshot.layers), default=0)
     load_LE = np.full((len(snapshot.layers), size), math.nan)
     for at, layer in enumerate(snapshot.layers):
         if layer.shares is not None:
-            load_LE[at, : layer.n_experts] = np.array(layer.shares) * layer.n_experts
+            load_LE[at, : layer.n_experts] = np.array(layer.shares) * layer.num_choices
+            load_LE[at, layer.cut] = math.nan
     return load_LE
 
 

@@ -92,6 +92,11 @@ class Layer:
         return [*self.known, *([] if seen is None else [seen])]
 
     @property
+    def cut(self) -> tuple[int, ...]:
+        """Ids of the experts that were cut during the run, ascending."""
+        return () if self.handle.mask is None else self.handle.mask.dropped
+
+    @property
     def takes_beta(self) -> bool:
         """Whether a law on beta acts on this layer: it can, and no native bias does the work."""
         return self.can_steer and not self.native_bias

@@ -317,6 +317,7 @@ def test_a_broken_manifest_is_no_manifest(tmp_path):
         "lifecycle_decisions",
         "lifecycle_effects",
         "lifecycle_splits",
+        "lifecycle_cuts",
         "alerts",
         "logs",
         "attempts",
