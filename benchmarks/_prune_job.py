@@ -83,14 +83,35 @@ class Subject:
     valid_NS: Tensor
 
 
-def subject(shape: Shape, seed: int) -> Subject:
-    """Train the model of a shape and seed, or find it in the cache."""
+def base_and_text(shape: Shape, seed: int) -> tuple[Path, Tensor, Tensor]:
+    """The pretrained model of a shape and seed (its directory), and the blocks to train and to judge on."""
     base = pretrain_base(
         shape.arch, shape.size, Training(steps=shape.pretrain_steps, batch=shape.batch, learning_rate=3e-3, seed=seed)
     )
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = load_domain("code", tokenizer, shape.size, shape.arch)
-    train_NS, valid_NS = (torch.tensor(part["input_ids"]) for part in (text.train, text.valid))
+    return base, torch.tensor(text.train["input_ids"]), torch.tensor(text.valid["input_ids"])
+
+
+def fine_tuned(
+    shape: Shape, seed: int, base: Path, train_NS: Tensor, config: ChronoConfig, records: Path
+) -> PreTrainedModel:
+    """The fine-tuning of a shape and seed under other settings of the library; the model comes back wrapped."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, output_router_logits=False)
+    model = chronomoe_hf.wrap(model.train(), dataclasses.replace(config, interval=INTERVAL))
+    system = chronomoe_hf.system_of(model)
+    system.begin()
+    system.cut.schedule(shape.steps)
+    system.open_telemetry(records)
+    train(model, shape, train_NS, shape.steps, torch.Generator().manual_seed(seed), after_step=system.step)
+    system.close_telemetry()
+    return model
+
+
+def subject(shape: Shape, seed: int) -> Subject:
+    """Train the model of a shape and seed, or find it in the cache."""
+    base, train_NS, valid_NS = base_and_text(shape, seed)
     recipe = json.dumps([base.name, dataclasses.asdict(shape), seed], sort_keys=True)
     final = cache_root() / f"prune-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if not (final / "evidence.json").is_file():

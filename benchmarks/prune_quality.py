@@ -11,6 +11,7 @@ fine-tuning text. The cut is a mask, which equals the smaller checkpoint.
                                                              # exported checkpoints: the realised cost
     python benchmarks/prune_quality.py --settings --shapes e8 deepseek   # the refit with other settings, first seed
     python benchmarks/prune_quality.py --free                # free budgets per layer for rows that lack them
+    python benchmarks/prune_quality.py --heal --shapes e8    # healing, a cut in the middle, after `balance`, mean norms
     python benchmarks/prune_quality.py --layer-cost          # time and peak memory of refitting one layer of
                                                              # Qwen3-30B-A3B's shape
     python benchmarks/prune_quality.py --render              # Markdown and plot from the results file
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--exported", action="store_true")
     parser.add_argument("--settings", action="store_true", help="other settings of the refit, first seed")
     parser.add_argument("--free", action="store_true", help="add free budgets per layer to rows that lack them")
+    parser.add_argument("--heal", action="store_true", help="healed, cut in the middle, after balance, mean norms")
     parser.add_argument("--render", action="store_true")
     arguments = parser.parse_args()
     results = load(arguments.output / "prune_quality.json")
@@ -86,6 +88,20 @@ def main() -> None:
     if arguments.settings:
         results["settings"] = [row for shape in arguments.shapes for row in refit_settings(shape, 0)]
         save(results, arguments.output)
+        return
+
+    if arguments.heal:
+        import _prune_heal
+
+        parts = (("mean_norm", "rows"), ("balanced", "balance"), ("healing", "healing"))
+        for seed in arguments.seeds:
+            for shape in arguments.shapes:
+                for make, part in parts:
+                    rows = results.setdefault(part, [])
+                    mine = [row for row in rows if (row["shape"], row["seed"]) == (shape, seed)]
+                    if not any(part != "rows" or row["rank"] == "mean_norm" for row in mine):
+                        rows += getattr(_prune_heal, make)(shape, seed)
+                        save(results, arguments.output)
         return
 
     if arguments.free:
