@@ -21,7 +21,7 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.config import BetaConfig, CoherenceConfig, LifecycleConfig
 from chronomoe_hf.errors import ConfigError, EvidenceError, LifecycleError, PlanError, StateCorruptError
-from chronomoe_hf.lifecycle import Evidence, PrunePlan, export, masked, plan_prune
+from chronomoe_hf.lifecycle import Evidence, PrunePlan, export, export_checkpoint, masked, plan_prune
 from chronomoe_hf.lifecycle.in_run import measure_dry_run
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import read_jsonl
@@ -327,7 +327,13 @@ def test_a_cut_run_resumed_is_the_uninterrupted_one_and_exports(preset: str, tmp
     export(whole.model, plan, tmp_path / "small")
     state = json.loads((tmp_path / "small" / "chronomoe" / "state.json").read_text())
     assert "cut" not in state and all(row["num_experts"] == 4 for row in state["layers"])
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    export_checkpoint(tmp_path / "run" / "checkpoint-12", plan, tmp_path / "small-too")
+    for directory in ("small", "small-too"):
+        small = AutoModelForCausalLM.from_pretrained(tmp_path / directory).eval()
+        assert small.config.num_local_experts == 4
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-12")
+    chronomoe_hf.wrap(again, config, state=tmp_path / "run" / "checkpoint-12")
+    assert torch.equal(logits(again), logits(whole.model))
     chronomoe_hf.detach(whole)
     with masked(whole.model, plan):
         torch.testing.assert_close(logits(small), logits(whole.model), rtol=0, atol=1e-5)

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from support.plans import digest
+from transformers import MixtralForCausalLM
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "lifecycle.md"
 
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in blocks[:3]:
@@ -29,6 +30,11 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert re.search(r"contribution, 6 experts a layer: loss [+-]\d", printed) and "random" in printed
     assert torch.isfinite(names["logits"]).all()
     exec(compile(blocks[4], str(PAGE), "exec"), names)
+    assert names["system"].cut.step == 6 and names["system"].cut.plan.num_kept == 6
+    assert (tmp_path / "cut_run" / "chronomoe" / "prune_plan.json").is_file()
+    assert MixtralForCausalLM.from_pretrained(tmp_path / "cut_small").config.num_local_experts == 6
+    capsys.readouterr()
+    exec(compile(blocks[5], str(PAGE), "exec"), names)
     pair, standing = capsys.readouterr().out.splitlines()
     assert "'score': " in pair and standing == "{}"
 
