@@ -261,3 +261,23 @@ def test_inductor_with_activation_checkpointing_counts_once() -> None:
             (1, 58, 116)
         ] * 2
         assert graphs() == min(step, GRAPHS)
+
+
+@pytest.mark.slow
+def test_a_cut_costs_one_graph_and_counts_go_on() -> None:
+    config = ChronoConfig.balance(interval=1, lifecycle__cut_at=2, lifecycle__keep=0.5)
+    model = chronomoe_hf.wrap(build(), config)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    system = chronomoe_hf.system_of(compiled)
+    seen_graphs = []
+    for step in range(1, 6):
+        batch = tiny.tiny_batch("mixtral", seed=step, padded=True)
+        out = train_step(compiled, batch)
+        want = recount(out.router_logits, system, batch["attention_mask"])  # the logits of what is cut are -inf
+        snapshot = system.step(step)
+        assert snapshot is not None and [layer.expert_token_counts for layer in snapshot.layers] == want
+        seen_graphs.append(graphs())
+    assert system.cut.plan is not None and system.cut.step == 2
+    for counts, planned in zip(want, system.cut.plan.layers, strict=True):
+        assert not any(counts[expert] for expert in planned.dropped) and sum(counts) == (4 * 16 - 6) * 2
+    assert seen_graphs == [1, GRAPHS, GRAPHS + 1, GRAPHS + 1, GRAPHS + 1], seen_graphs
