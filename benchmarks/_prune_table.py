@@ -110,6 +110,8 @@ def _prediction(rows: list[Row]) -> list[Row]:
 
 def markdown(results: Row) -> str:
     """The page."""
+    from _prune_heal_table import balance_lines, healing_claims, healing_lines  # reads cells with the functions above
+
     rows = results["rows"]
     seeds = sorted({row["seed"] for row in rows})
     lines = [
@@ -121,10 +123,10 @@ def markdown(results: Row) -> str:
         "refit: one). Predicted is on the even blocks, realised on the odd ones. `refit` rewrites",
         "the survivors' output projections from about 16,000 training tokens, without labels. The cut is a mask.",
         "`free budgets` drops as many experts by contribution, but not the same number in every layer: no stock config",
-        "can hold such a model.",
+        "can hold such a model. `mean_norm` is read from 32 training blocks (`lifecycle.calibrate`).",
         "",
     ]
-    ranks = ("contribution", "reap", "frequency", "fisher", "phi", "random", "worst", "free budgets")
+    ranks = ("contribution", "reap", "frequency", "mean_norm", "fisher", "phi", "random", "worst", "free budgets")
     for shape in shapes_of(rows):
         dense = [row["dense_loss"] for row in pick(rows, shape=shape, rank="contribution", cut=0.25, refit=False)]
         lines += [f"## {shape} (dense loss {', '.join(f'{value:.3f}' for value in dense)})", ""]
@@ -137,6 +139,8 @@ def markdown(results: Row) -> str:
         ]
         lines += ["|" + " --- |" * (1 + 2 * len(CUTS))]
         for rank in ranks:
+            if not pick(rows, shape=shape, rank=rank):
+                continue
             cells = [
                 cell(pick(rows, shape=shape, cut=cut, rank=rank, refit=refit))
                 for refit in (False, True)
@@ -144,9 +148,12 @@ def markdown(results: Row) -> str:
             ]
             lines.append(f"| {rank} | " + " | ".join(cells) + " |")
         lines.append("")
+    lines += healing_lines(results.get("healing", []))
+    lines += balance_lines(results.get("balance", []), rows)
     if rows:
         lines += ["## Claims", "", "| claim | holds | numbers |", "| --- | --- | --- |"]
-        lines += [f"| {c['claim']} | {'yes' if c['holds'] else '**no**'} | {c['numbers']} |" for c in claims(rows)]
+        found = [*claims(rows), *healing_claims(results.get("healing", []))]
+        lines += [f"| {c['claim']} | {'yes' if c['holds'] else '**no**'} | {c['numbers']} |" for c in found]
         lines += [""]
     if results.get("settings"):
         lines += ["## Settings of the refit (half of the experts, by contribution, one seed)", ""]

@@ -88,6 +88,32 @@ def test_free_budgets_drop_the_lowest_of_the_whole_model_within_limits(monkeypat
     assert _prune_cuts.free_drops(grouped, 0.5) == [[0, 5]], "every group keeps two"
 
 
+def test_healed_rows_are_compared_with_the_dense_model_at_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _prune_heal_table as heal
+
+    def healed(how: str, rise: float, after: int, seed: int, cut: float = 0.5) -> dict[str, Any]:
+        common = {"shape": "e8", "seed": seed, "cut": cut, "how": how, "after": after}
+        return {**common, "rise": rise, "error": 0.001}
+
+    rows = [healed("dense", -0.05, 100, seed, 0.0) for seed in (0, 1)]
+    rows += [healed("at the end", rise, after, seed) for seed in (0, 1) for rise, after in ((0.3, 0), (0.02, 100))]
+    rows += [healed("in the middle", rise, after, seed) for seed in (0, 1) for rise, after in ((0.1, 0), (0.05, 100))]
+    text = "\n".join(heal.healing_lines(rows))
+    assert "move the dense loss by -0.050, -0.050" in text
+    assert "| at the end | - | - | **0.300** (0.300 / 0.300) | **0.020** (0.020 / 0.020) |" in text
+    holds = {claim["claim"].split(" one ")[1].split(" (")[0]: [] for claim in heal.healing_claims(rows)}
+    assert set(holds) == {"at the end"}, "no claim without rows"
+    assert [claim["holds"] for claim in heal.healing_claims(rows)] == [True, False]
+    balance = [row("contribution", 0.2, cut=cut) | {"dense_loss": 4.1} for cut in (0.125, 0.25, 0.5)]
+    lines = heal.balance_lines(balance, [row("contribution", 0.1, cut=0.25), row("contribution", 0.1, seed=9)])
+    assert (
+        "| e8 | balance | 4.100 | contribution | **0.200** (0.200) | **0.200** (0.200) | **0.200** (0.200) | - | - |"
+        in lines
+    )
+    assert "| e8 | observed | 4.000 | contribution | - | **0.100** (0.100) | - | - | - |" in lines
+
+
 @pytest.mark.slow
 def test_a_quick_run_writes_its_results(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
@@ -97,5 +123,10 @@ def test_a_quick_run_writes_its_results(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "prune_quality.json").read_text())
     assert {row["rank"] for row in results["rows"]} >= {"contribution", "reap", "random 4", "worst", "free budgets"}
     assert sum(row["refit"] for row in results["rows"]) == 2 + 2 + 5
+    command[2:3] = ["--heal", "--shapes", "quick", "--seeds", "0"]
+    subprocess.run(command, check=True, timeout=300, env=environment, capture_output=True)
+    results = json.loads((tmp_path / "prune_quality.json").read_text())
+    assert {row["how"] for row in results["healing"]} >= {"dense", "at the end", "in the middle"}
+    assert len(results["balance"]) == 8 and sum(row["rank"] == "mean_norm" for row in results["rows"]) == 3
     text = (tmp_path / "prune_quality.md").read_text()
     assert "## quick" in text and (tmp_path / "prune_quality.png").stat().st_size > 5000
