@@ -86,8 +86,7 @@ class ChronoSystem(Savable):
         self.last_evaluation: SystemSnapshot | None = None
         self.decisions: list[ControlDecision] = []
         self.prune_decisions: list[PruneDecision] = []
-        self.governed = False
-        self.beta_moved = False
+        self.governed = self.beta_moved = False
         self.overhead_s = 0.0
         self.on_unwrap: list[Callable[[], None]] = []  # called after unwrap has taken everything out
         self._stepped: int | None = None
@@ -168,9 +167,7 @@ class ChronoSystem(Savable):
             self.governed = self.beta_moved = True
         closing = global_step % self.config.interval == 0 and not repeated
         snapshot = self._close_window(global_step, inputs) if closing else None
-        if self.cut.due(global_step) and not repeated:
-            snapshot = snapshot or self.close_window()
-            self.cut.make(self)
+        snapshot = snapshot if repeated else self.cut.at_step(self, snapshot)
         if self.config.beta.law != "none":
             self.step_state.refresh(self.cap)
         self.step_state.publish()
@@ -182,8 +179,7 @@ class ChronoSystem(Savable):
         """Close a window that is shorter than `interval` (end of a run): records it, but controls nothing."""
         if self.window_steps == 0:
             return None
-        at = self._moment()
-        host = self.step_state.host()
+        at, host = self._moment(), self.step_state.host()
         events = self.host.events(at, host)
         snapshot = self.host.summarise(at, events, host, self.alerts)
         self.records.window(events, snapshot)

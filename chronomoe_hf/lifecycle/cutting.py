@@ -132,6 +132,21 @@ class RunCut:
             kept = [{name: getattr(layer, name) for name in _KEPT} for layer in snapshot.layers]
             self._windows.append([{**layer, "step": snapshot.step} for layer in kept])
 
+    def at_step(self, system: Any, snapshot: SystemSnapshot | None) -> SystemSnapshot | None:
+        """Make the cut if it is due after this step; the open window ends before it. Collective.
+
+        Args:
+            system: whose step it is.
+            snapshot: of the window that the step has closed.
+
+        Returns:
+            The snapshot of the window that has ended.
+        """
+        if self.due(system.global_step):
+            snapshot = snapshot or system.close_window()
+            self.make(system)
+        return snapshot
+
     def make(self, system: Any) -> PrunePlan:
         """Make the plan from the last windows and put it in force. Collective: all ranks take the main process's plan.
 

@@ -18,6 +18,7 @@ from chronomoe_hf.telemetry.cases import last_cases
 from chronomoe_hf.telemetry.events import COUNTS
 from chronomoe_hf.telemetry.expert_records import read_windows
 from chronomoe_hf.telemetry.reader import (
+    CUTS,
     DIRECTORY,
     EFFECTS,
     LOGS,
@@ -182,7 +183,22 @@ def _frames(directory: Path, run: Run | None, steps: set[int]) -> dict[int, Fram
         if frame.step in steps and frame.mode != "EVAL" and newer and COUNTS in frame.arrays:
             arrays = {name: value_LE for name, value_LE in frame.arrays.items() if name in _FIELDS}
             found[frame.step] = Frame(**{**vars(frame), "arrays": arrays})
+    for record in read_jsonl(directory / f"{CUTS}.jsonl", run=run)[0]:
+        _leave_out(record, found)
     return found
+
+
+def _leave_out(cut: Mapping[str, Any], frames: Mapping[int, Frame]) -> None:
+    """Take the counts of experts that were cut out of the windows after the cut: they are not without a token."""
+    step, kept = whole(cut.get("step")), cut.get("kept")
+    if step is None or not isinstance(kept, list):
+        return
+    for frame in (frame for frame in frames.values() if frame.step > step):
+        count_LE = frame.arrays[COUNTS] = frame.arrays[COUNTS].copy()
+        for row, (layer, size) in enumerate(zip(frame.layers, frame.experts, strict=True)):
+            if 0 <= layer < len(kept) and isinstance(kept[layer], list):
+                stays = {whole(expert) for expert in kept[layer]}
+                count_LE[row, [expert for expert in range(size) if expert not in stays]] = -1
 
 
 def _governing(directory: Path, history: History, run: Run | None) -> dict[int, Governing]:

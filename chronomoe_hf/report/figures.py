@@ -174,11 +174,14 @@ def _called(run: RunData, window: Window, names: Sequence[str]) -> str:
 
 
 def relative_load(run: RunData, step: int) -> tuple[Array, list[int]]:
-    """``share * E`` of every expert in one window, ``[L, E]`` with NaN beyond a layer's experts, and the layer ids."""
+    """Load over the fair share of every expert in one window, ``[L, E]``, and the layer ids.
+
+    NaN beyond a layer's experts and for those that were cut, which take no part in the fair share.
+    """
     frame = run.frames[step]
     count_LE = frame.arrays[COUNTS].astype(np.float64)
     count_LE = np.where(count_LE < 0, math.nan, count_LE)
-    experts_L = np.array(frame.experts, dtype=np.float64)
+    experts_L = np.isfinite(count_LE).sum(axis=1)
     total_L = np.nansum(count_LE, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative_LE = count_LE * experts_L[:, None] / total_L[:, None]

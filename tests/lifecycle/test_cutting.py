@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import jobs, models
@@ -23,6 +24,8 @@ from chronomoe_hf.config import BetaConfig, CoherenceConfig, LifecycleConfig
 from chronomoe_hf.errors import ConfigError, EvidenceError, LifecycleError, PlanError, StateCorruptError
 from chronomoe_hf.lifecycle import Evidence, PrunePlan, export, export_checkpoint, masked, plan_prune
 from chronomoe_hf.lifecycle.in_run import measure_dry_run
+from chronomoe_hf.report.data import load_run
+from chronomoe_hf.report.figures import relative_load
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import read_jsonl
 
@@ -115,6 +118,11 @@ def test_inside_the_cut_counts_are_dispatched_ones_and_the_cut_are_not_dead(tmp_
     events, _ = read_jsonl(tmp_path / "chronomoe" / "routing_events.jsonl")
     assert all(("cut" in event) == (event["step"] > 3) for event in events)
     assert measure_dry_run(system, model, [models.tiny_batch("mixtral")]) is None
+    load_LE, layers = relative_load(load_run(tmp_path), 12)
+    for layer_id, row in zip(layers, load_LE, strict=True):
+        kept = list(system.cut.plan.layers[layer_id].kept)
+        assert np.flatnonzero(np.isfinite(row)).tolist() == kept and row[kept].mean() == pytest.approx(1.0)
+    assert np.isfinite(relative_load(load_run(tmp_path), 3)[0]).all()
 
 
 def test_the_balance_law_balances_the_survivors_as_if_there_were_no_others() -> None:
