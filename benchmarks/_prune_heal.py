@@ -101,11 +101,15 @@ def healing(name: str, seed: int) -> list[Row]:
 
 
 def balanced(name: str, seed: int) -> list[Row]:
-    """The cuts of the model that was fine-tuned under `balance`, with its beta; rises over that model's own loss."""
+    """The cuts of the model that was fine-tuned under `balance`, with its beta; rises over that model's own loss.
+
+    The law is at its strongest: no dead zone, every layer alike.
+    """
     shape = SHAPES[name]
     base, train_NS, valid_NS = base_and_text(shape, seed)
+    config = ChronoConfig.balance(beta__dead_zone=None, beta__first_layer="same", beta__rate=0.3)
     with tempfile.TemporaryDirectory() as records:
-        model = fine_tuned(shape, seed, base, train_NS, ChronoConfig.balance(), Path(records)).eval()
+        model = fine_tuned(shape, seed, base, train_NS, config, Path(records)).eval()
         evidence = Evidence.from_directory(records, windows=WINDOWS)
     sub = Subject(model, evidence, train_NS, valid_NS)
     text_NS = held_out(sub)

@@ -34,6 +34,8 @@ CUT = {"cut_at": 3, "keep": 0.5}
 
 def wrapped(preset: str = "observe", family: str = "mixtral", **lifecycle: Any) -> tuple[Any, Any]:
     config = ChronoConfig.preset(preset, interval=2, lifecycle=LifecycleConfig(**{**CUT, **lifecycle}))
+    if preset == "balance":  # a force on every expert
+        config = config.replace(beta__dead_zone=None, beta__first_layer="same", beta__rate=0.3)
     model = chronomoe_hf.wrap(models.tiny_model(family), config)
     return model, chronomoe_hf.system_of(model)
 
@@ -125,9 +127,11 @@ def test_inside_the_cut_counts_are_dispatched_ones_and_the_cut_are_not_dead(tmp_
     assert np.isfinite(relative_load(load_run(tmp_path), 3)[0]).all()
 
 
-def test_the_balance_law_balances_the_survivors_as_if_there_were_no_others() -> None:
-    kept = [1, 2, 5, 6]
-    cut, small, beta = StepState([8]), StepState([4]), BetaConfig(law="balance")
+@pytest.mark.parametrize("settings", [{}, {"dead_zone": (0.5, 2.0)}, {"rule": "sign"}])
+def test_the_balance_law_balances_the_survivors_as_if_there_were_no_others(settings: dict[str, Any]) -> None:
+    kept, beta = [1, 2, 5, 6], BetaConfig(law="balance", **settings)
+    cut, small = StepState([8], top_k=[2]), StepState([4], top_k=[2])
+    cut.apply_balance(torch.ones(1, 8, dtype=torch.float64), beta)
     cut.beta_LE.fill_(0.7)
     cut.cut([[e for e in range(8) if e not in kept]])
     assert cut.beta_LE[0].tolist() == [pytest.approx(0.7) if e in kept else 0.0 for e in range(8)]
