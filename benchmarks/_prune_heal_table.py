@@ -51,7 +51,7 @@ def balance_lines(rows: list[Row], observed: list[Row]) -> list[str]:
     lines = [
         "## After `balance`",
         "",
-        'The same fine-tuning under the balance law at its strongest (`beta.dead_zone=None`, `beta.first_layer="same"`,',
+        "The same fine-tuning under the balance law at its strongest (`beta.dead_zone=None`, all layers alike,",
         "`beta.rate=0.3`; its beta is kept) beside the observed one: rise over the own dense model.",
         "",
         "| shape | run | dense loss | rank | 12.5% | 25.0% | 50.0% | 25.0% + refit | 50.0% + refit |",

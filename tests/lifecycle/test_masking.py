@@ -20,7 +20,7 @@ from chronomoe_hf import ChronoConfig
 from chronomoe_hf.errors import LifecycleError, PlanMismatchError
 from chronomoe_hf.lifecycle import layer_specs, masked
 from chronomoe_hf.lifecycle.live import match_layers
-from chronomoe_hf.lifecycle.masking import mask_experts
+from chronomoe_hf.lifecycle.masking import CutMask, mask_experts
 
 KEPT = [[0, 2, 3, 5, 7], [1, 2, 4, 6, 7]]
 REFUSED = {"dbrx", "deepseek_v4", "nllb_moe"}
@@ -228,3 +228,32 @@ def test_training_in_the_mask_resumes_where_it_stopped(tmp_path: Path) -> None:
     with masked(resumed.model, plan):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert digest(resumed.model) == digest(whole.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", moe_zoo.ROUTED)
+def test_a_wrapped_router_masks_as_the_plain_one_and_records_what_was_dispatched(family: str) -> None:
+    """Every family, cut in a run: the logits of the plain masked model, and no assignment of a dropped expert."""
+    if family in REFUSED:
+        return
+    model = moe_zoo.build(family).eval()
+    moe_zoo.randomise(model)
+    specs = layer_specs(model)
+    dropped = [tuple(range(0, s.num_experts, s.group_size)) if s.num_groups > 1 else (1,) for s in specs]
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(2))
+    batch = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids.flip(1)
+    with mask_experts(match_layers(model, specs), dropped):
+        plain = logits_of(model, batch)
+    system = chronomoe_hf.system_of(chronomoe_hf.wrap(model, ChronoConfig.observe()))
+    for layer, ids_dropped in zip(system.layers, dropped, strict=True):
+        layer.handle.mask = CutMask(layer.adapter, ids_dropped, layer.num_experts)
+    with system.recording_eval():
+        inside = logits_of(model, batch)
+    assert torch.equal(inside, plain)
+    snapshot = system.take_evaluation()
+    assert snapshot is not None
+    for layer, gone in zip(snapshot.layers, dropped, strict=True):
+        assert layer.cut == list(gone) and not any(layer.expert_token_counts[expert] for expert in gone)
+        assert layer.nonfinite_tokens == 0 and (layer.token_count > 0 or family.startswith("ernie4_5_vl"))
