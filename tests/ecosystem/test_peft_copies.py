@@ -295,3 +295,22 @@ def test_a_model_with_copies_unpickles_in_a_fresh_process(tmp_path: Path) -> Non
     done = subprocess.run(args, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:2] == [str([TOKENS] * 2)] * 2
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_cut_masks_the_copies_that_run_and_those_that_run_later(order: str) -> None:
+    config = ChronoConfig.observe(interval=1, lifecycle__cut_at=1, lifecycle__keep=0.5)
+    model = adapted("gate", order, config)
+    system = chronomoe_hf.system_of(model)
+    model(**tiny.tiny_batch("mixtral")).loss.backward()
+    system.step(1)
+    plan = system.cut.plan
+    assert plan is not None
+    model.add_adapter("later", saving("gate"))
+    for adapter in ("default", "later"):
+        model.set_adapter(adapter)
+        model(**tiny.tiny_batch("mixtral", seed=3)).loss.backward()
+        snapshot = system.step(system.global_step + 1)
+        assert snapshot is not None
+        for layer, planned in zip(snapshot.layers, plan.layers, strict=True):
+            assert layer.token_count == 2 * TOKENS and not any(layer.expert_token_counts[e] for e in planned.dropped)
