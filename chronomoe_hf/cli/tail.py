@@ -163,7 +163,7 @@ def _row(layer: LayerView, windows: list[Window], blocks: str) -> str:
     phi = [None if p is None else p.get("coherence_mean") for p in past]
     ceiling = layer.get("max_violation_ceiling") or 1.0
     dead = layer.get("dead_experts")
-    deads = "-" if dead is None else f"{dead:.0f}/{layer.num_experts or '?'}"
+    deads = "-" if dead is None else f"{dead:.0f}/{layer.num_choices or '?'}"
     return (
         f"{layer.layer_id[:5]:>5}  {_number(neff[-1]):>6} {sparkline(neff, 0.0, 1.0, blocks)}"
         f"  {_number(violation[-1]):>6} {sparkline(violation, 0.0, ceiling, blocks)}"

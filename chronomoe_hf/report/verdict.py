@@ -140,7 +140,7 @@ def _numbers(run: RunData) -> list[tuple[str, str, str]]:
         return []
     last = run.windows[-1]
     dead = sum(int(layer.get("dead_experts") or 0) for layer in last.layers)
-    experts = sum(layer.num_experts or 0 for layer in last.layers)
+    experts = sum(layer.num_choices or 0 for layer in last.layers)
     worst = lowest(last.layers)
     high = max(
         (layer for layer in last.layers if layer.violation_fraction is not None),

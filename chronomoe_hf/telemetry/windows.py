@@ -73,7 +73,12 @@ class LayerView:
     def neff_fraction(self) -> float | None:
         """n_effective / E, or over the experts that are left where some were cut."""
         neff = self.get("n_effective")
-        return None if neff is None or not self.num_experts else neff / max(1, self.num_experts - self.num_cut)
+        return None if neff is None or not self.num_choices else neff / self.num_choices
+
+    @property
+    def num_choices(self) -> int | None:
+        """Experts that a token can be given to: all but those that were cut."""
+        return None if self.num_experts is None else max(1, self.num_experts - self.num_cut)
 
     @property
     def violation_fraction(self) -> float | None:

@@ -120,6 +120,8 @@ def test_inside_the_cut_counts_are_dispatched_ones_and_the_cut_are_not_dead(tmp_
     events, _ = read_jsonl(tmp_path / "chronomoe" / "routing_events.jsonl")
     assert all(("cut" in event) == (event["step"] > 3) for event in events)
     assert measure_dry_run(system, model, [models.tiny_batch("mixtral")]) is None
+    seen = load_run(tmp_path).windows[-1].layers[0]
+    assert seen.num_choices == 4 and seen.neff_fraction == pytest.approx(snapshot.layers[0].n_effective / 4)
     load_LE, layers = relative_load(load_run(tmp_path), 12)
     for layer_id, row in zip(layers, load_LE, strict=True):
         kept = list(system.cut.plan.layers[layer_id].kept)
