@@ -44,14 +44,14 @@ class SeenRoles:
 
     @property
     def idle(self) -> list[int]:
-        """Experts that are dead or nearly so in this window."""
-        limit = nearly_dead_limit(self.layer.n_experts)
-        return [expert for expert, share in enumerate(self.shares) if share < limit]
+        """Experts that are dead or nearly so in this window; those that were cut are not."""
+        limit = nearly_dead_limit(self.layer.num_choices)
+        return [e for e, share in enumerate(self.shares) if share < limit and e not in self.layer.cut]
 
     @property
     def overloaded(self) -> list[int]:
         """Experts with at least OVERLOADED times their fair share, the most loaded first."""
-        limit = OVERLOADED / self.layer.n_experts
+        limit = OVERLOADED / self.layer.num_choices
         found = [expert for expert, share in enumerate(self.shares) if share >= limit]
         return sorted(found, key=lambda expert: (-self.shares[expert], expert))
 

@@ -193,6 +193,20 @@ def test_the_state_carries_the_cut_and_what_it_will_be_made_of(tmp_path: Path) -
     assert last.cut.plan == system.cut.plan
 
 
+def test_what_was_cut_is_no_idle_expert_to_spawn_into() -> None:
+    from chronomoe_hf.lifecycle.roles import FreeEnergy
+    from chronomoe_hf.lifecycle.seen_roles import SeenRoles
+    from chronomoe_hf.telemetry import LayerSnapshot
+
+    counts = [60, 0, 20, 20, 0, 0, 0, 0]
+    for cut, idle, loaded in (([4, 5, 6, 7], [1], [0]), ([], [1, 4, 5, 6, 7], [0, 2, 3])):
+        layer = LayerSnapshot(layer_id=0, n_experts=8, top_k=2, expert_token_counts=counts, cut=cut)
+        assert layer.shares is not None
+        energy: Any = FreeEnergy
+        seen = SeenRoles(layer, layer.shares, None, [], [], energy)  # type: ignore[arg-type]
+        assert seen.idle == idle and seen.overloaded == loaded
+
+
 def test_copies_and_pickles_are_cut_too_and_unwrapping_says_that_the_cut_is_gone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
