@@ -318,7 +318,6 @@ def test_a_broken_manifest_is_no_manifest(tmp_path):
         "lifecycle_effects",
         "lifecycle_splits",
         "lifecycle_cuts",
-        "lifecycle_splits",
         "alerts",
         "logs",
         "attempts",
