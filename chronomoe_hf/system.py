@@ -67,8 +67,7 @@ class ChronoSystem(Savable):
         self.config = config
         self.switches = switches
         self.run_id = uuid.uuid4().hex[:12]
-        self.global_step = 0
-        self.window_steps = 0
+        self.global_step = self.window_steps = 0
         self.sums = layers[0].recorder.sums
         sizes, top_k = [layer.num_experts for layer in layers], [layer.top_k for layer in layers]
         self.step_state = StepState(sizes, [layer.takes_beta for layer in layers], top_k, self.sums.roles)
@@ -210,8 +209,7 @@ class ChronoSystem(Savable):
         self.discard()
         restore_fp32_bias(self.layers)
         self.step_state.drop_window()
-        self.window_steps = 0
-        self.overhead_s = 0.0
+        self.window_steps, self.overhead_s = 0, 0.0
         self._stepped = None
         self.store.begin()
 
@@ -282,8 +280,7 @@ class ChronoSystem(Savable):
         self.last_snapshot = snapshot or self.last_snapshot
         self.cut.observe(snapshot)
         self.step_state.close_window()
-        self.window_steps = 0
-        self.overhead_s = 0.0
+        self.window_steps, self.overhead_s = 0, 0.0
 
     def set_alert(self, kind: str, step: int, holds: bool, detail: str = "") -> None:
         """Raise or clear a whole-run alert, and record it where that is a change."""
