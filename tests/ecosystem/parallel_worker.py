@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from support import gloo_exit
 from support import models as tiny
+from support.laws import full_balance
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -25,7 +26,8 @@ def run(directory: str, family: str, layout: dict[str, int], preset: str) -> dic
     """Two optimizer steps; ranks that share a tensor-parallel group get the same batch, as they must."""
     model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(**layout)).train()
     replica = dist.get_rank() // layout.get("tp_size", 1)
-    chronomoe_hf.wrap(model, ChronoConfig.preset(preset, interval=1))
+    config = full_balance(interval=1) if preset == "balance" else ChronoConfig.preset(preset, interval=1)
+    chronomoe_hf.wrap(model, config)
     system = chronomoe_hf.system_of(model)
     windows = []
     for step in range(1, STEPS + 1):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from support import models as tiny
+from support.laws import full_balance
 from support.oracles import Recount
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -100,7 +101,7 @@ def test_the_copy_that_trains_is_the_one_that_is_counted(part: str, order: str) 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("part", PARTS)
 def test_the_copy_that_trains_is_the_one_that_is_governed(part: str, order: str) -> None:
-    model = adapted(part, order, ChronoConfig.balance(interval=1))
+    model = adapted(part, order, full_balance(interval=1))
     batch = tiny.tiny_batch("mixtral")
     system = chronomoe_hf.system_of(model)
     plain = model(**batch).logits
@@ -192,7 +193,7 @@ def test_a_trainer_resumes_a_trained_copy_of_the_router_bit_for_bit(order: str, 
             report_to="none",
             disable_tqdm=True,
         )
-        return Trainer(adapted("gate", order, ChronoConfig.balance(interval=1)), arguments, train_dataset=rows)
+        return Trainer(adapted("gate", order, full_balance(interval=1)), arguments, train_dataset=rows)
 
     whole = trainer("whole")
     chronomoe_hf.attach(whole)

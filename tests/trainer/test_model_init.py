@@ -11,6 +11,7 @@ import torch
 from support import jobs as training_job
 from support import models as tiny
 from support.jobs import whole_weights
+from support.laws import full_balance
 from support.run_records import assert_same
 from transformers import Trainer, TrainingArguments
 
@@ -60,7 +61,7 @@ def tokens(output_dir: Path, run_id: str) -> int:
 
 @pytest.mark.parametrize("way", ["attach", "callback", "wrapped by the user"])
 def test_the_model_that_trains_is_governed_saved_and_resumed(way: str, tmp_path: Path) -> None:
-    config = ChronoConfig.balance(interval=1)
+    config = full_balance(interval=1)
     made = []
 
     def make() -> Any:
@@ -125,7 +126,7 @@ def test_another_model_put_into_the_trainer_after_attach_is_followed(tmp_path: P
 def test_a_new_model_with_other_settings_is_refused(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, save_strategy="no")
     chronomoe_hf.attach(trainer, ChronoConfig.observe())
-    trainer.model_init = lambda: chronomoe_hf.wrap(init(), ChronoConfig.balance())
+    trainer.model_init = lambda: chronomoe_hf.wrap(init(), full_balance())
     with pytest.raises(AlreadyWrappedError, match="unwrap"):
         trainer.train()
 
@@ -142,7 +143,7 @@ def test_hyperparameter_search(tmp_path: Path) -> None:
         return made[-1]
 
     trainer = trainer_for(tmp_path, make, eval_strategy="steps", eval_steps=2, save_steps=4)
-    callback = chronomoe_hf.attach(trainer, ChronoConfig.balance(interval=1))
+    callback = chronomoe_hf.attach(trainer, full_balance(interval=1))
     best = trainer.hyperparameter_search(
         hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 2e-2)},
         backend="optuna",
@@ -161,7 +162,7 @@ def test_hyperparameter_search(tmp_path: Path) -> None:
     assert all(beta.abs().max() > 0.05 for beta in betas) and not torch.equal(betas[0], betas[1])
     for number, (_, meta) in enumerate(states):
         plain = type(made[-1]).from_pretrained(tmp_path / f"run-{number}" / "checkpoint-4")
-        system = chronomoe_hf.system_of(chronomoe_hf.wrap(plain, ChronoConfig.balance(interval=1)))
+        system = chronomoe_hf.system_of(chronomoe_hf.wrap(plain, full_balance(interval=1)))
         system.save(tmp_path / "again")
         assert read_state(tmp_path / "again")[1]["fingerprint"] == meta["fingerprint"], number
 

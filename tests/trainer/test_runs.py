@@ -11,6 +11,7 @@ import torch
 from support import jobs as training_job
 from support import models as tiny
 from support.jobs import whole_weights
+from support.laws import full_balance
 from support.run_records import assert_same
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -20,7 +21,7 @@ from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.telemetry import read_manifest
 from chronomoe_hf.wrapping.owner import find_system
 
-GOVERN = ChronoConfig.balance(interval=1)
+GOVERN = full_balance(interval=1)
 
 
 def trainer_for(output_dir: Path, callbacks: list[TrainerCallback] | None = None, **overrides: Any) -> Trainer:
