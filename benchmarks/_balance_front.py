@@ -165,12 +165,13 @@ def markdown(results: Row) -> str:
         "",
         "![Validation loss against evenness, by arm](balance_front.png)",
         "",
-        f"{versions}; {results['machine']}. Written by `benchmarks/balance.py`; settings, configs and the numbers of",
-        f"every run are in `balance.json`. Fresh seeds {', '.join(map(str, FRESH))}, each with its own base and data order; no",
-        "choice was made on them. Loss = validation loss at the end minus that of `none` of the same seed, in nats: mean and",
-        "standard error over the seeds. Neff/E, dead experts and max violation are of the last 50 steps; dead is summed over",
-        "layers and seeds. An arm is on the front if no other has a lower mean loss at a higher mean worst Neff/E.",
-        f"`balance 0.2` is the preset as it was in 0.2, `sign` the published rule at {_rate(results)}, its best rate.",
+        f"{versions}; {results['machine']}. Written by `benchmarks/balance.py`; settings, configs and the",
+        f"numbers of every run are in `balance.json`. Fresh seeds {', '.join(map(str, FRESH))}, each with its own base and",
+        "data order; no choice was made on them. Loss = validation loss at the end minus that of `none` of the same",
+        "seed, in nats: mean and standard error over the seeds. Neff/E, dead experts and max violation are of the last",
+        "50 steps; dead is summed over layers and seeds. An arm is on the front if no other has a lower mean loss at a",
+        "higher mean worst Neff/E. `balance 0.2` is the preset as it was in 0.2, `sign` the published rule at",
+        f"{_rate(results)}, its best rate.",
     ]
     for setting, shape in results["settings"].items():
         lines += _setting_table(results, setting, shape)
