@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf import ChronoConfig, ChronoSystem
+from chronomoe_hf.coherence import read_clocks
 from chronomoe_hf.config import PRESETS, ControlConfig, LensConfig, VetoConfig
+from chronomoe_hf.router.beta_laws import coherence_law
 
 SIGN_RATE = 0.1  # tuned: fewest updates to balance on seed 0 of e8 and e32 (results/balance_changed.md)
 BALANCE_0_2 = {"dead_zone": None, "rate": 0.3, "first_layer": "same"}
@@ -39,6 +41,19 @@ CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"basis": "least_squares", "reader": "mean", "memory": 0.0, "train_router": True},
     ),
 }
+# The coherence study: gain, what earns nothing, clock, sign (-1 pushes coherent experts down), cap in std.
+COHERENCE = tuple(
+    f"coherence@{eta},{tau},{clock},{sign},{cap}"
+    for eta, tau, clock, sign, cap in (
+        ("0.01", "layer_mean", "slow", "+1", "0.3"),
+        ("0.05", "layer_mean", "slow", "+1", "0.3"),
+        ("0.05", "0.5", "slow", "+1", "0.3"),
+        ("0.05", "layer_mean", "mid", "+1", "0.3"),
+        ("0.05", "layer_mean", "slow", "-1", "0.3"),
+        ("0.5", "layer_mean", "mid", "+1", "2.0"),
+        ("0.5", "layer_mean", "mid", "-1", "2.0"),
+    )
+)
 AUX = ("aux 0.001", "aux 0.01", "aux 0.02")
 FRONT = ("none", *AUX, "sign 0.001", "sign", "quantile", "balance 0.2", "balance", "protect", "revive")
 ARMS = (*FRONT, "coherence", "proportional", *CHANGED)
@@ -62,7 +77,8 @@ def balance_config(**beta: Any) -> ChronoConfig:
 def arm_config(arm: str) -> ChronoConfig:
     """The configuration of an arm by name; ``none`` and ``aux`` only observe.
 
-    ``sign@RATE`` is the sign rule at a rate, ``zone@LOW,HIGH,RATE,FIRST`` the balance law with that dead zone.
+    ``sign@RATE`` is the sign rule at a rate, ``zone@LOW,HIGH,RATE,FIRST`` the balance law with that dead zone,
+    ``coherence@ETA,TAU,CLOCK,SIGN,CAP`` a form of the coherence law (:class:`CoherenceForm`).
     """
     if arm.startswith("sign@"):
         return balance_config(rule="sign", rate=float(arm.removeprefix("sign@")))
@@ -71,6 +87,9 @@ def arm_config(arm: str) -> ChronoConfig:
         return ChronoConfig.balance(
             beta={"dead_zone": (float(low), float(high)), "rate": float(rate), "first_layer": first}
         )
+    if arm.startswith("coherence@"):
+        alone = {"veto__enabled": False, "control__enabled": False, "lens__enabled": False}
+        return ChronoConfig.protect(beta__eta=1e-12, beta__k_max=float(arm.rpartition(",")[2]), **alone)
     if arm in CHANGED:
         control, lens = CHANGED[arm]
         return ChronoConfig.protect(control=control, lens=lens)
@@ -90,6 +109,43 @@ def arm_config(arm: str) -> ChronoConfig:
             veto=VetoConfig(enabled=False), control=ControlConfig(enabled=False), lens=LensConfig(enabled=False)
         ),
     }[arm]
+
+
+class CoherenceForm:
+    """The coherence law with another gain, target, clock, sign and cap, in place of the configured one.
+
+    Args:
+        system: of a model under the coherence law with next to no gain.
+        arm: ``coherence@ETA,TAU,CLOCK,SIGN,CAP``.
+        interval: optimizer steps between updates.
+    """
+
+    def __init__(self, system: ChronoSystem, arm: str, interval: int) -> None:
+        eta, tau, clock, sign, cap = arm.removeprefix("coherence@").split(",")
+        self.state, self.interval, self.steps = system.step_state, interval, 0
+        self.clock = ("fast", "mid", "slow").index(clock)
+        self.law = {"eta": float(sign) * float(eta), "tau": tau if tau == "layer_mean" else float(tau)}
+        self.law["k_max"] = float(cap)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move beta once per interval; call it before every ``system.step``."""
+        self.steps += 1
+        if self.steps % self.interval:
+            return
+        state = self.state
+        phi_LE = read_clocks(state.ema_CLE, state.updates_LE)[self.clock]
+        seen_LE = state.updates_LE > 0
+        state.beta_LE.copy_(
+            coherence_law(state.beta_LE, phi_LE, seen_LE, state.tokens_LE, mask_LE=state.mask_LE, **self.law)
+        )
+
+
+def actor(arm: str, system: ChronoSystem, interval: int) -> QuantileBias | CoherenceForm | None:
+    """What acts beside the library in an arm, None in most."""
+    if arm.startswith("coherence@"):
+        return CoherenceForm(system, arm, interval)
+    return QuantileBias(system) if arm == "quantile" else None
 
 
 def quantile_bias(logit_TE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from _balance_arms import CHANGED, FRONT, QuantileBias, aux_weight
+from _balance_arms import CHANGED, COHERENCE, FRONT, actor, aux_weight
 from _fast_head import use_fast_head
 from _text_job import SIZES, ModelSize, Training, load_domain, pretrain_base
 
@@ -92,6 +92,8 @@ PLAN = {
     "deepseek": ("none", "balance", "revive"),
     "quick": ("none", "balance 0.2", "balance"),
 }
+COHERENCE_PLAN = {name: ("none", *COHERENCE, "sign", "balance 0.2", "balance") for name in ("e8", "e32")}
+COHERENCE_STEPS = 150
 # The ablations, into results/balance_changed.*; that `protect` leaves a balanced run alone is among them.
 CHANGED_PLAN = {
     "e8": ("none", "protect", *CHANGED),
@@ -240,7 +242,7 @@ def fine_tune(setting: Setting, data: Data, arm: str, seed: int, config: ChronoC
     model = load_model(setting, data, arm, seed)
     model = chronomoe_hf.wrap(model, dataclasses.replace(config, interval=setting.interval))
     system = chronomoe_hf.system_of(model)
-    quantile = QuantileBias(system) if arm == "quantile" else None
+    beside = actor(arm, system, setting.interval)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, weight_decay=0.01, fused=True)
     split_idle_experts(model, config, setting, data, seed)
     stream = batches(data.train_NS, setting.batch, seed)
@@ -257,8 +259,8 @@ def fine_tune(setting: Setting, data: Data, arm: str, seed: int, config: ChronoC
         optimizer.zero_grad()
         counts.append(step_counts(system))
         losses.append(loss.item())
-        if quantile is not None:
-            quantile.update()
+        if beside is not None:
+            beside.update()
         snapshot = system.step(step)
         if snapshot is not None:
             decisions.extend(system.decisions)

@@ -12,6 +12,7 @@ run. An environment of MALLOC_TRIM_THRESHOLD_=8589934592 and MALLOC_MMAP_THRESHO
     python benchmarks/balance.py --merge part1 part2               # ... and the parts put together; the later
                                                                    # part's runs replace the earlier one's
     python benchmarks/balance.py --changed       # `protect` with one default changed, into balance_changed.*
+    python benchmarks/balance.py --coherence     # forms of the coherence law, into coherence_study.*
     python benchmarks/balance.py --quick         # one seed, a tiny model, three arms, under a minute
 """
 
@@ -28,15 +29,22 @@ import torch
 import transformers
 from _balance_arms import ARMS, CHANGED, SIGN_RATE, arm_config, available
 from _balance_front import markdown, plot, targets
-from _balance_job import CHANGED_PLAN, PLAN, SETTINGS, fine_tune, prepare
+from _balance_job import CHANGED_PLAN, COHERENCE_PLAN, COHERENCE_STEPS, PLAN, SETTINGS, fine_tune, prepare
 from _balance_measure import FLOOR, SMOOTH, TAIL, TARGET, summarise
 from _balance_table import claims
 from _balance_table import markdown as changed_markdown
+from _coherence_table import markdown as coherence_markdown
 
 import chronomoe_hf
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FRESH, TUNING = [3, 4, 5], [0, 1, 2]
+FRESH, TUNING, STUDY = [3, 4, 5], [0, 1, 2], [0, 1]
+# File -> what is run, on which seeds, and how it is told.
+FILES: dict[str, tuple[dict[str, Any], list[int], Any, Any]] = {
+    "balance": (PLAN, FRESH, targets, markdown),
+    "balance_changed": (CHANGED_PLAN, TUNING, claims, changed_markdown),
+    "coherence_study": (COHERENCE_PLAN, STUDY, lambda results: [], coherence_markdown),
+}
 
 
 def header(names: list[str], seeds: list[int], arms: list[str]) -> dict[str, Any]:
@@ -64,20 +72,22 @@ def header(names: list[str], seeds: list[int], arms: list[str]) -> dict[str, Any
 def write(results: dict[str, Any], output: Path, name: str = "balance") -> None:
     """balance.json and balance.md, as far as the matrix has come."""
     output.mkdir(parents=True, exist_ok=True)
-    changed = name != "balance"
-    results["claims"] = (claims if changed else targets)(results)
+    _, _, judge, tell = FILES[name]
+    results["claims"] = judge(results)
     rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in results["runs"])  # a line each
     text = json.dumps({**results, "runs": "ROWS"}, indent=1, allow_nan=False).replace('"ROWS"', f"[\n  {rows}\n ]")
     (output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     notes = output / f"{name}_notes.md"
-    text = (changed_markdown if changed else markdown)(results)
+    text = tell(results)
     text += notes.read_text(encoding="utf-8") if notes.is_file() else ""
     (output / f"{name}.md").write_text(text, encoding="utf-8")
 
 
-def run_matrix(results: dict[str, Any], plan: dict[str, Any], arms: list[str], output: Path, name: str) -> None:
+def run_matrix(results: dict[str, Any], arms: list[str], output: Path, name: str) -> None:
     """Every arm of every setting, seed by seed."""
-    for setting in (SETTINGS[each] for each in results["settings"]):
+    plan = FILES[name][0]
+    for shape in results["settings"].values():
+        setting = dataclasses.replace(SETTINGS[shape["name"]], steps=shape["steps"])
         for seed in results["seeds"]:
             planned = [arm for arm in arms if (arm in plan[setting.name] or "@" in arm) and available(arm)]
             data = prepare(setting, seed)
@@ -126,13 +136,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, a tiny model, three arms")
     parser.add_argument("--changed", action="store_true", help="the ablations of protect, seeds 0 to 2")
+    parser.add_argument("--coherence", action="store_true", help="forms of the coherence law, seeds 0 and 1")
     parser.add_argument("--settings", nargs="+", choices=sorted({*PLAN, *CHANGED_PLAN}), default=None)
     parser.add_argument("--arms", nargs="+", default=None, help=f"of {', '.join(ARMS)}, sign@RATE, zone@...")
     parser.add_argument("--seeds", nargs="+", type=int, default=None)
     parser.add_argument("--output", type=Path, default=None, help=f"directory (default: {RESULTS.name}/ beside this)")
     parser.add_argument("--merge", nargs="+", type=Path, default=None, help="output directories of earlier calls")
     options = parser.parse_args(arguments)
-    name, plan = ("balance_changed", CHANGED_PLAN) if options.changed else ("balance", PLAN)
+    name = "balance_changed" if options.changed else "coherence_study" if options.coherence else "balance"
+    plan, usual, _, _ = FILES[name]
     if options.merge:
         merge(options.merge, options.output or RESULTS, name)
         return
@@ -141,9 +153,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         names, seeds = ["quick"], [0]
     output = options.output or (Path("runs") / "balance-quick" if options.quick else RESULTS)
-    arms = options.arms or [arm for arm in ARMS if any(arm in plan[each] for each in names)]
-    results = header(names, seeds or (TUNING if options.changed else FRESH), arms)
-    run_matrix(results, plan, arms, output, name)
+    arms = options.arms or list(dict.fromkeys(arm for each in names for arm in plan[each]))
+    results = header(names, seeds or usual, arms)
+    if name == "coherence_study":
+        for shape in results["settings"].values():
+            shape["steps"] = COHERENCE_STEPS
+    run_matrix(results, arms, output, name)
     if name == "balance":
         plot(results, output / "balance_front.png")
     for claim in results["claims"]:

@@ -49,6 +49,7 @@ def arms(job: ModuleType) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def front(job: ModuleType) -> ModuleType:
+    load("_coherence_table")
     return load("_balance_front")
 
 
