@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf import ChronoConfig, ChronoSystem
 from chronomoe_hf.coherence import read_clocks
-from chronomoe_hf.config import PRESETS, ControlConfig, LensConfig, VetoConfig
+from chronomoe_hf.config import ControlConfig, LensConfig, VetoConfig
 from chronomoe_hf.router.beta_laws import coherence_law
 
 SIGN_RATE = 0.1  # tuned: fewest updates to balance on seed 0 of e8 and e32 (results/balance_changed.md)
@@ -64,11 +64,6 @@ def aux_weight(arm: str) -> float:
     return float(arm.removeprefix("aux ")) if arm.startswith("aux ") else 0.0
 
 
-def available(arm: str) -> bool:
-    """Whether the installed package has what the arm needs."""
-    return arm != "revive" or "revive" in PRESETS
-
-
 def balance_config(**beta: Any) -> ChronoConfig:
     """The balance law without dead zone and first-layer rule, with another `rule` or `rate`."""
     return ChronoConfig.balance(beta={**BALANCE_0_2, **beta})
@@ -93,8 +88,6 @@ def arm_config(arm: str) -> ChronoConfig:
     if arm in CHANGED:
         control, lens = CHANGED[arm]
         return ChronoConfig.protect(control=control, lens=lens)
-    if arm == "revive":
-        return ChronoConfig.preset("revive")
     if arm == "none" or aux_weight(arm):
         return ChronoConfig.observe()
     return {
@@ -105,6 +98,7 @@ def arm_config(arm: str) -> ChronoConfig:
         "balance 0.2": balance_config(),
         "balance": ChronoConfig.balance(),
         "protect": ChronoConfig.protect(),
+        "revive": ChronoConfig.revive(),
         "coherence": ChronoConfig(
             veto=VetoConfig(enabled=False), control=ControlConfig(enabled=False), lens=LensConfig(enabled=False)
         ),

@@ -24,9 +24,9 @@ from _text_job import SIZES, ModelSize, Training, load_domain, pretrain_base
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoSystem
+from chronomoe_hf.lifecycle.split_in_run import split_at_start
 
 VALID = 512  # held-out blocks
-SPLIT_BATCHES = 8  # training batches that a split of idle experts is planned on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ PLAN = {
     "reverse": ("none", "aux 0.02", "balance", "revive"),
     "qwen3": ("none", "aux 0.02", "balance", "revive"),
     "deepseek": ("none", "balance", "revive"),
-    "quick": ("none", "balance 0.2", "balance"),
+    "quick": ("none", "balance 0.2", "balance", "revive"),
 }
 COHERENCE_PLAN = {name: ("none", *COHERENCE, "sign", "balance 0.2", "balance") for name in ("e8", "e32")}
 COHERENCE_STEPS = 150
@@ -224,17 +224,19 @@ def load_model(setting: Setting, data: Data, arm: str, seed: int) -> PreTrainedM
     return model
 
 
-def split_idle_experts(model: PreTrainedModel, config: ChronoConfig, setting: Setting, data: Data, seed: int) -> None:
-    """What `ChronoConfig.revive()` asks for at the start, on the run's own first batches; nothing for other configs."""
-    if getattr(config.lifecycle, "split", None) != "start":
-        return
-    from chronomoe_hf import lifecycle
-
-    stream = batches(data.train_NS, setting.batch, seed)
-    plan = lifecycle.plan_split(model, [{"input_ids": next(stream)} for _ in range(SPLIT_BATCHES)])
-    lifecycle.apply(model, plan)
-    model.train()
-    chronomoe_hf.system_of(model).discard()
+def split_idle_experts(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    config: ChronoConfig,
+    setting: Setting,
+    data: Data,
+    seed: int,
+) -> None:
+    """What the trainer does at the start of a run under `ChronoConfig.revive()`; nothing for other configs."""
+    if config.lifecycle.split == "start":
+        first = ({"input_ids": block} for block in batches(data.train_NS, setting.batch, seed))
+        split_at_start(chronomoe_hf.system_of(model), model, optimizer, first)
+        model.train()
 
 
 def fine_tune(setting: Setting, data: Data, arm: str, seed: int, config: ChronoConfig) -> Run:
@@ -244,7 +246,7 @@ def fine_tune(setting: Setting, data: Data, arm: str, seed: int, config: ChronoC
     system = chronomoe_hf.system_of(model)
     beside = actor(arm, system, setting.interval)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, weight_decay=0.01, fused=True)
-    split_idle_experts(model, config, setting, data, seed)
+    split_idle_experts(model, optimizer, config, setting, data, seed)
     stream = batches(data.train_NS, setting.batch, seed)
     counts, losses, decisions, alerts, first = [], [], [], [], None
     started = time.perf_counter()

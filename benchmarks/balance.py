@@ -13,7 +13,7 @@ run. An environment of MALLOC_TRIM_THRESHOLD_=8589934592 and MALLOC_MMAP_THRESHO
                                                                    # part's runs replace the earlier one's
     python benchmarks/balance.py --changed       # `protect` with one default changed, into balance_changed.*
     python benchmarks/balance.py --coherence     # forms of the coherence law, into coherence_study.*
-    python benchmarks/balance.py --quick         # one seed, a tiny model, three arms, under a minute
+    python benchmarks/balance.py --quick         # one seed, a tiny model, four arms, under a minute
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from _balance_arms import ARMS, CHANGED, SIGN_RATE, arm_config, available
+from _balance_arms import ARMS, CHANGED, SIGN_RATE, arm_config
 from _balance_front import markdown, plot, targets
 from _balance_job import CHANGED_PLAN, COHERENCE_PLAN, COHERENCE_STEPS, PLAN, SETTINGS, fine_tune, prepare
 from _balance_measure import FLOOR, SMOOTH, TAIL, TARGET, summarise
@@ -60,7 +60,7 @@ def header(names: list[str], seeds: list[int], arms: list[str]) -> dict[str, Any
         "seeds": seeds,
         "settings": {name: dataclasses.asdict(SETTINGS[name]) for name in names},
         "measures": {"smooth": SMOOTH, "tail": TAIL, "target": TARGET, "floor": FLOOR},
-        "configs": {arm: arm_config(arm).to_dict() for arm in arms if available(arm)},
+        "configs": {arm: arm_config(arm).to_dict() for arm in arms},
         "changed": list(CHANGED),
         "sign_rate": dict.fromkeys(names, SIGN_RATE),
         "sweep": [],
@@ -89,7 +89,7 @@ def run_matrix(results: dict[str, Any], arms: list[str], output: Path, name: str
     for shape in results["settings"].values():
         setting = dataclasses.replace(SETTINGS[shape["name"]], steps=shape["steps"])
         for seed in results["seeds"]:
-            planned = [arm for arm in arms if (arm in plan[setting.name] or "@" in arm) and available(arm)]
+            planned = [arm for arm in arms if (arm in plan[setting.name] or "@" in arm)]
             data = prepare(setting, seed)
             for arm in planned:
                 run = fine_tune(setting, data, arm, seed, arm_config(arm))
@@ -134,7 +134,7 @@ def arm_order(arm: str) -> tuple[int, str]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, a tiny model, three arms")
+    parser.add_argument("--quick", action="store_true", help="one seed, a tiny model, four arms")
     parser.add_argument("--changed", action="store_true", help="the ablations of protect, seeds 0 to 2")
     parser.add_argument("--coherence", action="store_true", help="forms of the coherence law, seeds 0 and 1")
     parser.add_argument("--settings", nargs="+", choices=sorted({*PLAN, *CHANGED_PLAN}), default=None)

@@ -358,7 +358,7 @@ def test_quick_run_shows_that_balance_beats_none(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "balance.json").read_text())
     assert {"versions", "machine", "seeds", "settings", "configs", "sweep", "runs", "claims"} <= set(results)
     runs = {run["arm"]: run for run in results["runs"]}
-    assert set(runs) == {"none", "balance 0.2", "balance"}
+    assert set(runs) == {"none", "balance 0.2", "balance", "revive"}
     steps, interval = results["settings"]["quick"]["steps"], results["settings"]["quick"]["interval"]
     for run in runs.values():
         assert len(run["neff_windows"]) == steps // interval
