@@ -200,12 +200,16 @@ def _setting_table(results: Row, setting: str, shape: Row) -> list[str]:
         "| arm | loss (s.e.) | by seed | worst Neff/E | first layer | later layers | dead | max violation | front |",
         "|---|---|---|---|---|---|---|---|---|",
         *(
-            f"| {one.arm} | {one.loss:+.4f} ({one.error:.4f}) | {' '.join(f'{each:+.4f}' for each in one.by_seed)} "
+            f"| {one.arm} | {one.loss:+.4f} ({_error(one)}) | {' '.join(f'{each:+.4f}' for each in one.by_seed)} "
             f"| {one.worst:.2f} | {one.first:.2f} | {one.later:.2f} | {one.dead} | {one.violation:.2f} "
             f"| {'yes' if one.arm in best else ''} |"
             for one in arms
         ),
     ]
+
+
+def _error(one: Point) -> str:
+    return f"{one.error:.4f}" if one.arm == "none" or one.seeds > 1 else "one seed"
 
 
 def _tuning(results: Row) -> list[str]:
@@ -274,7 +278,8 @@ def _panel(axis: Any, setting: str, arms: list[Point]) -> None:
     axis.plot([one.worst for one in best], [one.loss for one in best], color="#999999", linestyle="--", linewidth=1)
     for one in arms:
         colour = _COLOURS.get(one.arm, "#cc79a7" if one.arm.startswith("aux") else "#e69f00")
-        axis.errorbar(one.worst, one.loss, yerr=one.error or None, fmt="o", color=colour, capsize=3, markersize=5)
+        bar = one.error if one.seeds > 1 else None
+        axis.errorbar(one.worst, one.loss, yerr=bar, fmt="o", color=colour, capsize=3, markersize=5)
         axis.annotate(one.arm, (one.worst, one.loss), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.set_title(f"{setting} ({max(one.seeds for one in arms)} seeds)", fontsize=10)
     axis.set_xlabel("Neff / E of the worst layer (right is more even)")

@@ -14,9 +14,9 @@ def markdown(results: Row) -> str:
     lines = [
         "# Coherence laws against laws driven by load",
         "",
-        f"{versions}; {results['machine']}. Written by `benchmarks/balance.py --coherence`.",
-        "Loss = validation loss minus that of `none` of the same seed, in nats. Neff/E and dead experts are of the last",
-        "50 steps (dead: summed over layers, mean over seeds). eta: gain per update, every 10 steps. tau: the coherence",
+        f"{versions}; {results['machine']}. Written by `benchmarks/balance.py --coherence`. Loss is",
+        "validation loss minus that of `none` of the same seed, in nats. Neff/E and dead experts are of the last 50",
+        "steps (dead: summed over layers, mean over seeds). eta: gain per update, every 10 steps. tau: the coherence",
         "that earns nothing. Sign -1 pushes coherent experts down. Cap: largest bias, in logit standard deviations.",
     ]
     for setting, shape in results["settings"].items():

@@ -36,6 +36,7 @@ from _balance_table import markdown as changed_markdown
 from _coherence_table import markdown as coherence_markdown
 
 import chronomoe_hf
+from chronomoe_hf import ChronoConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FRESH, TUNING, STUDY = [3, 4, 5], [0, 1, 2], [0, 1]
@@ -110,7 +111,9 @@ def merge(parts: list[Path], output: Path, name: str = "balance") -> None:
     results, order, runs, sweep = found[0], list(SETTINGS), {}, {}
     for each in found:
         known = results["configs"].keys() & each["configs"].keys()
-        differ = sorted(arm for arm in known if each["configs"][arm] != results["configs"][arm])
+        # Read back first: a setting that a later version added has its default in the earlier one's file.
+        read = [{arm: ChronoConfig.from_dict(part["configs"][arm]) for arm in known} for part in (results, each)]
+        differ = sorted(arm for arm in known if read[0][arm] != read[1][arm])
         if differ or each["versions"] != results["versions"]:
             raise SystemExit(f"the parts differ in their versions or in the configs of {differ}; run them again")
         for key in ("settings", "sign_rate", "configs"):
