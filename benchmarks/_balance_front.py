@@ -48,9 +48,9 @@ def _by_seed(results: Row, setting: str, arm: str) -> dict[int, Row]:
 
 
 def paired(ours: dict[int, Row], theirs: dict[int, Row]) -> tuple[float, float, list[float]]:
-    """Mean and standard error of the differences in validation loss by seed, and the differences."""
+    """Mean and standard error (0 for one seed) of the differences in validation loss by seed, and the differences."""
     each = [ours[seed]["valid_loss"] - theirs[seed]["valid_loss"] for seed in sorted(ours.keys() & theirs.keys())]
-    error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else float("nan")
+    error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0
     return statistics.fmean(each), error, each
 
 

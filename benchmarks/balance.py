@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import transformers
 from _balance_arms import ARMS, CHANGED, SIGN_RATE, arm_config
-from _balance_front import markdown, plot, targets
+from _balance_front import markdown, plot, points, targets
 from _balance_job import CHANGED_PLAN, COHERENCE_PLAN, COHERENCE_STEPS, PLAN, SETTINGS, fine_tune, prepare
 from _balance_measure import FLOOR, SMOOTH, TAIL, TARGET, summarise
 from _balance_table import claims
@@ -75,6 +75,10 @@ def write(results: dict[str, Any], output: Path, name: str = "balance") -> None:
     output.mkdir(parents=True, exist_ok=True)
     _, _, judge, tell = FILES[name]
     results["claims"] = judge(results)
+    if name == "balance":
+        results["points"] = {
+            each: {one.arm: one._asdict() for one in points(results, each)} for each in results["settings"]
+        }
     rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in results["runs"])  # a line each
     text = json.dumps({**results, "runs": "ROWS"}, indent=1, allow_nan=False).replace('"ROWS"', f"[\n  {rows}\n ]")
     (output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
