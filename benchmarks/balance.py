@@ -116,7 +116,7 @@ def merge(parts: list[Path], output: Path, name: str = "balance") -> None:
     for each in found:
         known = results["configs"].keys() & each["configs"].keys()
         # Read back first: a setting that a later version added has its default in the earlier one's file.
-        read = [{arm: ChronoConfig.from_dict(part["configs"][arm]) for arm in known} for part in (results, each)]
+        read = [{arm: _acting(part["configs"][arm]) for arm in known} for part in (results, each)]
         differ = sorted(arm for arm in known if read[0][arm] != read[1][arm])
         if differ or each["versions"] != results["versions"]:
             raise SystemExit(f"the parts differ in their versions or in the configs of {differ}; run them again")
@@ -131,6 +131,12 @@ def merge(parts: list[Path], output: Path, name: str = "balance") -> None:
     write(results, output, name)
     if name == "balance":
         plot(results, output / "balance_front.png")
+
+
+def _acting(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as this version reads it, without the settings of a law that never acts."""
+    read = ChronoConfig.from_dict(config).to_dict()
+    return {**read, "beta": {"law": "none"}} if read["beta"]["law"] == "none" else read
 
 
 def arm_order(arm: str) -> tuple[int, str]:

@@ -329,8 +329,11 @@ def test_differences_are_paired_by_seed_and_tuning_seeds_do_not_count(front: Mod
 def test_the_target_asks_for_loss_rivals_life_and_evenness(
     front: ModuleType, changes: dict[str, Any], holds: bool
 ) -> None:
-    (claim,) = front.targets(made_up(**{"none": NONE, "balance": BELOW, **changes}))
-    assert claim["holds"] is holds, claim
+    rivals = {"aux_0.02": NONE, "sign": NONE}
+    (claim,) = front.targets(made_up(**{"none": NONE, **rivals, "balance": BELOW, **changes}))
+    assert claim["holds"] is holds and claim["open"] == [], claim
+    (claim,) = front.targets(made_up(**{"none": NONE, "balance": BELOW, **changes, "sign": NONE}))
+    assert claim["open"] == ["aux 0.02"], "without that rival the target cannot be met"
 
 
 def test_with_k_unchanged_one_standard_error_above_none_is_allowed(front: ModuleType) -> None:
