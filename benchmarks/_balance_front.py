@@ -168,8 +168,6 @@ def markdown(results: Row) -> str:
     lines = [
         "# What balance costs or pays",
         "",
-        "![Validation loss against evenness, by arm](balance_front.png)",
-        "",
         f"{versions}; {results['machine']}. Written by `benchmarks/balance.py`; settings, configs and",
         f"the numbers of every run are in `balance.json`. Fresh seeds {', '.join(map(str, FRESH))}, each with its own",
         "base and data order; no choice was made on them. Loss = validation loss at the end minus that of `none`,",
