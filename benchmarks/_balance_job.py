@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+from _balance_arms import CHANGED, COHERENCE, FRONT, actor, aux_weight
+from _fast_head import use_fast_head
 from _text_job import SIZES, ModelSize, Training, load_domain, pretrain_base
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoSystem
-from chronomoe_hf.config import ControlConfig, LensConfig, VetoConfig
+from chronomoe_hf.lifecycle.split_in_run import split_at_start
 
 VALID = 512  # held-out blocks
-SIGN_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
-BEYOND = (0.2, 0.3)  # swept too, for the reader; never chosen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,9 @@ class Setting:
         name: key in the results.
         size: shape of the model; `size.top_k` is the k of pretraining.
         top_k: k of fine-tuning.
-        domain: text of fine-tuning; pretraining reads prose.
+        domain: text of fine-tuning.
+        base_domain: text of pretraining.
+        arch: family.
         steps: optimizer steps of fine-tuning.
         pretrain_steps: optimizer steps of pretraining.
         batch: blocks of `size.length` tokens a step.
@@ -52,6 +54,8 @@ class Setting:
     size: ModelSize
     top_k: int
     domain: str = "code"
+    base_domain: str = "prose"
+    arch: str = "mixtral"
     steps: int = 300
     pretrain_steps: int = 400
     batch: int = 16
@@ -62,78 +66,41 @@ class Setting:
     decay: bool = True
 
 
+_E32 = SIZES["e32k4"]
 _TINY = ModelSize(layers=2, hidden=32, intermediate=32, heads=4, experts=8, top_k=2, vocab=512, length=64)
 # The stress of `make demo`, text, sizes and schedule included; the same with 32 experts; both again over more steps and
-# more text, so that no block is read much more than once.
+# more text, so that no block is read much more than once. Then the shift the other way with k unchanged, and two other
+# families, k unchanged too: Qwen3-MoE (weights sum to 1 over the chosen) and DeepSeek-V3 (its own correction bias).
 SETTINGS = {
     "e8": Setting(name="e8", size=SIZES["e8k2"], top_k=1),
     "e32": Setting(name="e32", size=SIZES["e32k4"], top_k=4),
     "e8-long": Setting(name="e8-long", size=SIZES["e8k2"], top_k=1, steps=800, chars=8_000_000),
     "e32-long": Setting(name="e32-long", size=SIZES["e32k4"], top_k=4, steps=600, chars=8_000_000),
+    "reverse": Setting(name="reverse", size=SIZES["e8k2"], top_k=2, domain="prose", base_domain="code"),
+    "qwen3": Setting(name="qwen3", size=_E32, top_k=4, arch="qwen3_moe"),
+    "deepseek": Setting(name="deepseek", size=_E32, top_k=4, arch="deepseek_v3"),
     "healthy": Setting(name="healthy", size=SIZES["e8k2"], top_k=2, domain="prose", steps=100, settle=100, decay=False),
     "quick": Setting(name="quick", size=_TINY, top_k=1, steps=60, pretrain_steps=60, batch=8),
 }
-# `protect` with one thing changed: what each default is there for.
-CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "reader mean": ({"lens_spread_max": 1e6}, {"reader": "mean"}),
-    "no spread limit": ({"lens_spread_max": 1e6}, {}),
-    "no memory": ({}, {"memory": 0.0}),
-    "train_router": ({}, {"train_router": True}),
-    "reader mean, train_router": ({"lens_spread_max": 1e6}, {"reader": "mean", "train_router": True}),
-    "basis least_squares": ({}, {"basis": "least_squares"}),
-    "scale_max 0.5": ({"scale_max": 0.5}, {}),
-    "harm_threshold 0.02": ({"harm__threshold": 0.02}, {}),
-    "original law": (
-        {
-            "gate": "pressure",
-            "scale_max": 0.5,
-            "warmup_steps": 100,
-            "harm__threshold": 0.02,
-            "harm__restart": False,
-            "harm__hold": 0,
-            "lens_spread_max": 1e6,
-        },
-        {"basis": "least_squares", "reader": "mean", "memory": 0.0, "train_router": True},
-    ),
-}
-ARMS = ("none", "aux", "sign", "proportional", "balance", "coherence", "protect", *CHANGED)
 PLAN = {
-    "e8": ARMS,
-    "e32": ARMS,
-    "e8-long": ("none", "aux", "balance", "protect"),
-    "e32-long": ("none", "aux", "balance", "protect", "train_router"),
-    "healthy": ("none", "protect"),
-    "quick": ("none", "balance"),
+    "e8": FRONT,
+    "e32": FRONT,
+    "e8-long": ("none", "aux 0.01", "aux 0.02", "sign", "balance", "revive"),
+    "e32-long": ("none", "aux 0.01", "aux 0.02", "sign", "balance", "revive"),
+    "reverse": ("none", "aux 0.02", "balance", "revive"),
+    "qwen3": ("none", "aux 0.02", "balance", "revive"),
+    "deepseek": ("none", "balance", "revive"),
+    "quick": ("none", "balance 0.2", "balance", "revive"),
 }
-
-
-# -------------------------------------------------------------------------------------------------------------- arms
-
-
-def balance_config(**beta: Any) -> ChronoConfig:
-    """The `balance` preset with another `rule` or `rate`."""
-    return ChronoConfig.balance(beta=beta)
-
-
-def arm_config(arm: str, sign_rate: float) -> ChronoConfig:
-    """The configuration of an arm by name; ``none`` and ``aux`` only observe."""
-    if arm.startswith("sign@"):
-        return balance_config(rule="sign", rate=float(arm.removeprefix("sign@")))
-    protect = ChronoConfig.protect()
-    if arm in CHANGED:
-        control, lens = CHANGED[arm]
-        return protect.replace(control=control, lens=lens)
-    return {
-        "none": ChronoConfig.observe(),
-        "aux": ChronoConfig.observe(),
-        "sign": balance_config(rule="sign", rate=sign_rate),
-        "proportional": balance_config(rule="proportional"),
-        "balance": ChronoConfig.balance(),
-        "coherence": ChronoConfig(
-            veto=VetoConfig(enabled=False), control=ControlConfig(enabled=False), lens=LensConfig(enabled=False)
-        ),
-        "protect": protect,
-    }[arm]
+COHERENCE_PLAN = {name: ("none", *COHERENCE, "sign", "balance 0.2", "balance") for name in ("e8", "e32")}
+COHERENCE_STEPS = 150
+# The ablations, into results/balance_changed.*; that `protect` leaves a balanced run alone is among them.
+CHANGED_PLAN = {
+    "e8": ("none", "protect", *CHANGED),
+    "e32": ("none", "protect", *CHANGED),
+    "e32-long": ("none", "protect", "train_router"),
+    "healthy": ("none", "protect"),
+}
 
 
 # --------------------------------------------------------------------------------------------------------------- run
@@ -210,9 +177,9 @@ class Data:
 def prepare(setting: Setting, seed: int) -> Data:
     """Pretrain (or find) the base of a seed and cut the text."""
     training = Training(steps=setting.pretrain_steps, batch=setting.batch, learning_rate=3e-3, seed=seed)
-    base = pretrain_base("mixtral", setting.size, training)
+    base = pretrain_base(setting.arch, setting.size, training, domain=setting.base_domain)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    text = load_domain(setting.domain, tokenizer, setting.size, "mixtral", max_chars=setting.chars)
+    text = load_domain(setting.domain, tokenizer, setting.size, setting.arch, max_chars=setting.chars)
     train, valid = (torch.tensor(part["input_ids"]) for part in (text.train, text.valid))
     # Evenly over all held-out documents: the first blocks alone would be one or two of them.
     return Data(base, train, valid[:: max(1, len(valid) // VALID)][:VALID])
@@ -243,18 +210,43 @@ class Run:
     seconds: float
 
 
-def fine_tune(setting: Setting, data: Data, arm: str, seed: int, config: ChronoConfig) -> Run:
-    """Fine-tune the base under one arm with AdamW."""
+def load_model(setting: Setting, data: Data, arm: str, seed: int) -> PreTrainedModel:
+    """The base with the k, the auxiliary loss and the LM head of this benchmark, in training mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(
-        data.base, num_experts_per_tok=setting.top_k, output_router_logits=arm == "aux", router_aux_loss_coef=0.02
-    )
-    model.train()
+    weight = aux_weight(arm)
+    options = {"num_experts_per_tok": setting.top_k}
+    if setting.arch != "deepseek_v3":  # it has no auxiliary loss
+        options |= {"output_router_logits": weight > 0, "router_aux_loss_coef": weight or 0.02}
+    model = AutoModelForCausalLM.from_pretrained(data.base, **options).train()
     if setting.settle:
         settle(model, setting, data.train_NS, seed)
+    use_fast_head(model)
+    return model
+
+
+def split_idle_experts(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    config: ChronoConfig,
+    setting: Setting,
+    data: Data,
+    seed: int,
+) -> None:
+    """What the trainer does at the start of a run under `ChronoConfig.revive()`; nothing for other configs."""
+    if config.lifecycle.split == "start":
+        first = ({"input_ids": block} for block in batches(data.train_NS, setting.batch, seed))
+        split_at_start(chronomoe_hf.system_of(model), model, optimizer, first)
+        model.train()
+
+
+def fine_tune(setting: Setting, data: Data, arm: str, seed: int, config: ChronoConfig) -> Run:
+    """Fine-tune the base under one arm with AdamW."""
+    model = load_model(setting, data, arm, seed)
     model = chronomoe_hf.wrap(model, dataclasses.replace(config, interval=setting.interval))
     system = chronomoe_hf.system_of(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, weight_decay=0.01)
+    beside = actor(arm, system, setting.interval)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, weight_decay=0.01, fused=True)
+    split_idle_experts(model, optimizer, config, setting, data, seed)
     stream = batches(data.train_NS, setting.batch, seed)
     counts, losses, decisions, alerts, first = [], [], [], [], None
     started = time.perf_counter()
@@ -269,6 +261,8 @@ def fine_tune(setting: Setting, data: Data, arm: str, seed: int, config: ChronoC
         optimizer.zero_grad()
         counts.append(step_counts(system))
         losses.append(loss.item())
+        if beside is not None:
+            beside.update()
         snapshot = system.step(step)
         if snapshot is not None:
             decisions.extend(system.decisions)

@@ -61,6 +61,9 @@ def summarise(run: Run, interval: int) -> dict[str, Any]:
         reasons[decision.abstain_reason or "acted"] = reasons.get(decision.abstain_reason or "acted", 0) + 1
     return {
         "valid_loss": run.valid_loss,
+        "train_loss": [
+            round(statistics.fmean(run.losses[at : at + TAIL]), 5) for at in range(0, len(run.losses), TAIL)
+        ],
         "neff_tail": neff_SL[-TAIL:].mean(0).tolist(),
         "worst_neff_tail": float(neff_SL[-TAIL:].mean(0).min()),
         "worst_neff_window": float(window_neff_WL.min()),

@@ -128,7 +128,7 @@ class ChronoConfig(ConfigBase):
         direction, with the mean reader and gradients through it; every window judged). The constants may be tuned. No
         setting reaches three points of the original: clocks without bias correction, a logit scale that starts at 1,
         and a veto measured on the vetoed beta of the forward before. Why the defaults differ:
-        ``benchmarks/results/balance.md``.
+        ``benchmarks/results/balance_changed.md``.
         """
         return cls.preset("original", **overrides)
 

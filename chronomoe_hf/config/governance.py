@@ -169,7 +169,7 @@ class ControlConfig(ConfigBase):
         quota_top2: relative top-2 share above which a quota is logged.
 
     The original law is ``ChronoConfig.original()``; why the defaults differ, in numbers:
-    ``benchmarks/results/balance.md``.
+    ``benchmarks/results/balance_changed.md``.
     """
 
     enabled: bool = True

@@ -3,7 +3,7 @@
 A lens can only shift the logits of all tokens alike if x V hardly differs between them. The mean router input mu alone
 is a poor reader wherever it is short beside the spread of the tokens about it: a lens so read scatters tokens instead
 of moving them. Ridge regression of 1 on x leaves out the directions in which tokens differ.
-``benchmarks/results/balance.md`` has both readers' spreads.
+``benchmarks/results/balance_changed.md`` has both readers' spreads.
 
 A reader is fitted in two folds of a sample and judged on the fold that it has not seen; the direction used is the mean
 of the two, whose readings have at most the mean of their standard deviations.
