@@ -44,7 +44,7 @@ def plan_split(model: nn.Module, batches: Iterable[Batch], *, idle: float = IDLE
     that most of its new tokens lose for it. :func:`~chronomoe_hf.lifecycle.apply` then refits all output projections.
 
     Args:
-        model: the model; wrapped under a law that moves beta or native biases where k > 1.
+        model: the model; wrapped under the balance law (``ChronoConfig.revive()``) where k > 1.
         batches: training text as dictionaries with ``input_ids`` (and ``attention_mask``); no labels are read. About
             16,000 tokens are good.
         idle: below this many fair shares an expert is idle.
@@ -69,7 +69,7 @@ def plan_split(model: nn.Module, batches: Iterable[Batch], *, idle: float = IDLE
     taps = [RouterTap(layer, wrapped.get(layer.name)) for layer in layers]
     for tap, spec in zip(taps, specs, strict=True):
         ExpertWeights(tap.layer)
-        _check_bias(tap, spec)
+        _check_bias(tap, spec, "none" if system is None else system.config.beta.law)
     out = []
     with quiet(model):
         tokens = read_calls(model, taps, read)
@@ -84,9 +84,14 @@ def plan_split(model: nn.Module, batches: Iterable[Batch], *, idle: float = IDLE
     return SplitPlan(layers=tuple(out), tokens=tokens, batches=tuple(read))
 
 
-def _check_bias(tap: RouterTap, spec: LayerSpec) -> None:
+def _check_bias(tap: RouterTap, spec: LayerSpec, law: str) -> None:
     if spec.top_k == 1:
         return
+    if tap.wrapped is not None and law != "balance":
+        raise LifecycleError(
+            f"{spec.name}: with {spec.top_k} experts a token a bias on the router goes with the copies, and under this "
+            f"config (beta.law {law!r}) none of that size may act; wrap the model with ChronoConfig.revive()"
+        )
     if tap.wrapped is None:
         raise LifecycleError(
             f"{spec.name}: with {spec.top_k} experts a token a bias on the router goes with the copies; wrap the model "

@@ -327,6 +327,9 @@ def test_bad_input_is_refused_before_anything_changes() -> None:
         plan_split(model, [])
     with pytest.raises(LifecycleError, match=r"wrap the model first.*revive"):
         plan_split(with_idle(k=2), read)
+    for config in (ChronoConfig.observe(), ChronoConfig.protect()):
+        with pytest.raises(LifecycleError, match=r"beta\.law '(none|coherence)'.*none of that size may act"):
+            plan_split(chronomoe_hf.wrap(with_idle(k=2), config), read)
     plan: SplitPlan = plan_split(model, read)
     with pytest.raises(PlanMismatchError):
         apply(models.tiny_model("mixtral", num_experts_per_tok=2), plan)
