@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 import chronomoe_hf
 
-PRESETS = ("observe", "protect", "balance")
+PRESETS = ("observe", "protect", "balance", "revive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
