@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.jobs import Job
+from support.laws import FULL
 from support.run_records import assert_same
 
 from chronomoe_hf.checkpoint.state_file import read_state
@@ -26,7 +27,7 @@ def test_a_model_made_anew_is_governed_and_resumed_from_elsewhere(
         family=family,
         engine=engine,
         preset="balance",
-        config={"interval": 2},
+        config={"interval": 2, "beta": FULL},
         arguments={"max_steps": 6, "save_strategy": "steps", "save_steps": 3},
         remade=True,
     )
