@@ -14,13 +14,9 @@ from torch import Tensor, nn
 
 from chronomoe_hf.distributed import is_sharded
 from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.lifecycle.writable import UNREACHABLE, require_writable
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
-_REFUSED = {
-    "dbrx": "the experts of dbrx share one flattened weight",
-    "longcat": "some experts of longcat_flash are identities without weights",
-    "none": "its experts cannot be reached",
-}
 _NUMBERED = re.compile(r"(?:|.*[._])(\d+)")
 
 
@@ -34,7 +30,7 @@ class Changes:
     @torch.no_grad()
     def write(self, tensor: Tensor, index: int | None, value: Tensor) -> None:
         """Overwrite ``tensor[index]`` (the whole tensor without an index) and remember what was there."""
-        place = tensor.detach() if index is None else tensor.detach()[index]
+        place = slice_of(tensor, index)
         self.parts.append((tensor, index, place.clone()))
         place.copy_(value)
 
@@ -51,7 +47,7 @@ class Changes:
     def undo(self) -> None:
         """Give every bit back, last change first."""
         for tensor, index, before in reversed(self.parts):
-            (tensor.detach() if index is None else tensor.detach()[index]).copy_(before)
+            slice_of(tensor, index).copy_(before)
         self.parts, self.versions = [], []
 
 
@@ -60,17 +56,19 @@ class ExpertWeights:
 
     Args:
         layer: a live layer.
+        doing: what is to be done with them, for messages.
+        trains: they are to be trained afterwards.
 
     Raises:
-        LifecycleError: an expert cannot be copied: the family keeps no tensors of one expert apart, the weights are
-            sharded, quantised, offloaded or frozen, or carry an adapter.
+        LifecycleError: the family keeps no tensors of one expert apart, or the weights cannot be written here (see
+            :func:`~chronomoe_hf.lifecycle.writable.require_writable`), or they are frozen and `trains`.
     """
 
-    def __init__(self, layer: FoundLayer) -> None:
+    def __init__(self, layer: FoundLayer, doing: str = "split", *, trains: bool = True) -> None:
         self.layer = layer
-        reason = _REFUSED.get(layer.adapter.experts_call)
+        reason = UNREACHABLE.get(layer.adapter.experts_call)
         if reason is not None or layer.experts is None:
-            raise LifecycleError(f"{layer.name}: its experts cannot be copied: {reason or 'no experts'}")
+            raise LifecycleError(f"{layer.name}: its experts cannot be told apart: {reason or 'no experts'}")
         self.num_experts = layer.adapter.num_experts(layer.router)
         self.fused: list[Tensor] = []
         self.own: dict[int, dict[str, Tensor]] = {}
@@ -82,8 +80,13 @@ class ExpertWeights:
             raise LifecycleError(
                 f"{layer.name}: {type(layer.experts).__name__} has no tensors of each of its {self.num_experts} experts"
             )
-        weight = layer.adapter.weight(layer.router)
-        _check(layer, [*self.fused, *(t for parts in self.own.values() for t in parts.values()), weight])
+        written = self.tensors()
+        require_writable(layer, written, doing)
+        if trains and any(isinstance(each, nn.Parameter) and not each.requires_grad for each in written):
+            raise LifecycleError(
+                f"{layer.name}: its weights are frozen (requires_grad=False), so a copy would stay one; unfreeze the "
+                "experts and routers, or do not split"
+            )
 
     def _add(self, name: str, tensor: Tensor) -> None:
         path, _, _ = name.rpartition(".")
@@ -96,13 +99,19 @@ class ExpertWeights:
         elif tensor.dim() > 1:  # a vector is a norm that all experts share
             raise LifecycleError(
                 f"{self.layer.name}: {name} of shape {list(tensor.shape)} is no tensor of one expert, so its experts "
-                "cannot be copied"
+                "cannot be told apart"
             )
 
-    def tensors(self, layer: FoundLayer) -> list[Tensor]:
-        """All parameters that a split writes to."""
+    def tensors(self) -> list[Tensor]:
+        """All parameters that a split writes to: those of the experts, and the router's rows."""
         apart = [tensor for parts in self.own.values() for tensor in parts.values()]
-        return [*self.fused, *apart, layer.adapter.weight(layer.router)]
+        return [*self.fused, *apart, self.layer.adapter.weight(self.layer.router)]
+
+    def parts(self, expert: int) -> list[tuple[Tensor, int | None]]:
+        """Where one expert's weights are, in the same order for all: a tensor and the index in it (None: all of it)."""
+        return [(tensor, expert) for tensor in self.fused] + [
+            (tensor, None) for _, tensor in sorted(self.own.get(expert, {}).items())
+        ]
 
     def copy(self, donor: int, target: int, changes: Changes, optimizer: Any = None) -> None:
         """Make `target` a copy of `donor`, moments in the optimizer included.
@@ -113,13 +122,14 @@ class ExpertWeights:
             changes: remembers what was there.
             optimizer: whose state follows; None = there is none.
         """
-        for tensor in self.fused:
-            changes.write(tensor, target, tensor.detach()[donor])
-            copy_moments(optimizer, tensor, tensor, donor, target, changes)
-        for name, tensor in self.own.get(target, {}).items():
-            source = self.own[donor][name]
-            changes.write(tensor, None, source.detach())
-            copy_moments(optimizer, source, tensor, None, None, changes)
+        for (source, at), (tensor, place) in zip(self.parts(donor), self.parts(target), strict=True):
+            changes.write(tensor, place, slice_of(source, at))
+            copy_moments(optimizer, source, tensor, at, place, changes)
+
+
+def slice_of(tensor: Tensor, index: int | None) -> Tensor:
+    """``tensor[index]``, or all of it without an index; detached, and no copy."""
+    return tensor.detach() if index is None else tensor.detach()[index]
 
 
 def copy_moments(
@@ -162,27 +172,3 @@ def check_optimizer(optimizer: Any, tensors: list[Tensor]) -> None:
                 )
             if isinstance(value, Tensor) and is_sharded(value):
                 raise LifecycleError(f"the optimizer's {name} is sharded over the ranks; split before it is prepared")
-
-
-def _check(layer: FoundLayer, weights: list[Tensor]) -> None:
-    adapted = [name for name, module in layer.parent.named_modules() if "base_layer" in module._modules]
-    if adapted:
-        raise LifecycleError(
-            f"{layer.name}: {adapted[0]} carries an adapter; an expert that is rewritten would not be saved with it. "
-            "Split the base model first, or fine-tune in full"
-        )
-    for weight in weights:
-        if is_sharded(weight):
-            raise LifecycleError(
-                f"{layer.name}: its weights are sharded over the ranks (FSDP, DeepSpeed ZeRO-3 or tensor parallel); "
-                "split the model in one process with lifecycle.apply, save it, and train from that checkpoint"
-            )
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise LifecycleError(f"{layer.name}: its weights are stored as {weight.dtype}; split before quantising")
-        if weight.device.type == "meta":
-            raise LifecycleError(f"{layer.name}: its weights are offloaded; load the model so that they are in memory")
-        if isinstance(weight, nn.Parameter) and not weight.requires_grad:
-            raise LifecycleError(
-                f"{layer.name}: its weights are frozen (requires_grad=False), so a copy would stay one; unfreeze the "
-                "experts and routers, or do not split"
-            )

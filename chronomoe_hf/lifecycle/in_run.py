@@ -23,10 +23,9 @@ from chronomoe_hf.lifecycle.live import Batch
 from chronomoe_hf.lifecycle.measure import measure
 from chronomoe_hf.lifecycle.planner import plan_prune
 from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
+from chronomoe_hf.telemetry.reader import EFFECTS
 
 logger = logging.getLogger("chronomoe_hf")
-EFFECTS = "lifecycle_effects"
-"""Kind of the records that :func:`measure_dry_run` writes."""
 MAX_CASES = 8  # confirmed cases measured alone, one forward each
 
 

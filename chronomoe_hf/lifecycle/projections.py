@@ -15,15 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chronomoe_hf.distributed import is_sharded
 from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.lifecycle.writable import UNREACHABLE, require_writable
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
-_REFUSED = {
-    "dbrx": "the experts of dbrx share one flattened weight",
+_REFUSED = UNREACHABLE | {
     "llama4": "llama4 scales the input of its experts, so their outputs are not linear in the routing weight",
-    "longcat": "some experts of longcat_flash are identities without a projection",
-    "none": "its experts cannot be reached",
 }
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -44,14 +41,13 @@ class OutputProjections:
         reason = _REFUSED.get(layer.adapter.experts_call)
         if reason is not None or layer.experts is None:
             raise LifecycleError(f"{layer.name}: the output projections cannot be refitted: {reason or 'no experts'}")
-        _check_lora(layer)
         self.experts: nn.Module = layer.experts
         self.switch = layer.adapter.experts_call == "switch"
         self.num_experts = layer.adapter.num_experts(layer.router)
         self.holders = self._find()
         self.transposed = bool(getattr(self.experts, "is_transposed", False))
         self.dtype = self._weight(0).dtype
-        _check_weights(layer.name, [self._weight(index) for index in range(len(self.holders))])
+        require_writable(layer, [self._weight(index) for index in range(len(self.holders))], "refit")
 
     def _find(self) -> list[tuple[nn.Module, str]]:
         """Where the weights are: one fused tensor, or one parameter per expert."""
@@ -176,21 +172,3 @@ def _eager(experts: nn.Module) -> Any:
         if forward is not None and not base.__module__.startswith("chronomoe_hf"):
             return getattr(forward, "__wrapped__", forward)
     raise LifecycleError(f"{type(experts).__name__} has no forward of its own")
-
-
-def _check_lora(layer: FoundLayer) -> None:
-    adapted = [name for name, module in layer.parent.named_modules() if "base_layer" in module._modules]
-    if adapted:
-        raise LifecycleError(
-            f"{layer.name}: {adapted[0]} carries an adapter that is not merged; call model.merge_and_unload() first"
-        )
-
-
-def _check_weights(name: str, weights: list[Tensor]) -> None:
-    for weight in weights:
-        if is_sharded(weight):
-            raise LifecycleError(f"{name}: its experts are sharded; refit a model loaded whole, in one process")
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise LifecycleError(f"{name}: its experts are stored as {weight.dtype}; refit before quantising")
-        if weight.device.type == "meta":
-            raise LifecycleError(f"{name}: its experts are offloaded; load the model so that they are in memory")

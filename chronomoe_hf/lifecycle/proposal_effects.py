@@ -9,24 +9,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from chronomoe_hf.distributed import is_sharded
 from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.lifecycle.expert_weights import Changes, ExpertWeights, slice_of
 from chronomoe_hf.lifecycle.live import Batch, layer_specs, live_layers
 from chronomoe_hf.lifecycle.measure import Edit, measure_edits
 from chronomoe_hf.lifecycle.proposals import Proposal
+from chronomoe_hf.telemetry.reader import EFFECTS
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 logger = logging.getLogger("chronomoe_hf")
-EFFECTS = "lifecycle_effects"
 MAX_PROPOSALS = 4  # measured at one evaluation, three forwards each at most
-_NUMBERED = re.compile(r"(?:expert_)?(\d+)")
 
 
 def measure_proposals(system: Any, model: nn.Module, batches: Iterable[Batch]) -> list[dict[str, Any]]:
@@ -112,7 +110,7 @@ def _edit(name: str, experts: tuple[int, ...], layer_id: int, layer: FoundLayer,
     first, second = experts
     total = shares[first] + shares[second]
     part = shares[first] / total if total > 0.0 else 0.5
-    own_expert_tensors(layer)  # raises before anything runs
+    ExpertWeights(layer, "merge", trains=False)  # raises before anything runs
     return Edit({layer_id: (second,)}, functools.partial(merged, layer, first, second, part))
 
 
@@ -129,50 +127,14 @@ def merged(layer: FoundLayer, survivor: int, other: int, part: float) -> Iterato
     Raises:
         LifecycleError: the experts' weights cannot be told apart or changed here.
     """
-    tensors = own_expert_tensors(layer)
-    before = [value.detach().clone() for value in tensors[survivor]]
+    weights, changes = ExpertWeights(layer, "merge", trains=False), Changes()
     try:
         with torch.no_grad():
-            for own, its in zip(tensors[survivor], tensors[other], strict=True):
-                own.copy_(torch.lerp(its.float(), own.float(), part))
+            for (own, at), (its, its_at) in zip(weights.parts(survivor), weights.parts(other), strict=True):
+                changes.write(own, at, torch.lerp(slice_of(its, its_at).float(), slice_of(own, at).float(), part))
         yield
     finally:
-        with torch.no_grad():
-            for own, value in zip(tensors[survivor], before, strict=True):
-                own.copy_(value)
-
-
-def own_expert_tensors(layer: FoundLayer) -> list[list[Tensor]]:
-    """The weights of every expert, as views, in the same order for each.
-
-    Raises:
-        LifecycleError: they are sharded, quantised or offloaded, carry an adapter that is not merged, or are neither
-            fused along their first dimension nor in one module an expert.
-    """
-    experts, num = layer.experts, layer.adapter.num_experts(layer.router)
-    if experts is None:
-        raise LifecycleError(f"{layer.name}: its experts cannot be reached")
-    if any("base_layer" in module._modules for module in experts.modules()):
-        raise LifecycleError(f"{layer.name}: an adapter on its experts is not merged")
-    named = {int(match[1]): child for name, child in experts.named_children() if (match := _NUMBERED.fullmatch(name))}
-    every = list(experts.parameters())
-    for value in every:
-        if (
-            is_sharded(value)
-            or value.device.type == "meta"
-            or not value.is_floating_point()
-            or value.element_size() < 2
-        ):
-            raise LifecycleError(f"{layer.name}: its experts are sharded, offloaded or quantised")
-    if sorted(named) == list(range(num)):
-        found = [list(named[expert].parameters()) for expert in range(num)]
-        if sum(map(len, found)) == len(every) and len({tuple(v.shape for v in own) for own in found}) == 1:
-            return [[value.data for value in own] for own in found]
-    elif every and all(value.dim() > 1 and value.shape[0] == num for value in every):
-        return [[value.data[expert] for value in every] for expert in range(num)]
-    raise LifecycleError(
-        f"{layer.name}: the weights of single experts cannot be told apart in {type(experts).__name__}"
-    )
+        changes.undo()
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.lifecycle.expert_weights import Changes
 from chronomoe_hf.lifecycle.layer_fit import LayerRefit, fit_layer
 from chronomoe_hf.lifecycle.live import Batch, as_batches, forward_arguments, logits_of, match_layers, quiet, uncompiled
 from chronomoe_hf.lifecycle.masking import mask_experts
@@ -74,10 +75,20 @@ class RefitReport:
 
 @dataclass
 class StoredProjections:
-    """Projections of one layer that are not in the model: new ones before the exchange, old ones after it."""
+    """Projections of one layer that are not in the model: new ones before the exchange, old ones after it.
+
+    Args:
+        projections: the layer's.
+        weights: by expert, as the model stores them.
+    """
 
     projections: OutputProjections
     weights: dict[int, Tensor]
+
+    def write(self, changes: Changes) -> None:
+        """Write them into the model; `changes` remembers what was there."""
+        for expert, weight in self.weights.items():
+            changes.write(*self.projections.place(expert), weight)
 
 
 def refit(

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.live import Batch, forward_arguments
 from chronomoe_hf.lifecycle.masking import mask_experts
-from chronomoe_hf.recording.padding import PadToken, real_tokens
-from chronomoe_hf.recording.scope import forward_parameters
+from chronomoe_hf.recording.scope import real_tokens_of
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 
@@ -89,8 +88,7 @@ class LayerTap:
             handle.remove()
 
     def _owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(forward_parameters(module), args, strict=False)) | kwargs
-        self.real_T, _ = real_tokens(named, PadToken.of(getattr(module, "config", None)))
+        self.real_T = real_tokens_of(module, args, kwargs)
 
     def _experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, index, gate = [*args, *kwargs.values()][:3]

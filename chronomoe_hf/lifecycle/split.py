@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,10 @@ from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.expert_weights import Changes, ExpertWeights, check_optimizer, copy_moments
 from chronomoe_hf.lifecycle.layer_fit import LayerRefit
 from chronomoe_hf.lifecycle.live import Batch, as_batches, match_layers, uncompiled
+from chronomoe_hf.lifecycle.refit import StoredProjections
 from chronomoe_hf.lifecycle.split_bias import write_shifts
 from chronomoe_hf.lifecycle.split_plan import LayerSplit, SplitPlan
-from chronomoe_hf.lifecycle.split_refit import NewProjections, fit_split
+from chronomoe_hf.lifecycle.split_refit import fit_split
 from chronomoe_hf.wrapping.discovery import FoundLayer
 from chronomoe_hf.wrapping.owner import find_system
 
@@ -36,7 +37,7 @@ class AppliedSplit:
     Args:
         plan: what was applied.
         refits: per layer whose output projections were fitted (k > 1).
-        seconds: wall time.
+        seconds: wall time, planning excluded where it was done before.
     """
 
     plan: SplitPlan
@@ -112,57 +113,51 @@ def apply(
             "apply runs in one process; in a run of several, ChronoConfig.revive() (LifecycleConfig(split='start')) "
             "does it on all ranks alike"
         )
-    return carry_out(
-        model,
-        plan,
-        optimizer,
-        as_batches(batches, "apply") if batches is not None else list(plan.batches),
-        refit=refit,
-        how={"ridge": ridge, "sweeps": sweeps, "held_out": held_out, "memory_gb": memory_gb},
-    )
+    started = time.perf_counter()
+    model = uncompiled(model)
+    fitted: dict[int, StoredProjections] = {}
+    reports: tuple[LayerRefit, ...] = ()
+    if refit:
+        read = as_batches(batches, "apply") if batches is not None else list(plan.batches)
+        layers = match_layers(model, plan.specs)
+        check_split(layers, plan, optimizer, find_system(model))
+        fitted, reports = fit_split(
+            model, layers, plan, read, ridge=ridge, sweeps=sweeps, held_out=held_out, memory_gb=memory_gb
+        )
+    return carry_out(model, plan, optimizer, fitted, reports, started)
 
 
 def carry_out(
     model: nn.Module,
     plan: SplitPlan,
     optimizer: Any,
-    batches: list[Batch],
-    *,
-    refit: bool,
-    how: dict[str, Any],
-    given: dict[int, NewProjections] | None = None,
+    fitted: dict[int, StoredProjections],
+    reports: tuple[LayerRefit, ...],
+    started: float,
 ) -> AppliedSplit:
-    """:func:`apply` without the question whether there are other ranks.
+    """Write a plan and the projections that were fitted to it, on this rank.
 
     Args:
-        model: see there.
+        model: see :func:`apply`.
         plan: see there.
         optimizer: see there.
-        batches: text of the refit.
-        refit: see there.
-        how: settings of the refit.
-        given: new projections by layer, where they were fitted elsewhere.
+        fitted: new output projections by layer.
+        reports: what they do to each layer.
+        started: ``time.perf_counter()`` when planning or fitting began.
+
+    Raises:
+        PlanMismatchError: the plan is for another model.
+        LifecycleError: see :func:`check_split`. Nothing was changed.
     """
-    started = time.perf_counter()
-    model = uncompiled(model)
-    layers = match_layers(model, plan.specs)
-    changed = [index for index, layer in enumerate(plan.layers) if layer.changes]
-    weights = {index: ExpertWeights(layers[index]) for index in changed}
-    for index in changed:
-        check_optimizer(optimizer, weights[index].tensors(layers[index]))
-    system = find_system(model)
-    shifted = {index: plan.layers[index] for index in changed if plan.layers[index].shift_E is not None}
-    if shifted and system is None:
-        raise LifecycleError("the plan moves a bias of the router, which the wrapped model holds; wrap the model first")
-    new: dict[int, NewProjections] = given or {}
-    reports: tuple[LayerRefit, ...] = ()
-    if refit and shifted and given is None:
-        new, reports = fit_split(model, layers, plan, weights, batches, **how)
+    layers, system = match_layers(model, plan.specs), find_system(model)
+    check_split(layers, plan, optimizer, system)
     changes = Changes()
-    for index in changed:
-        _rewrite(layers[index], plan.layers[index], weights[index], optimizer, changes)
-    for projections in new.values():
-        projections.write(changes)
+    for layer, split in zip(layers, plan.layers, strict=True):
+        if split.changes:
+            _rewrite(layer, split, optimizer, changes)
+    for stored in fitted.values():
+        stored.write(changes)
+    shifted = {index: split for index, split in enumerate(plan.layers) if split.shift_E is not None}
     restore = write_shifts(system, shifted) if shifted else None
     changes.seal()
     return AppliedSplit(
@@ -170,8 +165,20 @@ def carry_out(
     )
 
 
-def _rewrite(layer: FoundLayer, split: LayerSplit, weights: ExpertWeights, optimizer: Any, changes: Changes) -> None:
+def check_split(layers: Sequence[FoundLayer], plan: SplitPlan, optimizer: Any, system: Any) -> None:
+    """Raise LifecycleError where a plan cannot be carried out: experts, the optimizer's state, no wrapped model."""
+    for layer, split in zip(layers, plan.layers, strict=True):
+        if split.changes:
+            check_optimizer(optimizer, ExpertWeights(layer).tensors())
+        if split.shift_E is not None and system is None:
+            raise LifecycleError(
+                "the plan moves a bias of the router, which the wrapped model holds; wrap the model first"
+            )
+
+
+def _rewrite(layer: FoundLayer, split: LayerSplit, optimizer: Any, changes: Changes) -> None:
     """Copies and router rows of one layer."""
+    weights = ExpertWeights(layer)
     for one in split.copies:
         weights.copy(one.donor, one.target, changes, optimizer)
         if one.row_of < 0:

@@ -70,16 +70,21 @@ def plan_split(model: nn.Module, batches: Iterable[Batch], *, idle: float = IDLE
     for tap, spec in zip(taps, specs, strict=True):
         ExpertWeights(tap.layer)
         _check_bias(tap, spec, "none" if system is None else system.config.beta.law)
-    out = []
+    out, tokens = [], 0
     with quiet(model):
-        tokens = read_calls(model, taps, read)
+        read_calls(model, taps, read)
         for tap, spec in zip(taps, specs, strict=True):
-            if tokens * spec.top_k < 8 * spec.num_experts:
+            index_TK = tap.choose()
+            tokens = max(tokens, len(index_TK))
+            if index_TK.numel() < 8 * spec.num_experts:
                 raise LifecycleError(
-                    f"plan_split read {tokens} tokens, too few to tell which of {spec.num_experts} experts are idle; "
-                    "give more batches"
+                    f"plan_split read {len(index_TK)} tokens in {spec.name}, too few to tell which of "
+                    f"{spec.num_experts} experts are idle; give more batches"
                 )
-            out.append(_rows_split(tap, spec, idle, busy) if spec.top_k == 1 else _bias_split(tap, spec, idle))
+            if spec.top_k == 1:
+                out.append(_rows_split(tap, spec, index_TK, idle, busy))
+            else:
+                out.append(_bias_split(tap, spec, index_TK, idle))
             tap.calls.clear()
     return SplitPlan(layers=tuple(out), tokens=tokens, batches=tuple(read))
 
@@ -107,6 +112,11 @@ def _shares(index_TK: Tensor, num_experts: int) -> Tensor:
     return count_E * num_experts / count_E.sum().clamp_min(1.0)
 
 
+def _logit_std(tap: RouterTap) -> float:
+    """Standard deviation of the layer's logits over its experts, mean over tokens."""
+    return float(tap.logits().var(-1, correction=0).mean().sqrt())
+
+
 def _listed(share_E: Tensor) -> tuple[float, ...]:
     return tuple(share_E.tolist())
 
@@ -114,12 +124,10 @@ def _listed(share_E: Tensor) -> tuple[float, ...]:
 # ---------------------------------------------------------------------------------------------------------- k = 1
 
 
-def _rows_split(tap: RouterTap, spec: LayerSpec, idle: float, busy: float) -> LayerSplit:
+def _rows_split(tap: RouterTap, spec: LayerSpec, index_TK: Tensor, idle: float, busy: float) -> LayerSplit:
     """Copies and split rows of a layer with one expert per token."""
-    num = spec.num_experts
-    index_TK, logits_TE = tap.choose(), tap.logits()
+    num, std = spec.num_experts, _logit_std(tap)
     before_E = share_E = _shares(index_TK, num)
-    std = float(logits_TE.var(-1, correction=0).mean().sqrt())
     weight_ED = tap.layer.adapter.weight(tap.layer.router).detach().float()
     rows: dict[int, Tensor] = {}
     copies: list[ExpertCopy] = []
@@ -176,12 +184,10 @@ def _splitting_direction(rows_ND: Tensor, spread: float) -> Tensor | None:
 # ---------------------------------------------------------------------------------------------------------- k > 1
 
 
-def _bias_split(tap: RouterTap, spec: LayerSpec, idle: float) -> LayerSplit:
+def _bias_split(tap: RouterTap, spec: LayerSpec, before_TK: Tensor, idle: float) -> LayerSplit:
     """Bias and copies of a layer with several experts per token."""
-    num = spec.num_experts
-    before_TK, logits_TE = tap.choose(), tap.logits()
+    num, std = spec.num_experts, _logit_std(tap)
     before_E = _shares(before_TK, num)
-    std = float(logits_TE.var(-1, correction=0).mean().sqrt())
     unchanged = LayerSplit(
         spec=spec,
         logit_std=std,

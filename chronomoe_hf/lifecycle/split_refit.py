@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from chronomoe_hf.lifecycle.expert_weights import Changes, ExpertWeights
 from chronomoe_hf.lifecycle.layer_fit import LayerRefit, fit_layer, routed_output
 from chronomoe_hf.lifecycle.live import Batch, quiet
 from chronomoe_hf.lifecycle.projections import OutputProjections
-from chronomoe_hf.lifecycle.refit import groups_in_memory, split_batches, warn_of_few_tokens
+from chronomoe_hf.lifecycle.refit import StoredProjections, groups_in_memory, split_batches, warn_of_few_tokens
 from chronomoe_hf.lifecycle.samples import LayerSamples, collect_samples
 from chronomoe_hf.lifecycle.split_plan import LayerSplit, SplitPlan
 from chronomoe_hf.lifecycle.split_routing import RouterTap
@@ -27,48 +26,30 @@ from chronomoe_hf.wrapping.owner import find_system
 logger = logging.getLogger("chronomoe_hf")
 
 
-@dataclass
-class NewProjections:
-    """Output projections of one layer that are to be written.
-
-    Args:
-        projections: the layer's.
-        weights: by expert, as the model stores them.
-    """
-
-    projections: OutputProjections
-    weights: dict[int, Tensor]
-
-    def write(self, changes: Changes) -> None:
-        """Write them into the model."""
-        for expert, weight in self.weights.items():
-            tensor, index = self.projections.place(expert)
-            changes.write(tensor, index, weight)
-
-
 def fit_split(
     model: nn.Module,
     layers: Sequence[FoundLayer],
     plan: SplitPlan,
-    weights: dict[int, ExpertWeights],
     batches: list[Batch],
     *,
-    ridge: float,
-    sweeps: int,
-    held_out: float,
-    memory_gb: float,
-) -> tuple[dict[int, NewProjections], tuple[LayerRefit, ...]]:
-    """New projections for every layer whose bias moves; the model is left as it is.
+    ridge: float = 0.01,
+    sweeps: int = 3,
+    held_out: float = 0.125,
+    memory_gb: float = 2.0,
+) -> tuple[dict[int, StoredProjections], tuple[LayerRefit, ...]]:
+    """New projections for every layer whose bias moves; the model is left as it is. None where no bias moves.
 
     Raises:
         LifecycleError: the family cannot be refitted, or the batches are too few or not finite.
     """
     shifted = [index for index, layer in enumerate(plan.layers) if layer.shift_E is not None]
+    if not shifted:
+        return {}, ()
     projections = {index: OutputProjections(layers[index]) for index in shifted}
     fit, check = split_batches(batches, held_out)
     system = find_system(model)
     wrapped = {layer.name: layer for layer in system.layers} if system is not None else {}
-    new: dict[int, NewProjections] = {}
+    new: dict[int, StoredProjections] = {}
     reports = []
     with quiet(model):
         for group in groups_in_memory(model, layers, shifted, [*fit, *check], memory_gb):
@@ -83,11 +64,11 @@ def fit_split(
                 group, collect_samples(model, [layers[i] for i in group], altered, fit, check), strict=True
             ):
                 report, fitted = _fit(
-                    index, plan.layers[index], projections[index], weights[index], samples, ridge=ridge, sweeps=sweeps
+                    index, plan.layers[index], projections[index], samples, ridge=ridge, sweeps=sweeps
                 )
                 reports.append(report)
                 if report.applied:
-                    new[index] = NewProjections(projections[index], fitted)
+                    new[index] = StoredProjections(projections[index], fitted)
     warn_of_few_tokens(reports)
     refused = [str(report.layer_id) for report in reports if not report.applied]
     if refused:
@@ -103,7 +84,6 @@ def _fit(
     index: int,
     split: LayerSplit,
     projections: OutputProjections,
-    weights: ExpertWeights,
     samples: LayerSamples,
     *,
     ridge: float,
@@ -111,7 +91,7 @@ def _fit(
 ) -> tuple[LayerRefit, dict[int, Tensor]]:
     """Fit one layer with its copies in place; they are taken off again."""
     target_TD = routed_output(projections, samples)
-    copied = Changes()
+    weights, copied = ExpertWeights(projections.layer), Changes()
     with torch.no_grad():
         for one in split.copies:
             weights.copy(one.donor, one.target, copied)

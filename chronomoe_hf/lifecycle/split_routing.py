@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.live import Batch, forward_arguments
-from chronomoe_hf.recording.padding import PadToken, real_tokens
-from chronomoe_hf.recording.scope import forward_parameters
+from chronomoe_hf.recording.scope import forward_parameters, real_tokens_of
 from chronomoe_hf.router.call import input_of
 from chronomoe_hf.router.state import HANDLE, RouterHandle
 from chronomoe_hf.wrapping.discovery import FoundLayer
@@ -50,8 +50,7 @@ class RouterTap:
         ]
 
     def _owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(forward_parameters(module), args, strict=False)) | kwargs
-        self.real_T, _ = real_tokens(named, PadToken.of(getattr(module, "config", None)))
+        self.real_T = real_tokens_of(module, args, kwargs)
 
     def _router(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.calls.append((_copied(args), _copied(kwargs), self.real_T))
@@ -137,8 +136,8 @@ class RouterTap:
             )
 
 
-def read_calls(model: nn.Module, taps: Sequence[RouterTap], batches: Sequence[Batch]) -> int:
-    """Run the model over the batches and keep the calls of its routers; returns the real tokens read.
+def read_calls(model: nn.Module, taps: Sequence[RouterTap], batches: Sequence[Batch]) -> None:
+    """Run the model over the batches and keep the calls of its routers.
 
     Raises:
         LifecycleError: a router ran not exactly once in a forward.
@@ -156,15 +155,6 @@ def read_calls(model: nn.Module, taps: Sequence[RouterTap], batches: Sequence[Ba
     finally:
         for handle in handles:
             handle.remove()
-    return sum(int(_count(call)) for call in taps[0].calls) if taps else 0
-
-
-def _count(call: tuple[tuple[Any, ...], dict[str, Any], Tensor | None]) -> int:
-    args, kwargs, real_T = call
-    if real_T is not None:
-        return int(real_T.sum())
-    hidden = args[0] if args else next(iter(kwargs.values()))
-    return int(hidden.numel() // hidden.shape[-1])
 
 
 def _real(rows: Tensor, real_T: Tensor | None) -> Tensor:
@@ -175,13 +165,7 @@ def _real(rows: Tensor, real_T: Tensor | None) -> Tensor:
 
 def _copied(value: Any) -> Any:
     """Copies of every tensor in arguments: some routers write into their input."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, tuple | list):
-        return type(value)(_copied(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return value
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), value)
 
 
 def _input_name(router: nn.Module) -> str:

@@ -208,3 +208,9 @@ def close_decoder(module: nn.Module, args: Any, output: Any) -> None:
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
     """Names of the positional parameters of the module's class-level forward."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def real_tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Bool ``(T,)``, real tokens of a call of a model's forward (for hooks outside a scope); None = all are."""
+    named = dict(zip(forward_parameters(module), args, strict=False)) | kwargs
+    return real_tokens(named, PadToken.of(getattr(module, "config", None)))[0]

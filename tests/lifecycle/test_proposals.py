@@ -20,10 +20,11 @@ from chronomoe_hf import ChronoConfig
 from chronomoe_hf.config import CoherenceConfig, LifecycleConfig
 from chronomoe_hf.errors import LifecycleError, StateCorruptError
 from chronomoe_hf.lifecycle import LifecycleCoordinator, layer_specs, measure
+from chronomoe_hf.lifecycle.expert_weights import ExpertWeights, slice_of
 from chronomoe_hf.lifecycle.live import live_layers
 from chronomoe_hf.lifecycle.masking import mask_experts
 from chronomoe_hf.lifecycle.measure import Edit, measure_edits
-from chronomoe_hf.lifecycle.proposal_effects import measure_proposals, merged, own_expert_tensors
+from chronomoe_hf.lifecycle.proposal_effects import measure_proposals, merged
 from chronomoe_hf.lifecycle.roles import DUPLICATES, SIZE, TWO_ROLES
 from chronomoe_hf.telemetry import read_jsonl
 
@@ -218,16 +219,15 @@ def test_a_merge_is_the_weighted_mean_and_is_given_back(family: str) -> None:
     model = models.tiny_model(family)
     layer = live_layers(model)[0]
     before = digest(model)
-    own = own_expert_tensors(layer)
-    assert len(own) == 8 and sum(v.numel() for e in own for v in e) == sum(
-        v.numel() for v in layer.experts.parameters()
-    )
+    weights = ExpertWeights(layer, "merge", trains=False)
+    own = [[slice_of(*each) for each in weights.parts(expert)] for expert in range(8)]
+    assert sum(v.numel() for e in own for v in e) == sum(v.numel() for v in layer.experts.parameters())
     want = [0.25 * a + 0.75 * b for a, b in zip(own[1], own[6], strict=True)]
     rest = [value.clone() for value in own[6]]
     with merged(layer, 1, 6, 0.25):
-        for value, expected in zip(own_expert_tensors(layer)[1], want, strict=True):
+        for value, expected in zip(own[1], want, strict=True):
             torch.testing.assert_close(value, expected)
-        assert all(torch.equal(a, b) for a, b in zip(own_expert_tensors(layer)[6], rest, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(own[6], rest, strict=True))
     assert digest(model) == before
     with pytest.raises(RuntimeError, match="stop"), merged(layer, 1, 6, 0.25):
         raise RuntimeError("stop")
@@ -256,10 +256,10 @@ def test_the_effect_of_a_merge_is_that_of_a_model_merged_by_hand() -> None:
 def test_weights_that_cannot_be_told_apart_are_named_and_the_rest_is_measured() -> None:
     model, system = trained(equal_experts, windows=8)
     experts = model.model.layers[0].mlp.experts
-    experts.scale = torch.nn.Parameter(torch.ones(3))  # belongs to no single expert
+    experts.scale = torch.nn.Parameter(torch.ones(3, 2))  # belongs to no single expert
     (record,) = measure_proposals(system, model, [words(100, models.VOCAB)])
     assert [edit["measured"] for edit in record["edits"]] == [False, True, True]
     assert "cannot be told apart" in record["edits"][0]["reason"]
     del experts.scale
     with pytest.raises(LifecycleError, match="offloaded"):
-        own_expert_tensors(live_layers(models.tiny_model("mixtral").to("meta"))[0])
+        ExpertWeights(live_layers(models.tiny_model("mixtral").to("meta"))[0], "merge", trains=False)
