@@ -31,7 +31,7 @@ from _gpu_table import markdown
 RESULTS = Path(__file__).resolve().parent / "results"
 NO_CUDA = (
     "benchmarks/gpu.py needs an NVIDIA GPU and a CUDA build of torch; torch.cuda.is_available() is False here.\n"
-    "To see that the script runs: python benchmarks/gpu.py --device cpu --tiny --output /tmp/gpu"
+    "To see that the script runs: python benchmarks/gpu.py --device cpu --tiny --output build/gpu"
 )
 
 

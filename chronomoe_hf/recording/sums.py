@@ -10,7 +10,6 @@ assignments of the tokens read.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 from chronomoe_hf.coherence import phase_coherence
 from chronomoe_hf.metrics import js, overlap_only, top1_flip
 from chronomoe_hf.recording.columns import Row
+from chronomoe_hf.recording.expert_sums import in_order, products
 from chronomoe_hf.recording.sampling import TokenSample
 
 DISAGREEMENT_SAMPLE = 1024
@@ -238,129 +238,26 @@ def output_sums(
     rows_GSKD = batch.rows_GSKD.masked_fill_(left_out_GSK[..., None], 0.0)
     alone = num_k > 1 and reference == "leave_one_out"
     contribution_GSK = contribution_GSK.masked_fill(left_out_GSK, 0.0)
-    sums = _products if rows_GSKD.device.type != "cpu" else _in_order
-    index_GSK = batch.index_GSK
-    mine_GSKD = rows_GSKD if more is None or rows_GSKD.device.type != "cpu" else rows_GSKD.clone()  # it is written into
-    output_GED, reference_GED, rows_GE, contribution_GE = sums(
-        mine_GSKD, index_GSK, valid_GSK, gain_GSK, own_GSK, contribution_GSK, num_experts, alone
-    )
-    if more is not None:
-        hit_GAE = index_GSK.flatten(1)[..., None] == torch.arange(num_experts, device=rows_GSKD.device)
+    on_cpu, hit_GAE = rows_GSKD.device.type == "cpu", None
+    if more is not None or not on_cpu:
+        hit_GAE = batch.index_GSK.flatten(1)[..., None] == torch.arange(num_experts, device=rows_GSKD.device)
         hit_GAE = hit_GAE & valid_GSK.flatten(1)[..., None]
-        more(Reading(rows_GSKD, hit_GAE, gain_GSK, output_GED, batch.scale))
-    phi_GE, has_phi_GE = phase_coherence(output_GED, reference_GED)
-    weighed_GE = rows_GE * batch.scale
+    if on_cpu:
+        mine_GSKD = rows_GSKD if more is None else rows_GSKD.clone()  # they are overwritten
+        each = in_order(
+            own_rows_GSKD, batch.index_GSK, valid_GSK, gain_GSK, own_GSK, contribution_GSK, num_experts, alone
+        )
+    else:
+        assert hit_GAE is not None
+        each = products(rows_GSKD, hit_GAE, gain_GSK, own_GSK, contribution_GSK, alone)
+    if more is not None and hit_GAE is not None:
+        more(Reading(rows_GSKD, hit_GAE, gain_GSK, each.output_GED, batch.scale))
+    phi_GE, has_phi_GE = phase_coherence(each.output_GED, each.reference_GED)
+    weighed_GE = each.rows_GE * batch.scale
     evidence_GE = weighed_GE * has_phi_GE
     table_G5E = torch.stack(
-        [phi_GE * evidence_GE, evidence_GE, rows_GE, contribution_GE * batch.scale, weighed_GE], dim=1
+        [phi_GE * evidence_GE, evidence_GE, each.rows_GE, each.contribution_GE * batch.scale, weighed_GE], dim=1
     )
     if num_experts < width:
         table_G5E = torch.nn.functional.pad(table_G5E, (0, width - num_experts))
     return table_G5E.view(num_groups, -1)
-
-
-PerExpert = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Sums of outputs and of references ``(G, E, D)``, rows and sums of contributions ``(G, E)``; all fp32."""
-
-
-def _products(
-    rows_GSKD: Tensor,
-    index_GSK: Tensor,
-    valid_GSK: Tensor,
-    gain_GSK: Tensor | None,
-    own_GSK: Tensor | None,
-    contribution_GSK: Tensor,
-    num_experts: int,
-    alone: bool,
-) -> PerExpert:
-    """Sums per expert, those of rows as one matrix product with coefficients.
-
-    An output's coefficient is 1 (or 1 / weight) at its own expert; in the leave-one-out reference of expert e it is its
-    weight where another slot of its token is e. Their difference is thus never taken, and nothing cancels.
-    """
-    num_groups, num_tokens, num_k, width = rows_GSKD.shape
-    dtype = rows_GSKD.dtype
-    hit_GAE = index_GSK.flatten(1)[..., None] == torch.arange(num_experts, device=rows_GSKD.device)
-    hit_GAE = hit_GAE & valid_GSK.flatten(1)[..., None]
-    if gain_GSK is None:
-        output_GAE = hit_GAE.to(dtype)
-    else:
-        output_GAE = (hit_GAE * gain_GSK.flatten(1)[..., None]).to(dtype)
-    if alone:
-        assert own_GSK is not None
-        hit_GSKE = hit_GAE.view(num_groups, num_tokens, num_k, num_experts)
-        elsewhere_GSKE = hit_GSKE.any(2, keepdim=True) ^ hit_GSKE
-        other_GAF = (elsewhere_GSKE * own_GSK[..., None]).to(dtype).flatten(1, 2)
-    elif own_GSK is None:
-        other_GAF = torch.ones_like(output_GAE[..., :1])
-    else:
-        other_GAF = own_GSK.flatten(1)[..., None].to(dtype)
-    product_GFD = product32(torch.cat([output_GAE, other_GAF], dim=-1).mT, rows_GSKD.flatten(1, 2))
-    output_GED, other_GFD = product_GFD.split([num_experts, other_GAF.shape[-1]], dim=1)
-    contribution_GE = (hit_GAE * contribution_GSK.flatten(1)[..., None]).sum(1)
-    reference_GED = other_GFD.expand(num_groups, num_experts, width)
-    return output_GED, reference_GED, hit_GAE.sum(1, dtype=torch.float32), contribution_GE
-
-
-def _in_order(
-    rows_GSKD: Tensor,
-    index_GSK: Tensor,
-    valid_GSK: Tensor,
-    gain_GSK: Tensor | None,
-    own_GSK: Tensor | None,
-    contribution_GSK: Tensor,
-    num_experts: int,
-    alone: bool,
-) -> PerExpert:
-    """The same sums on a CPU, where adding 2 D numbers a row beats multiplying it with 2 E coefficients.
-
-    Rows are sorted by expert, those that do not count last, and each expert's rows are added in order.
-    """
-    num_groups, num_tokens, num_k, width = rows_GSKD.shape
-    bins = num_experts + 1
-    bin_GSK = index_GSK.masked_fill(~(valid_GSK & (index_GSK < num_experts)), num_experts)
-    first_G = torch.arange(num_groups, device=index_GSK.device) * bins
-    bin_N, order_N = torch.sort((bin_GSK + first_G[:, None, None]).flatten(), stable=True)
-    start_B = torch.searchsorted(bin_N, torch.arange(num_groups * bins, device=bin_N.device))
-
-    def per_expert(value_ND: Tensor, weight_N: Tensor | None = None) -> Tensor:
-        sums_BD = torch.nn.functional.embedding_bag(order_N, value_ND, start_B, mode="sum", per_sample_weights=weight_N)
-        return sums_BD.view(num_groups, bins, -1)[:, :num_experts]
-
-    y_GSKD = rows_GSKD.float()
-    y_ND = y_GSKD.view(-1, width)
-    output_GED = per_expert(y_ND, None if gain_GSK is None else gain_GSK.flatten()[order_N])
-    contribution_GE = per_expert(contribution_GSK.view(-1, 1)).squeeze(-1)
-    end_B = torch.cat([start_B[1:], start_B.new_full((1,), bin_N.shape[0])])
-    rows_GE = (end_B - start_B).float().view(num_groups, bins)[:, :num_experts]
-    if own_GSK is None:
-        mixture_GSD = y_GSKD.sum(2)
-    else:
-        mixture_XD = torch.bmm(own_GSK.view(-1, 1, num_k), y_GSKD.view(-1, num_k, width))
-        mixture_GSD = mixture_XD.view(num_groups, num_tokens, width)
-    if not alone:
-        return output_GED, mixture_GSD.sum(1, keepdim=True).expand_as(output_GED), rows_GE, contribution_GE
-    assert own_GSK is not None
-    out = None if torch.compiler.is_compiling() else y_GSKD  # a fresh buffer of this size costs more than the sum
-    rest_GSKD = torch.addcmul(mixture_GSD[:, :, None], own_GSK[..., None], y_GSKD, value=-1.0, out=out)
-    return output_GED, per_expert(rest_GSKD.view(-1, width)), rows_GE, contribution_GE
-
-
-def product32(left_GEA: Tensor, right_GAD: Tensor) -> Tensor:
-    """Batched matrix product, summed and returned in fp32; low-precision operands stay as they are where they may."""
-    if left_GEA.dtype == torch.float32:
-        return torch.bmm(left_GEA, right_GAD)
-    compiling = torch.compiler.is_compiling()  # the compiler fuses the conversions, and cannot trace the question
-    if not compiling and left_GEA.dtype != torch.float64 and _wide_products(left_GEA.device, left_GEA.dtype):
-        return torch.bmm(left_GEA, right_GAD, out_dtype=torch.float32)
-    return torch.bmm(left_GEA.float(), right_GAD.float())
-
-
-@functools.cache
-def _wide_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device multiplies low-precision matrices into an fp32 result."""
-    one = torch.ones(1, 16, 16, dtype=dtype, device=device)
-    try:
-        return torch.bmm(one, one, out_dtype=torch.float32).dtype == torch.float32
-    except (RuntimeError, NotImplementedError, TypeError):
-        return False

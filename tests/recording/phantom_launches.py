@@ -21,7 +21,7 @@ FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
 # A layer and micro-batch over the untouched model, and what comes once per micro-batch: the promise of the README.
 A_LAYER = {"observe": 12, "protect": 25, "balance": 16}
 FIXED, A_STEP = 150, 60
-ROLES = 38  # a micro-batch, with CoherenceConfig(roles=True)
+ROLES = 35  # a micro-batch, with CoherenceConfig(roles=True)
 
 
 def counted(
