@@ -16,9 +16,8 @@ SHAPE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, 
 LENGTH, FIT, CHECK = 2048, 8, 2  # tokens of a batch, batches to fit, batches to check on
 
 
-def layer_cost(shape: dict[str, int] | None = None, length: int = LENGTH) -> list[dict[str, Any]]:
-    """Refit half of the experts of one layer on 16k random tokens (plus 4k to check on)."""
-    shape = SHAPE if shape is None else shape
+def one_layer(shape: dict[str, int]) -> Qwen3MoeForCausalLM:
+    """A bf16 Qwen3-MoE with one layer of that shape and random weights."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         **shape,
@@ -31,9 +30,15 @@ def layer_cost(shape: dict[str, int] | None = None, length: int = LENGTH) -> lis
     )
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = Qwen3MoeForCausalLM(config).eval()
+        return Qwen3MoeForCausalLM(config)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def layer_cost(shape: dict[str, int] | None = None, length: int = LENGTH) -> list[dict[str, Any]]:
+    """Refit half of the experts of one layer on 16k random tokens (plus 4k to check on)."""
+    shape = SHAPE if shape is None else shape
+    model = one_layer(shape).eval()
     spec = layer_specs(model)[0]
     kept = tuple(range(0, spec.num_experts, 2))
     layer = PlannedLayer(spec=spec, kept=kept, scores=(0.0,) * spec.num_experts)

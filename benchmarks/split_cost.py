@@ -18,33 +18,17 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from _prune_layer_cost import SHAPE, one_layer
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, lifecycle
 
-# Qwen3-30B-A3B: one of its 48 layers, in its own dtype.
-SHAPE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
 LENGTH, IDLE = 2048, 32  # tokens of a batch; experts that are made idle
 
 
 def build(shape: dict[str, int]) -> Any:
     """One layer of that shape with random weights, a quarter of its experts idle."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        **shape,
-        num_hidden_layers=1,
-        vocab_size=4096,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        head_dim=shape["hidden_size"] // 16,
-        norm_topk_prob=True,
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = Qwen3MoeForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = one_layer(shape)
     with torch.no_grad():
         gate = model.model.layers[0].mlp.gate.weight
         gate[-(shape["num_experts"] * IDLE // 128) :] *= 0.3

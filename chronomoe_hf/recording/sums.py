@@ -244,9 +244,7 @@ def output_sums(
         hit_GAE = hit_GAE & valid_GSK.flatten(1)[..., None]
     if on_cpu:
         mine_GSKD = rows_GSKD if more is None else rows_GSKD.clone()  # they are overwritten
-        each = in_order(
-            own_rows_GSKD, batch.index_GSK, valid_GSK, gain_GSK, own_GSK, contribution_GSK, num_experts, alone
-        )
+        each = in_order(mine_GSKD, batch.index_GSK, valid_GSK, gain_GSK, own_GSK, contribution_GSK, num_experts, alone)
     else:
         assert hit_GAE is not None
         each = products(rows_GSKD, hit_GAE, gain_GSK, own_GSK, contribution_GSK, alone)

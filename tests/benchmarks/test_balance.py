@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -14,32 +13,24 @@ from typing import Any
 import pytest
 import torch
 from support.models import tiny_model
+from support.scripts import load_benchmark
 
 from chronomoe_hf import ChronoConfig
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def table() -> ModuleType:
-    return load("_balance_table")
+    return load_benchmark("_balance_table")
 
 
 @pytest.fixture(scope="module")
 def job() -> ModuleType:
     pytest.importorskip("tokenizers")
-    load("_balance_arms")
-    load("_fast_head")
-    return load("_balance_job")
+    load_benchmark("_balance_arms")
+    load_benchmark("_fast_head")
+    return load_benchmark("_balance_job")
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +40,13 @@ def arms(job: ModuleType) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def front(job: ModuleType) -> ModuleType:
-    load("_coherence_table")
-    return load("_balance_front")
+    load_benchmark("_coherence_table")
+    return load_benchmark("_balance_front")
 
 
 @pytest.fixture(scope="module")
 def measure(job: ModuleType) -> ModuleType:
-    return load("_balance_measure")
+    return load_benchmark("_balance_measure")
 
 
 def naive_neff_fraction(counts: list[int]) -> float:
@@ -225,7 +216,7 @@ def test_a_healthy_run_is_compared_bit_by_bit_until_the_first_action(table: Modu
 def test_later_parts_replace_what_earlier_ones_measured(
     measure: ModuleType, front: ModuleType, table: ModuleType, tmp_path: Path
 ) -> None:
-    balance = load("balance")
+    balance = load_benchmark("balance")
 
     def part(name: str, *rows: dict[str, Any], **changes: Any) -> Path:
         results = {**balance.header(["e8"], [0], ["none", "balance", "sign"]), "runs": list(rows), **changes}
@@ -253,7 +244,7 @@ def test_later_parts_replace_what_earlier_ones_measured(
 def test_a_changed_part_stands_beside_protect_and_apart_from_the_arms(
     measure: ModuleType, front: ModuleType, table: ModuleType
 ) -> None:
-    results = load("balance").header(["e8"], [0, 1], ["none", "protect", "no memory"])
+    results = load_benchmark("balance").header(["e8"], [0, 1], ["none", "protect", "no memory"])
     losses = {"none": (3.0, 4.0), "protect": (3.01, 4.01), "no memory": (3.1, 4.0)}
     results["runs"] = [
         row(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.plans import evidence, spec
+from support.scripts import load_benchmark
 
 from chronomoe_hf.lifecycle import LayerEvidence
 
@@ -21,11 +21,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
 @pytest.fixture(scope="module")
 def table() -> ModuleType:
-    found = importlib.util.spec_from_file_location("_prune_table", BENCHMARKS / "_prune_table.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return load_benchmark("_prune_table")
 
 
 def row(rank: str, rise: float, *, seed: int = 0, cut: float = 0.5, refit: bool = False, **more: Any) -> dict[str, Any]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
+
+from support.scripts import load_benchmark
 
 from chronomoe_hf.telemetry import read_events
 from chronomoe_hf.telemetry.check import record_faults
 
-PATH = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "records.py"
-
 
 def test_the_run_it_writes_is_sound(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("records_benchmark", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_benchmark("records")
     times = module.write_run(tmp_path, windows=2, layers=9, experts=128, top_k=8)
     assert times.shape == (2, 3, 2) and (times >= 0).all() and (tmp_path / "chronomoe" / "arrays.bin").is_file()
     assert record_faults(tmp_path / "chronomoe") == ([], 1 + 18 + 2)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.scripts import load_benchmark
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
@@ -18,12 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 def rivals() -> ModuleType:
     pytest.importorskip("datasets")
     pytest.importorskip("tokenizers")
-    spec = importlib.util.spec_from_file_location("rivals", BENCHMARKS / "rivals.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rivals"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("rivals")
 
 
 def test_errors_are_their_definitions(rivals: ModuleType) -> None:

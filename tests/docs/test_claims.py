@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
+from support.scripts import load_benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA: dict[str, Any] = {
@@ -26,12 +25,7 @@ DATA: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def claims() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("claims", ROOT / "benchmarks" / "claims.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["claims"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("claims")
 
 
 def test_every_number_of_readme_and_docs_is_the_tables(claims: ModuleType) -> None:
