@@ -5,16 +5,15 @@ Shape suffixes: E experts, D router input width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from chronomoe_hf.lifecycle.live import Batch
 from chronomoe_hf.lifecycle.records import LayerSpec
-
-Batch = dict[str, Any]
+from chronomoe_hf.metrics import compute_n_effective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +125,5 @@ class SplitPlan:
 
 def neff_fraction(share_E: tuple[float, ...]) -> float:
     """exp(entropy) / E of shares in fair shares."""
-    num = len(share_E)
-    probs = [value / num for value in share_E if value > 0.0]
-    return round(math.exp(-sum(p * math.log(p) for p in probs)) / num, 4) if num else 0.0
+    effective = compute_n_effective(share_E) if share_E else None
+    return 0.0 if effective is None else round(effective / len(share_E), 4)
