@@ -7,6 +7,7 @@ from chronomoe_hf.report.figures import Figure
 from chronomoe_hf.report.verdict import counted
 
 MOST_PAIRS = 20
+SHOWN = 0.005  # a score below it is shown as 0.00
 MOST_PROPOSALS = 200
 
 
@@ -57,12 +58,14 @@ def _layers(run: RunData) -> Figure:
             + ["-" if layer["basin"] is None else str(layer["basin"])]
         )
     text = "For no expert were enough outputs read in a window to see two roles."
-    if worst is not None:
+    if worst is not None and worst[1]["score"] < SHOWN:
+        text = "No expert's tokens are of two kinds (every score rounds to 0; 1 = two)."
+    elif worst is not None:
         text = (
             f"Expert {worst[1]['expert']} of layer {worst[0]} is the one whose tokens are most clearly of two kinds "
             f"({worst[1]['score']:.2f}; 0 = one kind, 1 = two)."
         )
-    head = ["layer", "expert", "two roles", "free energy", "1 - coherence", "size", "duplicates", "two roles", "basin"]
+    head = ["layer", "expert", "score", "free energy", "1 - coherence", "size", "duplicates", "two roles", "basin"]
     return Figure("roles", "Two roles, free energy and basin of every layer", text, None, head, rows)
 
 

@@ -163,7 +163,7 @@ STATES: dict[str, Rule] = {
         "idle experts were rewritten",
         "Before the first step, idle experts became copies of busy ones.",
         "The preset `revive`, which says so in its name.",
-        "Compare the loss with a run under `observe`. Experts that idle again need more than a copy: look at the load.",
+        "Compare the loss with a run under `observe`. If some idle again, look at the load.",
         "ChronoConfig.revive()",
     ),
     "CLEARED": Rule(

@@ -270,7 +270,9 @@
     const draw = () => {
       const width = plot.clientWidth, top = spec.loss.length > 1 ? 130 : 0, narrow = width < 520, row = narrow ? 34 : 24, height = top + spec.lanes.length * row + 24;
       const pen = canvasOf(canvas, width, height);
-      const left = narrow ? 8 : Math.ceil(Math.max(40, ...spec.lanes.map((l) => pen.measureText(l.name).width))) + 12;
+      const highest = top ? `loss ${short(Math.max(...spec.loss.map((p) => p[1])))}` : "";
+      const named = [highest, ...spec.lanes.map((l) => l.name)].map((name) => pen.measureText(name).width);
+      const left = narrow ? 8 : Math.ceil(Math.max(40, ...named)) + 12;
       const sx = (v) => left + (v / spec.end) * (width - left - 12);
       pen.textBaseline = "middle";
       if (top) {
@@ -280,7 +282,7 @@
         pen.fillStyle = SOFT;
         pen.textAlign = narrow ? "left" : "right";
         const at = narrow ? left : left - 8;
-        pen.fillText(`loss ${short(high)}`, at, narrow ? 6 : 14);
+        pen.fillText(highest, at, narrow ? 6 : 14);
         pen.fillText(short(low), at, top - 20);
       }
       boxes = [];
