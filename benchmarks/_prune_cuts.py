@@ -30,6 +30,9 @@ REFITTED_HALF = (*REFITTED, "frequency", "fisher", "random 0")  # at half of the
 CONTROLS = 5
 HELD_OUT = 192  # blocks, half of them predicts, half realises
 CALIBRATION = 172  # training blocks; a quarter of them only checks the refit
+# Of the refit: layer by layer, ridge, sweeps, times the usual text.
+SETTINGS = ((False, 0.01, 3, 1), (False, 0.01, 3, 4), (True, 0.01, 3, 1), (True, 0.1, 3, 1), (True, 0.001, 3, 1))
+SETTINGS += ((True, 0.01, 1, 1), (True, 0.01, 8, 1), (True, 0.01, 3, 4))
 Row = dict[str, Any]
 
 
@@ -99,10 +102,31 @@ def run(name: str, seed: int) -> list[Row]:
                 rows.append({**common, "refit": False, **rise(losses(sub.model, text_NS), dense_N)})
             if rank == "contribution" and seed == 0:
                 rows[-1]["measure"] = measure(sub.model, plan, chunks(text_NS[::2]), controls=CONTROLS).to_record()
-            if rank in (REFITTED_HALF if cut == 0.5 else REFITTED):
+            if rank in refitted_ranks(cut):
                 rows.append({**common, "refit": True, **_refitted(sub, plan, text_NS, dense_N, seed)})
             print(name, seed, cut, rank, *(f"{row['rise']:.4f}" for row in rows[-2:]), flush=True)
     return [*rows, *free_budgets(name, seed)]
+
+
+def refitted_ranks(cut: float) -> tuple[str, ...]:
+    """The ranks whose cut of this size is refitted."""
+    return REFITTED_HALF if cut == 0.5 else REFITTED
+
+
+def refits(name: str, seed: int) -> list[Row]:
+    """The refitted rows of one shape and seed alone."""
+    sub = subject(SHAPES[name], seed)
+    text_NS = held_out(sub)
+    dense_N = losses(sub.model, text_NS)
+    rows: list[Row] = []
+    for cut in CUTS:
+        made = plans(sub, cut)
+        for rank in refitted_ranks(cut) if made else ():
+            common = {"shape": name, "seed": seed, "cut": cut, "rank": rank, "num_kept": made[rank].num_kept}
+            common["dense_loss"] = float(dense_N.mean())
+            rows.append({**common, "refit": True, **_refitted(sub, made[rank], text_NS, dense_N, seed)})
+            print(name, seed, cut, rank, "refit", f"{rows[-1]['rise']:.4f} {rows[-1]['seconds']:.0f} s", flush=True)
+    return rows
 
 
 def free_drops(sub: Subject, cut: float) -> list[list[int]]:
@@ -178,13 +202,15 @@ def refit_settings(name: str, seed: int) -> list[Row]:
     dense_N = losses(sub.model, text_NS)
     plan = plans(sub, 0.5)["contribution"]
     rows = []
-    for ridge, sweeps, times in ((0.1, 3, 1), (0.01, 1, 1), (0.01, 3, 1), (0.001, 3, 1), (0.001, 8, 1), (0.01, 3, 4)):
-        report = refit(sub.model, plan, calibration(sub, seed, times), ridge=ridge, sweeps=sweeps)
+    for sequential, ridge, sweeps, times in SETTINGS:
+        batches = calibration(sub, seed, times)
+        report = refit(sub.model, plan, batches, ridge=ridge, sweeps=sweeps, sequential=sequential)
         with masked(sub.model, plan):
             row = rise(losses(sub.model, text_NS), dense_N)
         report.undo()
         tokens = report.layers[0].tokens
-        rows.append({"shape": name, "seed": seed, "ridge": ridge, "sweeps": sweeps, "tokens": tokens, **row})
+        setting = {"sequential": sequential, "ridge": ridge, "sweeps": sweeps, "tokens": tokens}
+        rows.append({"shape": name, "seed": seed, **setting, "seconds": report.seconds, **row})
         print(name, seed, rows[-1], flush=True)
     return rows
 

@@ -157,9 +157,13 @@ def markdown(results: Row) -> str:
         lines += [""]
     if results.get("settings"):
         lines += ["## Settings of the refit (half of the experts, by contribution, one seed)", ""]
-        lines += ["| shape | ridge | sweeps | tokens | rise |", "| --- | --- | --- | --- | --- |"]
         lines += [
-            f"| {r['shape']} | {r['ridge']} | {r['sweeps']} | {r['tokens']} | {r['rise']:.4f} |"
+            "| shape | layer by layer | ridge | sweeps | tokens | rise |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {r['shape']} | {'yes' if r['sequential'] else 'no'} | {r['ridge']} | {r['sweeps']} | {r['tokens']} | "
+            f"{r['rise']:.4f} |"
             for r in results["settings"]
         ]
         lines += [""]

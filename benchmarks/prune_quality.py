@@ -10,6 +10,7 @@ fine-tuning text. The cut is a mask, which equals the smaller checkpoint.
     python benchmarks/prune_quality.py --exported            # the default rank's cuts on the first seed again, as
                                                              # exported checkpoints: the realised cost
     python benchmarks/prune_quality.py --settings --shapes e8 deepseek   # the refit with other settings, first seed
+    python benchmarks/prune_quality.py --refit               # the refitted cuts again, in place of those that are there
     python benchmarks/prune_quality.py --free                # free budgets per layer for rows that lack them
     python benchmarks/prune_quality.py --heal --shapes e8    # healing, a cut in the middle, after `balance`, mean norms
     python benchmarks/prune_quality.py --layer-cost          # time and peak memory of refitting one layer of
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--layer-cost", action="store_true")
     parser.add_argument("--exported", action="store_true")
     parser.add_argument("--settings", action="store_true", help="other settings of the refit, first seed")
+    parser.add_argument("--refit", action="store_true", help="make the rows with a refit anew")
     parser.add_argument("--free", action="store_true", help="add free budgets per layer to rows that lack them")
     parser.add_argument("--heal", action="store_true", help="healed, cut in the middle, after balance, mean norms")
     parser.add_argument("--render", action="store_true")
@@ -83,10 +85,11 @@ def main() -> None:
         results["layer_cost"] = layer_cost()
         save(results, arguments.output)
         return
-    from _prune_cuts import exported, free_budgets, refit_settings, run
+    from _prune_cuts import exported, free_budgets, refit_settings, refits, run
 
     if arguments.settings:
-        results["settings"] = [row for shape in arguments.shapes for row in refit_settings(shape, 0)]
+        others = [row for row in results["settings"] if row["shape"] not in arguments.shapes]
+        results["settings"] = others + [row for shape in arguments.shapes for row in refit_settings(shape, 0)]
         save(results, arguments.output)
         return
 
@@ -102,6 +105,17 @@ def main() -> None:
                     if not any(part != "rows" or row["rank"] == "mean_norm" for row in mine):
                         rows += getattr(_prune_heal, make)(shape, seed)
                         save(results, arguments.output)
+        return
+
+    if arguments.refit:
+        for seed in arguments.seeds:
+            for shape in arguments.shapes:
+                new = refits(shape, seed)
+                keys = [(row["cut"], row["rank"]) for row in new]
+                for at, row in enumerate(results["rows"]):
+                    if row["refit"] and (row["shape"], row["seed"]) == (shape, seed):
+                        results["rows"][at] = new[keys.index((row["cut"], row["rank"]))]
+                save(results, arguments.output)
         return
 
     if arguments.free:

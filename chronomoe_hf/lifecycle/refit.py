@@ -1,8 +1,8 @@
 """refit: new output projections for the survivors of a plan, so that every layer gives what it gave before.
 
-Label-free and closed-form: for each layer, ridge least squares of the survivors' output projections against the full
-layer's output on calibration tokens, on the inputs of the full model. Shapes stay. It **rewrites weights**: afterwards
-the model is meant to be masked, or cut, by the same plan.
+Label-free and closed-form: for each layer, ridge least squares of the survivors' output projections against what the
+full model gives on calibration tokens. Shapes stay. It **rewrites weights**: afterwards the model is meant to be
+masked, or cut, by the same plan.
 
 Shape suffixes: B sequences, S positions, N tokens, V vocabulary.
 """
@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.lifecycle.expert_weights import Changes
-from chronomoe_hf.lifecycle.layer_fit import LayerRefit, fit_layer
+from chronomoe_hf.lifecycle.fitting import Fitting, StoredProjections, exchange_all
+from chronomoe_hf.lifecycle.layer_fit import LayerRefit
 from chronomoe_hf.lifecycle.live import Batch, as_batches, forward_arguments, logits_of, match_layers, quiet, uncompiled
 from chronomoe_hf.lifecycle.masking import mask_experts
 from chronomoe_hf.lifecycle.plan import PrunePlan
 from chronomoe_hf.lifecycle.projections import OutputProjections
-from chronomoe_hf.lifecycle.samples import collect_samples, sample_bytes, under_mask
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 logger = logging.getLogger("chronomoe_hf")
@@ -44,7 +43,7 @@ class RefitReport:
         reason: why it was refused, in plain words; empty otherwise.
         kl_before, kl_after: mean KL(full || masked) on held-out tokens, nats, of the plain cut and after the refit.
         layers: per layer that drops experts.
-        ridge, sweeps: as asked.
+        ridge, sweeps, sequential: as asked.
         held_out_tokens: tokens the check was made on.
         seconds: wall time.
     """
@@ -56,6 +55,7 @@ class RefitReport:
     layers: tuple[LayerRefit, ...]
     ridge: float
     sweeps: int
+    sequential: bool
     held_out_tokens: int
     seconds: float
     _stored: list[StoredProjections] = field(default_factory=list, repr=False)
@@ -69,26 +69,9 @@ class RefitReport:
 
     def to_record(self) -> dict[str, Any]:
         """Strict-JSON dictionary."""
-        names = ("applied", "reason", "kl_before", "kl_after", "ridge", "sweeps", "held_out_tokens", "seconds")
+        names: tuple[str, ...] = ("applied", "reason", "kl_before", "kl_after", "ridge", "sweeps", "sequential")
+        names += ("held_out_tokens", "seconds")
         return {name: getattr(self, name) for name in names} | {"layers": [dict(vars(layer)) for layer in self.layers]}
-
-
-@dataclass
-class StoredProjections:
-    """Projections of one layer that are not in the model: new ones before the exchange, old ones after it.
-
-    Args:
-        projections: the layer's.
-        weights: by expert, as the model stores them.
-    """
-
-    projections: OutputProjections
-    weights: dict[int, Tensor]
-
-    def write(self, changes: Changes) -> None:
-        """Write them into the model; `changes` remembers what was there."""
-        for expert, weight in self.weights.items():
-            changes.write(*self.projections.place(expert), weight)
 
 
 def refit(
@@ -98,16 +81,20 @@ def refit(
     *,
     ridge: float = 0.01,
     sweeps: int = 3,
+    sequential: bool = True,
     held_out: float = 0.25,
     memory_gb: float = 2.0,
     progress: Callable[[str], None] | None = None,
 ) -> RefitReport:
-    """Rewrite the survivors' output projections so that the cut layers give the full layers' outputs.
+    """Rewrite the survivors' output projections so that the cut model's layers give what the full model's gave.
 
     For every layer, with the router masked: minimise ``sum_t |y_t - sum_e g_te W_e h_te|^2 + lambda |W - W_now|^2``
-    over the survivors' W, where y is the full layer's routed output and h what the projection reads; lambda is `ridge`
-    times the mean diagonal of the normal matrix. Solved expert by expert against the running residual. All layers are
-    fitted on the inputs of the *full* model, which is read once (or in a few passes, see `memory_gb`).
+    over the survivors' W, where h is what the projection reads and y the routed output that is wanted; lambda is
+    `ridge` times the mean diagonal of the normal matrix. Solved expert by expert against the running residual.
+
+    *Sequential*: layer by layer, h is what the layer reads in the model whose earlier layers are cut and refitted
+    already, and y is what makes the residual stream behind the layer that of the full model: it also makes up for what
+    the layers before it lost. *Not sequential*: h and y are those of the full model, which is read once.
 
     A layer whose error on held-out tokens does not fall keeps its weights. If the model's KL to the full one on
     held-out tokens does not fall, nothing is changed.
@@ -119,6 +106,8 @@ def refit(
             No labels are read. About 16,000 tokens are good, 2,000 are worth it.
         ridge: how strongly the weights are held where they are.
         sweeps: passes over the experts of a layer.
+        sequential: see above. It costs about three forwards of the batches instead of one and a half, and at half of
+            the experts halves what the cut costs once more (``benchmarks/results/prune_quality.md``).
         held_out: fraction of the batches (of the sequences, if there is one batch) that only checks.
         memory_gb: memory for inputs of layers; layers that do not fit together are read in further passes.
         progress: called with one line per layer.
@@ -142,23 +131,10 @@ def refit(
     projections = {index: OutputProjections(layers[index]) for index in cut}
     fit, check = split_batches(as_batches(batches, "refit"), held_out)
     drops = [layer.dropped for layer in plan.layers]
-    stored: list[StoredProjections] = []
-    reports: list[LayerRefit] = []
+    job = Fitting(model, layers, drops, projections, fit, check, ridge, sweeps, memory_gb, progress)
     with quiet(model):
-        for group in groups_in_memory(model, layers, cut, [*fit, *check], memory_gb):
-            masks = [under_mask(layers[i], drops[i]) for i in group]
-            tapes = collect_samples(model, [layers[i] for i in group], masks, fit, check)
-            for index, samples in zip(group, tapes, strict=True):
-                report, weights = fit_layer(
-                    index, projections[index], samples, plan.layers[index].kept, ridge=ridge, sweeps=sweeps
-                )
-                reports.append(report)
-                if report.applied:
-                    stored.append(StoredProjections(projections[index], weights))
-                if progress is not None:
-                    progress(
-                        f"layer {index}: error on held-out tokens {report.error_before:.4f} -> {report.error_after:.4f}"
-                    )
+        (job.sequential if sequential else job.at_once)(cut)
+        stored, reports = job.stored, job.reports
         before, after, tokens = _check_model(model, layers, drops, check, stored)
     warn_of_few_tokens(reports)
     reason = "" if stored and after < before else "the KL to the full model on held-out tokens does not fall"
@@ -177,6 +153,7 @@ def refit(
         layers=tuple(reports),
         ridge=ridge,
         sweeps=sweeps,
+        sequential=sequential,
         held_out_tokens=tokens,
         seconds=time.perf_counter() - started,
         _stored=[] if reason else stored,
@@ -208,30 +185,6 @@ def split_batches(batches: list[Batch], held_out: float) -> tuple[list[Batch], l
     if len(batches) - checks < 1:
         raise LifecycleError("refit needs at least two sequences: one to fit, one to check on")
     return batches[:-checks], batches[-checks:]
-
-
-def groups_in_memory(
-    model: nn.Module, layers: Sequence[FoundLayer], cut: Sequence[int], batches: list[Batch], memory_gb: float
-) -> list[list[int]]:
-    """Layers that are read in one pass, so that their inputs fit into the memory allowed."""
-    tokens = sum((b["input_ids"] if "input_ids" in b else b["inputs_embeds"][..., 0]).numel() for b in batches)
-    groups: list[list[int]] = []
-    used = 0.0
-    for index in cut:
-        size = sample_bytes(layers[index], tokens) / 1e9
-        if not groups or used + size > memory_gb:
-            groups.append([])
-            used = 0.0
-        groups[-1].append(index)
-        used += size
-    return groups
-
-
-def exchange_all(stored: Sequence[StoredProjections]) -> None:
-    """Put stored projections into the model, and keep those that were there."""
-    for each in stored:
-        for expert, weight in each.weights.items():
-            each.weights[expert] = each.projections.exchange(expert, weight)
 
 
 def _check_model(

@@ -123,10 +123,15 @@ class LayerTap:
         if len(self.calls) != 1 or len(self.repeats) != twice:
             raise LifecycleError(f"{self.layer.name}: its experts were called {len(self.calls)} times in one forward")
         rows: tuple[Tensor, ...] = (*self.calls.pop(), *(self.repeats.pop() if twice else ()))
-        keep_T = torch.ones(rows[0].shape[0], dtype=torch.bool, device=rows[0].device)
+        keep_T = self.real(rows[0])
+        return tuple(value[keep_T] for value in rows)
+
+    def real(self, rows: Tensor) -> Tensor:
+        """Which rows are real tokens, bool ``(T,)``; all of them where the mask does not say."""
+        keep_T = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
         if self.real_T is not None and self.real_T.shape == keep_T.shape:
             keep_T = self.real_T.to(keep_T.device)
-        return tuple(value[keep_T] for value in rows)
+        return keep_T
 
 
 def assignments(layer: FoundLayer, index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

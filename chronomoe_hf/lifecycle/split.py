@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.expert_weights import Changes, ExpertWeights, check_optimizer, copy_moments
+from chronomoe_hf.lifecycle.fitting import StoredProjections
 from chronomoe_hf.lifecycle.layer_fit import LayerRefit
 from chronomoe_hf.lifecycle.live import Batch, as_batches, match_layers, uncompiled
-from chronomoe_hf.lifecycle.refit import StoredProjections
 from chronomoe_hf.lifecycle.split_bias import write_shifts
 from chronomoe_hf.lifecycle.split_plan import LayerSplit, SplitPlan
 from chronomoe_hf.lifecycle.split_refit import fit_split

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.expert_weights import ExpertWeights, slice_of
+from chronomoe_hf.lifecycle.fitting import StoredProjections
 from chronomoe_hf.lifecycle.in_run import first_batches, untouched_randomness
 from chronomoe_hf.lifecycle.layer_fit import LayerRefit
 from chronomoe_hf.lifecycle.live import Batch, as_batches, live_layers, uncompiled
 from chronomoe_hf.lifecycle.projections import OutputProjections
-from chronomoe_hf.lifecycle.refit import StoredProjections
 from chronomoe_hf.lifecycle.split import AppliedSplit, carry_out
 from chronomoe_hf.lifecycle.split_plan import SplitPlan
 from chronomoe_hf.lifecycle.split_planner import plan_split

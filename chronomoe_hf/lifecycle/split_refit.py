@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.lifecycle.expert_weights import Changes, ExpertWeights
+from chronomoe_hf.lifecycle.fitting import StoredProjections, groups_in_memory
 from chronomoe_hf.lifecycle.layer_fit import LayerRefit, fit_layer, routed_output
 from chronomoe_hf.lifecycle.live import Batch, quiet
 from chronomoe_hf.lifecycle.projections import OutputProjections
-from chronomoe_hf.lifecycle.refit import StoredProjections, groups_in_memory, split_batches, warn_of_few_tokens
+from chronomoe_hf.lifecycle.refit import split_batches, warn_of_few_tokens
 from chronomoe_hf.lifecycle.samples import LayerSamples, collect_samples
 from chronomoe_hf.lifecycle.split_plan import LayerSplit, SplitPlan
 from chronomoe_hf.lifecycle.split_routing import RouterTap

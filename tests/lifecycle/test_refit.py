@@ -15,11 +15,14 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.errors import LifecycleError, PlanMismatchError
 from chronomoe_hf.lifecycle import layer_specs, masked, measure, refit
+from chronomoe_hf.lifecycle.cut_reader import CutReader
+from chronomoe_hf.lifecycle.live import live_layers
+from chronomoe_hf.lifecycle.streams import find_streams
 
 KEPT = [[0, 2, 3, 5, 7], [1, 2, 4, 6, 7]]
 NOT_REFITTED = {
     "jetmoe": "cannot be reached",
-    "diffusion_gemma": "cannot be repeated",
+    "diffusion_gemma": "language-model head",
     "dbrx": "one flattened weight",
     "deepseek_v4": "cannot be masked",
     "nllb_moe": "cannot be reached",
@@ -82,7 +85,7 @@ def test_refit_solves_the_normal_equations_of_the_layer() -> None:
     model = smooth()
     before = copy.deepcopy(model)
     made = batches()
-    report = refit(model, keeping(model, KEPT), made, ridge=0.05, sweeps=400, held_out=0.2)
+    report = refit(model, keeping(model, KEPT), made, ridge=0.05, sweeps=400, sequential=False, held_out=0.2)
     assert report.applied and report.kl_after < report.kl_before
     assert all(layer.error_after < layer.error_before for layer in report.layers)
     for index, kept in enumerate(KEPT):
@@ -108,6 +111,92 @@ def test_refit_solves_the_normal_equations_of_the_layer() -> None:
         for weights, error in ((down, report.layers[index].error_before), (after, report.layers[index].error_after)):
             got = sum(cut[:, e : e + 1] * (outputs[e] @ weights[e].T) for e in kept)
             assert float(((wanted - got) ** 2).sum() / (wanted**2).sum()) == pytest.approx(error, rel=1e-3)
+
+
+def stream_after(model: Any, index: int, made: list[dict[str, Any]]) -> np.ndarray:
+    """Hidden states of real tokens behind a block."""
+    rows: list[torch.Tensor] = []
+    handle = model.model.layers[index].register_forward_hook(lambda m, args, out: rows.append(out))
+    with torch.no_grad():
+        for batch in made:
+            model(**batch)
+    handle.remove()
+    real = [batch["attention_mask"].bool() for batch in made]
+    return torch.cat([row[mask] for row, mask in zip(rows, real, strict=True)]).double().numpy()
+
+
+def test_a_sequential_refit_makes_up_for_what_the_layer_before_it_lost() -> None:
+    """The second layer from the definition: on what the cut and refitted first layer gives, towards the full stream."""
+    model = smooth()
+    full = copy.deepcopy(model)
+    made, plan = batches(), keeping(smooth(), KEPT)
+    report = refit(model, plan, made, ridge=0.05, sweeps=400, held_out=0.2)
+    assert report.applied and report.sequential and report.to_record()["sequential"] is True
+    half = copy.deepcopy(full)  # the first layer refitted and cut, the second as it was and cut
+    with torch.no_grad():
+        half.model.layers[0].mlp.experts.down_proj.copy_(model.model.layers[0].mlp.experts.down_proj)
+    block, kept = half.model.layers[1].mlp, KEPT[1]
+    with masked(half, plan):
+        fit, cut_stream = layer_inputs(half, 1, made[:-1]), stream_after(half, 1, made[:-1])
+    wanted = stream_after(full, 1, made[:-1]) - cut_stream
+    cut = routed(block.gate, fit, kept)
+    design = np.concatenate([cut[:, e : e + 1] * activations(block.experts, fit, e) for e in kept], axis=1)
+    gram = design.T @ design
+    change = np.linalg.solve(gram + 0.05 * np.diag(gram).mean() * np.eye(len(gram)), design.T @ wanted)
+    old = full.model.layers[1].mlp.experts.down_proj.detach().double().numpy()
+    after = model.model.layers[1].mlp.experts.down_proj.detach().double().numpy()
+    for slot, expert in enumerate(kept):
+        expected = old[expert] + change[32 * slot : 32 * slot + 32].T
+        np.testing.assert_allclose(after[expert], expected, atol=2e-3 * np.abs(old).max())
+    # and it pays: the same text, the same ridge, layer by layer against all at once
+    at_once = copy.deepcopy(full)
+    other = refit(at_once, plan, made, ridge=0.05, sweeps=400, held_out=0.2, sequential=False)
+    assert report.kl_after < other.kl_after < other.kl_before == report.kl_before
+
+
+def test_blocks_that_are_skipped_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six layers: from the third on the earlier blocks are not run again. Against a reader that runs them all."""
+    kept = [[e for e in range(8) if e != layer] for layer in range(6)]
+    runs, results = [], []
+    for skip in (True, False):
+        model = smooth(num_hidden_layers=6)
+        calls = [0]
+        model.model.layers[0].self_attn.register_forward_hook(
+            lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1)
+        )
+        monkeypatch.setattr(CutReader, "skips", skip)
+        report = refit(model, keeping(model, kept), batches())
+        assert report.applied
+        runs.append(calls[0])
+        results.append(digest(model))
+    assert results[0] == results[1]
+    assert runs[0] < runs[1] - 6 * 2, "nothing was skipped"
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "factor"),
+    [
+        ("mixtral", "model.layers.{}", 1.0),
+        ("deepseek_v3", "model.layers.{}", 1.0),
+        ("switch_transformers", "{}.block.1", 1.0),
+        ("cohere2_moe", "model.layers.{}", 0.5),  # averaged with its shared expert
+        ("afmoe", "", 1.0),  # a norm stands between its experts and the stream
+    ],
+)
+def test_where_the_routed_output_is_added_up(family: str, name: str, factor: float) -> None:
+    model = moe_zoo.build(family).eval()
+    moe_zoo.randomise(model)
+    layers = live_layers(model)
+    with torch.no_grad():
+        streams = find_streams(model, layers, zoo_batches(model)[0])
+    assert len(streams) == len(layers)
+    for stream, layer in zip(streams, layers, strict=True):
+        assert stream.factor == pytest.approx(factor, rel=1e-3)
+        if family == "afmoe":
+            assert stream.name == layer.name.rpartition(".")[0]  # the block of experts, shared ones included
+        else:
+            prefix = layer.name.split(".")[0] if family == "switch_transformers" else layer.name.split(".")[2]
+            assert stream.name == name.format(prefix)
 
 
 def test_only_the_survivors_projections_move_and_undo_gives_every_bit_back() -> None:
