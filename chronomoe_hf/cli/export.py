@@ -27,7 +27,7 @@ def export(
     refit: Annotated[
         str | None, typer.Option("--refit", help="Text to refit the kept experts on: a file or a Hub name.")
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Most tokens to refit on.")] = 16_384,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Most tokens to refit on.")] = 65_536,
     check: Annotated[
         str, typer.Option("--check", help="auto, logits (loads both checkpoints) or shapes (loads none).")
     ] = "auto",

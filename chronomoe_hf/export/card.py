@@ -136,7 +136,7 @@ def _section(plan: PrunePlan, report: ExportReport, extra: dict[str, Any]) -> st
     if extra.get("refit"):
         before, after = extra["refit"]["kl_before"], extra["refit"]["kl_after"]
         lines.append(
-            "- The output projections of the kept experts were refitted to the full model's layer outputs: KL to the "
+            "- The output projections of the kept experts were refitted, layer by layer, to the full model: KL to the "
             f"full model on text held out from the refit {before:.4f} before, {after:.4f} after."
         )
     if report.max_difference is None:
