@@ -11,7 +11,7 @@ from _balance_arms import AUX
 Row = dict[str, Any]
 FRESH = (3, 4, 5)
 STRESSED = ("e8", "e8-long", "e32", "e32-long")
-UNCHANGED = ("reverse", "qwen3", "deepseek")
+UNCHANGED = ("healthy", "reverse", "qwen3", "deepseek")
 OURS = ("balance", "revive")
 RIVALS = ("none", *AUX, "sign 0.001", "sign")
 WORST, FIRST_E32 = 0.9, 0.8  # Neff/E that the target asks for

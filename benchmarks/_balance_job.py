@@ -70,7 +70,8 @@ _E32 = SIZES["e32k4"]
 _TINY = ModelSize(layers=2, hidden=32, intermediate=32, heads=4, experts=8, top_k=2, vocab=512, length=64)
 # The stress of `make demo`, text, sizes and schedule included; the same with 32 experts; both again over more steps and
 # more text, so that no block is read much more than once. Then the shift the other way with k unchanged, and two other
-# families, k unchanged too: Qwen3-MoE (weights sum to 1 over the chosen) and DeepSeek-V3 (its own correction bias).
+# families, k unchanged too: Qwen3-MoE (weights sum to 1 over the chosen) and DeepSeek-V3 (its own correction bias). In
+# `healthy` nothing shifts and no expert is idle: the base was balanced before.
 SETTINGS = {
     "e8": Setting(name="e8", size=SIZES["e8k2"], top_k=1),
     "e32": Setting(name="e32", size=SIZES["e32k4"], top_k=4),
@@ -90,6 +91,7 @@ PLAN = {
     "reverse": ("none", "aux 0.02", "balance", "revive"),
     "qwen3": ("none", "aux 0.02", "balance", "revive"),
     "deepseek": ("none", "balance", "revive"),
+    "healthy": ("none", "balance", "revive"),
     "quick": ("none", "balance 0.2", "balance", "revive"),
 }
 COHERENCE_PLAN = {name: ("none", *COHERENCE, "sign", "balance 0.2", "balance") for name in ("e8", "e32")}

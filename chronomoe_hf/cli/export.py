@@ -82,12 +82,16 @@ def _with_refit(
     device_map: str | None,
     options: dict[str, object],
 ) -> tuple[ExportReport, RefitReport]:
+    from transformers.utils import logging as transformers_logging
+
     from chronomoe_hf import lifecycle
     from chronomoe_hf.profiling import text_batches
 
     loaded, reader = models.load_model(model, dtype, device_map), models.load_tokenizer(tokenizer)
     batches = text_batches(loaded, reader, data, **options)  # type: ignore[arg-type]
-    refitted = lifecycle.refit(loaded, made, batches)
+    layers = sum(bool(layer.dropped) for layer in made.layers)
+    with transformers_logging.tqdm(total=layers, unit="layer", desc="refit", leave=False) as bar:
+        refitted = lifecycle.refit(loaded, made, batches, progress=lambda line: bar.update())
     report = lifecycle.export(loaded, made, out, tokenizer=reader, refit=refitted if refitted.applied else None)
     return report, refitted
 
