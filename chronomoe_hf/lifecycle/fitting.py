@@ -115,7 +115,12 @@ class Fitting:
 
 def _small(batch: Batch) -> Batch:
     """One sequence of a batch."""
-    return {name: value[:1] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    first = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+    rows = first.shape[0]
+    return {
+        name: value[:1] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows else value
+        for name, value in batch.items()
+    }
 
 
 def groups_in_memory(
