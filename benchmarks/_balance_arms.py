@@ -5,6 +5,7 @@ Legend: T tokens, L layers, E experts, D router input width.
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import torch
@@ -60,8 +61,9 @@ ARMS = (*FRONT, "coherence", "proportional", *CHANGED)
 
 
 def aux_weight(arm: str) -> float:
-    """Weight of Transformers' auxiliary loss, 0 for the other arms."""
-    return float(arm.removeprefix("aux ")) if arm.startswith("aux ") else 0.0
+    """Weight of Transformers' auxiliary loss, alone or beside `revive`; 0 for the other arms."""
+    beside = arm.removeprefix("revive + ")
+    return float(beside.removeprefix("aux ")) if beside.startswith("aux ") else 0.0
 
 
 def balance_config(**beta: Any) -> ChronoConfig:
@@ -73,10 +75,16 @@ def arm_config(arm: str) -> ChronoConfig:
     """The configuration of an arm by name; ``none`` and ``aux`` only observe.
 
     ``sign@RATE`` is the sign rule at a rate, ``zone@LOW,HIGH,RATE,FIRST`` the balance law with that dead zone,
-    ``coherence@ETA,TAU,CLOCK,SIGN,CAP`` a form of the coherence law (:class:`CoherenceForm`).
+    ``revive@PART__FIELD=VALUE`` the preset `revive` with one other setting, ``revive + aux WEIGHT`` that with the
+    auxiliary loss, ``coherence@ETA,TAU,CLOCK,SIGN,CAP`` a form of the coherence law (:class:`CoherenceForm`).
     """
     if arm.startswith("sign@"):
         return balance_config(rule="sign", rate=float(arm.removeprefix("sign@")))
+    if arm.startswith("revive@"):
+        name, _, value = arm.removeprefix("revive@").partition("=")
+        return ChronoConfig.revive(**{name: ast.literal_eval(value)})
+    if arm.startswith("revive + "):
+        return ChronoConfig.revive()
     if arm.startswith("zone@"):
         low, high, rate, first = arm.removeprefix("zone@").split(",")
         return ChronoConfig.balance(

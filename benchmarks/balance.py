@@ -151,7 +151,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--changed", action="store_true", help="the ablations of protect, seeds 0 to 2")
     parser.add_argument("--coherence", action="store_true", help="forms of the coherence law, seeds 0 and 1")
     parser.add_argument("--settings", nargs="+", choices=sorted({*PLAN, *CHANGED_PLAN}), default=None)
-    parser.add_argument("--arms", nargs="+", default=None, help=f"of {', '.join(ARMS)}, sign@RATE, zone@...")
+    parser.add_argument(
+        "--arms", nargs="+", default=None, help=f"of {', '.join(ARMS)}, sign@RATE, zone@..., revive@..."
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=None)
     parser.add_argument("--output", type=Path, default=None, help=f"directory (default: {RESULTS.name}/ beside this)")
     parser.add_argument("--merge", nargs="+", type=Path, default=None, help="output directories of earlier calls")

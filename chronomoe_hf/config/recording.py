@@ -98,6 +98,7 @@ class LifecycleConfig(ConfigBase):
         split: ``"start"`` **rewrites idle experts** when training begins (not on a resume): copies of busy ones, see
             :func:`chronomoe_hf.lifecycle.plan_split`. Only ``ChronoConfig.revive()`` and configs built from parts.
         split_batches: training batches per process that it reads for that.
+        split_idle: below this many fair shares of the tokens an expert is idle and is rewritten.
         merge_above: a pair of experts whose role vectors agree this well (cosine, before and after centring) is
             proposed for a merge; needs ``coherence.roles``.
         split_above: an overloaded expert with this bimodality, in [0, 1], is proposed for a split; needs
@@ -120,6 +121,7 @@ class LifecycleConfig(ConfigBase):
     measure_controls: int = 3
     split: Literal["off", "start"] = "off"
     split_batches: int = 8
+    split_idle: float = 0.5
     merge_above: float = 0.9
     split_above: float = 0.5
 
@@ -141,6 +143,7 @@ class LifecycleConfig(ConfigBase):
         )
         positive("lifecycle.measure_batches", self.measure_batches)
         positive("lifecycle.split_batches", self.split_batches)
+        between("lifecycle.split_idle", self.split_idle, 0.01, 0.99)
         between("lifecycle.measure_controls", self.measure_controls, 0, math.inf)
         between("lifecycle.merge_above", self.merge_above, -1.0, 1.0)
         between("lifecycle.split_above", self.split_above, 0.0, 1.0)

@@ -59,7 +59,7 @@ def split_at_start(system: Any, model: nn.Module, optimizer: Any, batches: Itera
     problem: str | None = None
     if distributed.is_main():
         try:
-            plan = plan_split(model, read)
+            plan = plan_split(model, read, idle=system.config.lifecycle.split_idle)
             fitted, reports = fit_split(model, live_layers(model), plan, as_batches(read, "the split"))
         except Exception as error:  # whatever it is, the other ranks must not wait for a plan
             if not distributed.active() and not isinstance(error, LifecycleError):

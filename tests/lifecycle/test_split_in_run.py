@@ -135,3 +135,19 @@ def test_no_other_preset_writes_a_weight(preset: str) -> None:
     assert ChronoConfig.preset(preset).lifecycle.split == "off"
     with pytest.raises(ConfigError, match=r"lifecycle\.split is 'off' there"):
         ChronoConfig.preset(preset, lifecycle__split="start")
+
+
+def test_what_counts_as_idle_is_a_setting(tmp_path: Path) -> None:
+    def rewritten(idle: float) -> list[float]:
+        trainer, _ = make(with_idle(2, train=True), tmp_path / str(idle), CONFIG.replace(lifecycle__split_idle=idle))
+        trainer.train()
+        (record,) = read_jsonl(tmp_path / str(idle) / "chronomoe" / "lifecycle_splits.jsonl")[0]
+        return [layer["share_before"][copy["target"]] for layer in record["layers"] for copy in layer["copies"]]
+
+    shares = sorted(rewritten(0.9))
+    assert len(shares) > 1 and shares[0] < shares[-1] < 0.9
+    between = (shares[0] + shares[-1]) / 2
+    fewer = rewritten(between)
+    assert 0 < len(fewer) < len(shares) and max(fewer) < between
+    with pytest.raises(ConfigError, match="split_idle"):
+        ChronoConfig.revive(lifecycle__split_idle=1.5)
