@@ -129,6 +129,29 @@ def refits(name: str, seed: int) -> list[Row]:
     return rows
 
 
+def fresh(name: str, seed: int) -> list[Row]:
+    """Half of the experts, on a seed that no choice was made on: REAP one-shot, our rank without and with refit."""
+    sub = subject(SHAPES[name], seed)
+    text_NS = held_out(sub)
+    dense_N = losses(sub.model, text_NS)
+    made = plans(sub, 0.5)
+    common = {"shape": name, "seed": seed, "cut": 0.5, "dense_loss": float(dense_N.mean())}
+    rows: list[Row] = []
+    for rank in ("reap", "contribution"):
+        with masked(sub.model, made[rank]):
+            rows.append({**common, "rank": rank, "refit": False, **rise(losses(sub.model, text_NS), dense_N)})
+    rows.append(
+        {
+            **common,
+            "rank": "contribution",
+            "refit": True,
+            **_refitted(sub, made["contribution"], text_NS, dense_N, seed),
+        }
+    )
+    print(name, seed, "fresh", *(f"{row['rise']:.4f}" for row in rows), flush=True)
+    return rows
+
+
 def free_drops(sub: Subject, cut: float) -> list[list[int]]:
     """As many experts as a uniform cut drops, wherever contribution is lowest in the whole model; ids per layer.
 

@@ -69,9 +69,9 @@ def _error(gaps: list[float], single: list[float]) -> float:
     return math.hypot(over_seeds, statistics.fmean(single) / math.sqrt(len(gaps)))
 
 
-def _quarter(rows: list[Row]) -> list[Row]:
+def _quarter(rows: list[Row], where: str = "", ranks: tuple[str, ...] = ("contribution", "reap")) -> list[Row]:
     out = []
-    for rank in ("contribution", "reap"):
+    for rank in ranks:
         bad, numbers = [], []
         for shape in shapes_of(rows):
             for seed in sorted({row["seed"] for row in rows}):
@@ -84,7 +84,7 @@ def _quarter(rows: list[Row]) -> list[Row]:
                     )
                     if share > 1.0 / FACTOR:
                         bad.append(numbers[-1])
-        text = f"half of the experts cut by {rank}, with refit, costs at most a quarter of REAP one-shot"
+        text = f"half of the experts cut by {rank}, with refit, costs at most a quarter of REAP one-shot{where}"
         out.append({"claim": text, "holds": not bad, "numbers": "; ".join(bad or numbers)})
     return out
 
@@ -152,7 +152,9 @@ def markdown(results: Row) -> str:
     lines += balance_lines(results.get("balance", []), rows)
     if rows:
         lines += ["## Claims", "", "| claim | holds | numbers |", "| --- | --- | --- |"]
-        found = [*claims(rows), *healing_claims(results.get("healing", []))]
+        fresh = results.get("fresh", [])
+        found = claims(rows) + (_quarter(fresh, ", on fresh seeds", ("contribution",)) if fresh else [])
+        found += healing_claims(results.get("healing", []))
         lines += [f"| {c['claim']} | {'yes' if c['holds'] else '**no**'} | {c['numbers']} |" for c in found]
         lines += [""]
     if results.get("settings"):

@@ -11,6 +11,8 @@ fine-tuning text. The cut is a mask, which equals the smaller checkpoint.
                                                              # exported checkpoints: the realised cost
     python benchmarks/prune_quality.py --settings --shapes e8 deepseek   # the refit with other settings, first seed
     python benchmarks/prune_quality.py --refit               # the refitted cuts again, in place of those that are there
+    python benchmarks/prune_quality.py --fresh               # half of the experts on seeds 3 4 5, which nothing was
+                                                             # chosen on
     python benchmarks/prune_quality.py --free                # free budgets per layer for rows that lack them
     python benchmarks/prune_quality.py --heal --shapes e8    # healing, a cut in the middle, after `balance`, mean norms
     python benchmarks/prune_quality.py --layer-cost          # time and peak memory of refitting one layer of
@@ -34,6 +36,7 @@ from _prune_table import markdown, plot
 import chronomoe_hf
 
 RESULTS = Path(__file__).resolve().parent / "results"
+FRESH = (3, 4, 5)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -71,6 +74,7 @@ def main() -> None:
     parser.add_argument("--exported", action="store_true")
     parser.add_argument("--settings", action="store_true", help="other settings of the refit, first seed")
     parser.add_argument("--refit", action="store_true", help="make the rows with a refit anew")
+    parser.add_argument("--fresh", action="store_true", help="the goal of the refit on seeds 3 to 5")
     parser.add_argument("--free", action="store_true", help="add free budgets per layer to rows that lack them")
     parser.add_argument("--heal", action="store_true", help="healed, cut in the middle, after balance, mean norms")
     parser.add_argument("--render", action="store_true")
@@ -85,7 +89,7 @@ def main() -> None:
         results["layer_cost"] = layer_cost()
         save(results, arguments.output)
         return
-    from _prune_cuts import exported, free_budgets, refit_settings, refits, run
+    from _prune_cuts import exported, free_budgets, fresh, refit_settings, refits, run
 
     if arguments.settings:
         others = [row for row in results["settings"] if row["shape"] not in arguments.shapes]
@@ -105,6 +109,14 @@ def main() -> None:
                     if not any(part != "rows" or row["rank"] == "mean_norm" for row in mine):
                         rows += getattr(_prune_heal, make)(shape, seed)
                         save(results, arguments.output)
+        return
+
+    if arguments.fresh:
+        for seed in FRESH:
+            for shape in arguments.shapes:
+                rows = [row for row in results.get("fresh", []) if (row["shape"], row["seed"]) != (shape, seed)]
+                results["fresh"] = rows + fresh(shape, seed)
+                save(results, arguments.output)
         return
 
     if arguments.refit:
