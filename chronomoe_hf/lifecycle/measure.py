@@ -80,7 +80,7 @@ def measure(
     if controls < 0:
         raise PlanError(f"controls must be at least 0, got {controls}")
     layers = match_layers(model, plan.specs)
-    held_out = _checked(model, batches)
+    held_out = checked_batches(model, batches)
     plans = [plan, *(random_plan(plan, seed + 1 + index) for index in range(controls))]
     plans += [worst_plan(plan)] if worst else []
     drops: list[list[tuple[int, ...]]] = [[layer.dropped for layer in each.layers] for each in plans]
@@ -106,7 +106,12 @@ def measure(
 
 
 def measure_edits(
-    model: nn.Module, specs: Sequence[LayerSpec], edits: Sequence[Edit], batches: Iterable[Batch]
+    model: nn.Module,
+    specs: Sequence[LayerSpec],
+    edits: Sequence[Edit],
+    batches: Iterable[Batch],
+    *,
+    full: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> tuple[float, int, list[MaskEffect]]:
     """Compare the full model with edits of it, one after the other. Collective, as :func:`measure` is.
 
@@ -115,6 +120,7 @@ def measure_edits(
         specs: its layer table.
         edits: what to compare.
         batches: held-out text with labels.
+        full: makes a context around every forward of the unchanged model.
 
     Returns:
         Loss of the full model (nats per predicted token), predicted tokens, and the effect of every edit.
@@ -124,12 +130,18 @@ def measure_edits(
     """
     layers = match_layers(model, specs)
     drops = [[tuple(edit.dropped.get(layer, ())) for layer in range(len(layers))] for edit in edits]
-    sums = _run(model, layers, drops, _checked(model, batches), [edit.weights for edit in edits])
-    full = dict(zip(_SUMS, sums[0], strict=True))
-    return full["nd"] / full["n"], round(full["n"]), [_effect(row) for row in sums[1:]]
+    sums = _run(model, layers, drops, checked_batches(model, batches), [edit.weights for edit in edits], full)
+    whole = dict(zip(_SUMS, sums[0], strict=True))
+    return whole["nd"] / whole["n"], round(whole["n"]), [_effect(row) for row in sums[1:]]
 
 
-def _checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
+def checked_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
+    """The held-out batches as a list. Collective.
+
+    Raises:
+        LifecycleError: there is none, or one has no labels.
+        ChronoError: ranks bring different numbers of batches.
+    """
     out = as_batches(batches, "measure")
     for batch in out:
         if not isinstance(batch.get("labels"), Tensor):
@@ -151,6 +163,7 @@ def _run(
     drops: Sequence[Sequence[tuple[int, ...]]],
     batches: list[Batch],
     weights: Sequence[Callable[[], AbstractContextManager[Any]]] | None = None,
+    full: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> list[list[float]]:
     """Sums of the full model, then of every set of dropped experts (under its weights), over all batches and ranks."""
     weights = [contextlib.nullcontext] * len(drops) if weights is None else weights
@@ -161,7 +174,7 @@ def _run(
         for batch in batches:
             arguments = forward_arguments(model, batch, logits=True)
             labels_BS = batch["labels"].to(next(iter(_tensors(arguments))).device)[:, shift:]
-            with _chosen(layers) as chosen:
+            with full(), _chosen(layers) as chosen:
                 full_BSV = _logits(inner, arguments, shift)
             rows = [_full_sums(full_BSV, labels_BS)]
             for dropped, changed in zip(drops, weights, strict=True):

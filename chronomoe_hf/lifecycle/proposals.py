@@ -53,8 +53,9 @@ class Proposal:
         state: ``"candidate"``, ``"confirmed"`` or ``"withdrawn"``; ``"entered"`` of a basin.
         streak: windows in a row; 0 when withdrawn.
         evidence: what it rests on.
-        competing: ``{"edit", "experts", "delta_free_energy"}``, the proposal itself first. The difference is exact by
-            the definition of F with Psi held as it is; what an edit does to Psi, and to the loss, it does not say.
+        competing: ``{"edit", "experts", "share", "delta_free_energy"}``, the proposal itself first. The difference is
+            exact by the definition of F with Psi held as it is; what an edit does to Psi, and to the loss, it does not
+            say.
         run_id: of the run.
     """
 

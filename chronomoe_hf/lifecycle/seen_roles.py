@@ -123,24 +123,28 @@ def competing_edits(kind: Kind, experts: tuple[int, ...], seen: SeenRoles) -> li
     """The proposal and what else could be done about it."""
 
     def edit(name: str, ids: Sequence[int], delta: float | None) -> dict[str, Any]:
-        return {"edit": name, "experts": list(ids), "delta_free_energy": delta}
+        shares = [seen.shares[expert] for expert in ids]
+        return {"edit": name, "experts": list(ids), "share": shares, "delta_free_energy": delta}
+
+    def merge(pair: Pair) -> dict[str, Any]:
+        return edit("merge", (pair.first, pair.second), _without(pair.second, seen))
 
     if kind == "merge":
         pair = seen.pairs.get(*experts)
-        gone = {expert: _without(expert, seen) for expert in experts}
-        return [
-            edit("merge", (pair.first, pair.second), gone[pair.second]),
-            edit("prune", (pair.second,), gone[pair.second]),
-            edit("prune", (pair.first,), gone[pair.first]),
-        ]
+        prunes = [edit("prune", (expert,), _without(expert, seen)) for expert in (pair.second, pair.first)]
+        return [merge(pair), *prunes]
+    merges = [merge(pair) for pair in seen.duplicates[:1]]
     if kind == "split":
-        spawns = [edit("spawn", (idle, experts[0]), SIZE) for idle in seen.idle[:1]]
-        return [edit("split", experts, SIZE - TWO_ROLES), *spawns, edit("balance", experts, None)]
-    idle = experts[0]
+        idle = seen.idle[:1]
+        others = [edit("spawn", (expert, experts[0]), SIZE) for expert in idle]
+        others += [edit("prune", (expert,), _without(expert, seen)) for expert in idle]
+        return [edit("split", experts, SIZE - TWO_ROLES), *others, *merges, edit("balance", experts, None)]
+    unused = experts[0]
     return [
-        edit("spawn", experts, SIZE if seen.shares[idle] == 0.0 else 0.0),
-        edit("prune", (idle,), _without(idle, seen)),
-        edit("balance", (idle,), None),
+        edit("spawn", experts, SIZE if seen.shares[unused] == 0.0 else 0.0),
+        edit("prune", (unused,), _without(unused, seen)),
+        *merges,
+        edit("balance", (unused,), None),
     ]
 
 

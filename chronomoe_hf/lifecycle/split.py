@@ -154,7 +154,7 @@ def carry_out(
     changes = Changes()
     for layer, split in zip(layers, plan.layers, strict=True):
         if split.changes:
-            _rewrite(layer, split, optimizer, changes)
+            rewrite(layer, split, optimizer, changes)
     for stored in fitted.values():
         stored.write(changes)
     shifted = {index: split for index, split in enumerate(plan.layers) if split.shift_E is not None}
@@ -176,8 +176,18 @@ def check_split(layers: Sequence[FoundLayer], plan: SplitPlan, optimizer: Any, s
             )
 
 
-def _rewrite(layer: FoundLayer, split: LayerSplit, optimizer: Any, changes: Changes) -> None:
-    """Copies and router rows of one layer."""
+def rewrite(layer: FoundLayer, split: LayerSplit, optimizer: Any, changes: Changes) -> None:
+    """Write the copies and the router rows of one layer; the bias of its plan is not written here.
+
+    Args:
+        layer: a live layer.
+        split: what changes in it.
+        optimizer: whose moments follow; None = there is none.
+        changes: remembers what was there.
+
+    Raises:
+        LifecycleError: experts that cannot be copied.
+    """
     weights = ExpertWeights(layer)
     for one in split.copies:
         weights.copy(one.donor, one.target, changes, optimizer)

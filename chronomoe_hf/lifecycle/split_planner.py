@@ -6,7 +6,7 @@ Shape suffixes: T tokens, N tokens of one expert, K experts per token, E experts
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 import torch
@@ -106,13 +106,13 @@ def _check_bias(tap: RouterTap, spec: LayerSpec, law: str) -> None:
         raise LifecycleError(f"{spec.name}: no bias can act on this router: {'; '.join(tap.wrapped.known)}")
 
 
-def _shares(index_TK: Tensor, num_experts: int) -> Tensor:
+def fair_shares(index_TK: Tensor, num_experts: int) -> Tensor:
     """Shares in fair shares, float64 ``(E,)`` on the CPU."""
     count_E = torch.bincount(index_TK.reshape(-1).cpu(), minlength=num_experts)[:num_experts].double()
     return count_E * num_experts / count_E.sum().clamp_min(1.0)
 
 
-def _logit_std(tap: RouterTap) -> float:
+def logit_std(tap: RouterTap) -> float:
     """Standard deviation of the layer's logits over its experts, mean over tokens."""
     return float(tap.logits().var(-1, correction=0).mean().sqrt())
 
@@ -126,8 +126,8 @@ def _listed(share_E: Tensor) -> tuple[float, ...]:
 
 def _rows_split(tap: RouterTap, spec: LayerSpec, index_TK: Tensor, idle: float, busy: float) -> LayerSplit:
     """Copies and split rows of a layer with one expert per token."""
-    num, std = spec.num_experts, _logit_std(tap)
-    before_E = share_E = _shares(index_TK, num)
+    num, std = spec.num_experts, logit_std(tap)
+    before_E = share_E = fair_shares(index_TK, num)
     weight_ED = tap.layer.adapter.weight(tap.layer.router).detach().float()
     rows: dict[int, Tensor] = {}
     copies: list[ExpertCopy] = []
@@ -142,7 +142,7 @@ def _rows_split(tap: RouterTap, spec: LayerSpec, index_TK: Tensor, idle: float, 
             tap.require_linear()
             hidden_TD = tap.hidden()
         target = min(free, key=lambda e: (float(share_E[e]), e))
-        split_D = _splitting_direction(hidden_TD[index_TK[:, 0] == donor], STRENGTH * std)
+        split_D = splitting_direction(hidden_TD[index_TK[:, 0] == donor], STRENGTH * std)
         if split_D is None:
             break
         row_D = rows.get(donor, weight_ED[donor])
@@ -151,7 +151,7 @@ def _rows_split(tap: RouterTap, spec: LayerSpec, index_TK: Tensor, idle: float, 
         copies.append(ExpertCopy(donor=origin[donor], target=target, row_of=donor))
         with tap.rows(rows):
             index_TK = tap.choose()
-        share_E = _shares(index_TK, num)
+        share_E = fair_shares(index_TK, num)
     reason = "" if copies else f"no expert is below {idle} fair shares beside one above {busy}"
     return LayerSplit(
         spec=spec,
@@ -164,7 +164,7 @@ def _rows_split(tap: RouterTap, spec: LayerSpec, index_TK: Tensor, idle: float, 
     )
 
 
-def _splitting_direction(rows_ND: Tensor, spread: float) -> Tensor | None:
+def splitting_direction(rows_ND: Tensor, spread: float) -> Tensor | None:
     """v along the first principal component of `rows_ND`, orthogonal to their mean, with ``std(rows v) = spread``."""
     if rows_ND.shape[0] < 2:
         return None
@@ -186,8 +186,8 @@ def _splitting_direction(rows_ND: Tensor, spread: float) -> Tensor | None:
 
 def _bias_split(tap: RouterTap, spec: LayerSpec, before_TK: Tensor, idle: float) -> LayerSplit:
     """Bias and copies of a layer with several experts per token."""
-    num, std = spec.num_experts, _logit_std(tap)
-    before_E = _shares(before_TK, num)
+    num, std = spec.num_experts, logit_std(tap)
+    before_E = fair_shares(before_TK, num)
     unchanged = LayerSplit(
         spec=spec,
         logit_std=std,
@@ -197,9 +197,7 @@ def _bias_split(tap: RouterTap, spec: LayerSpec, before_TK: Tensor, idle: float)
     )
     if float(before_E.min()) >= idle or std == 0.0:
         return unchanged
-    first = spec.layer_id == 0
-    low, high = (FLOOR, math.inf) if first else (1.0 / BOUND, BOUND)
-    shift_E = _solve_bias(tap, before_E, std, low, min(high, num / spec.top_k))
+    shift_E = solve_bias(tap, spec, before_E, std)
     with tap.shifted(shift_E):
         after_TK = tap.choose()
     is_idle = {e for e in range(num) if float(before_E[e]) < idle}
@@ -208,23 +206,38 @@ def _bias_split(tap: RouterTap, spec: LayerSpec, before_TK: Tensor, idle: float)
         donor = _relieved(target, before_TK, after_TK, is_idle, num)
         if donor is not None:
             copies.append(ExpertCopy(donor=donor, target=target))
-    share_after = _listed(_shares(after_TK, num))
+    share_after = _listed(fair_shares(after_TK, num))
     return replace(unchanged, copies=tuple(copies), shift_E=shift_E, share_after=share_after, reason="")
 
 
-def _solve_bias(tap: RouterTap, share_E: Tensor, std: float, low: float, high: float) -> Tensor:
-    """A shift of the logits under which every share lies in [low, high]; the best found, fp32 ``(E,)`` centred.
+def solve_bias(
+    tap: RouterTap, spec: LayerSpec, share_E: Tensor, std: float, moving: Collection[int] | None = None
+) -> Tensor:
+    """A shift of the logits under which shares lie in [1 / BOUND, BOUND] (in the first layer: at FLOOR or above).
 
     Each expert outside moves by a step of its own, which is halved when it arrives and grows while it does not.
+
+    Args:
+        tap: calls of the router, and where the shift may act for a while.
+        spec: of its layer.
+        share_E: fair shares without the shift.
+        std: of :func:`logit_std`.
+        moving: experts that are brought there, with a shift of their own; None = all.
+
+    Returns:
+        The best found, in logits, fp32 ``(E,)`` on the CPU, centred over the layer's experts.
     """
     device = tap.layer.adapter.weight(tap.layer.router).device
     num = len(share_E)
+    low, high = (FLOOR, math.inf) if spec.layer_id == 0 else (1.0 / BOUND, BOUND)
+    high = min(high, num / spec.top_k)
+    held_E = torch.tensor([moving is not None and expert not in moving for expert in range(num)])
     shift_E, side_E = torch.zeros(2, num, dtype=torch.float64)
     step_E = torch.full_like(shift_E, _FIRST)
     best_E, best = shift_E.clone(), math.inf
     for _ in range(_SOLVE_STEPS):
         ratio_E = share_E.clamp_min(1e-3)
-        inside_E = (ratio_E >= low) & (ratio_E <= high)
+        inside_E = ((ratio_E >= low) & (ratio_E <= high)) | held_E
         # Aimed a little past the edge: towards the edge itself the steps would become ever smaller.
         error_E = torch.where(ratio_E < low, (_PAST * low / ratio_E).log(), (high / _PAST / ratio_E).log())
         error_E = error_E.masked_fill(inside_E, 0.0)
@@ -240,7 +253,7 @@ def _solve_bias(tap: RouterTap, share_E: Tensor, std: float, low: float, high: f
         step_E, side_E = step_E.clamp(_SMALLEST, _LARGEST), now_E
         shift_E = shift_E + step_E * error_E.clamp(-1.0, 1.0)
         with tap.shifted((shift_E * std).float().to(device)):
-            share_E = _shares(tap.choose(), num)
+            share_E = fair_shares(tap.choose(), num)
     return ((best_E - best_E.mean()) * std).float()
 
 

@@ -69,14 +69,14 @@ class RouterTap:
         for args, kwargs, real_T in self.calls:
             hidden = input_of(args, kwargs, _input_name(self.layer.router))
             rows_TD = hidden.detach().reshape(-1, hidden.shape[-1])
-            parts.append(_real(rows_TD, real_T).float())
+            parts.append(real_rows(rows_TD, real_T).float())
         return torch.cat(parts)
 
     def _again(self) -> Iterator[tuple[Tensor, Tensor]]:
         adapter, router = self.layer.adapter, self.layer.router
         for args, kwargs, real_T in self.calls:
             routing = adapter.read(router, router.forward(*_copied(args), **_copied(kwargs)))
-            yield _real(routing.index_TK, real_T), _real(routing.logits_TE, real_T).float()
+            yield real_rows(routing.index_TK, real_T), real_rows(routing.logits_TE, real_T).float()
 
     @contextlib.contextmanager
     def rows(self, rows: dict[int, Tensor]) -> Iterator[None]:
@@ -157,7 +157,8 @@ def read_calls(model: nn.Module, taps: Sequence[RouterTap], batches: Sequence[Ba
             handle.remove()
 
 
-def _real(rows: Tensor, real_T: Tensor | None) -> Tensor:
+def real_rows(rows: Tensor, real_T: Tensor | None) -> Tensor:
+    """Rows of real tokens, detached; all of them where `real_T` is None or of another length."""
     if real_T is None or real_T.shape[0] != rows.shape[0]:
         return rows.detach()
     return rows.detach()[real_T.to(rows.device)]
