@@ -57,8 +57,9 @@ def require_bias(tap: RouterTap, spec: LayerSpec) -> None:
         )
     if tap.wrapped is None:
         raise LifecycleError(f"{spec.name}: a bias acts on the router of a wrapped model alone")
-    if not (tap.wrapped.takes_beta or tap.wrapped.native_bias):
-        raise LifecycleError(f"{spec.name}: no bias can act on this router: {'; '.join(tap.wrapped.known)}")
+    reason = None if tap.wrapped.native_bias else tap.layer.adapter.refused("beta")
+    if reason is not None:
+        raise LifecycleError(f"{spec.name}: no bias can act on this router: {reason}")
 
 
 def plan_one(tap: RouterTap, spec: LayerSpec, donor: int, target: int | None, idle: float = IDLE) -> LayerSplit:

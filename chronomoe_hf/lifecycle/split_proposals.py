@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from chronomoe_hf import distributed
-from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.errors import ChronoError, LifecycleError
 from chronomoe_hf.lifecycle.live import Batch, quiet, uncompiled
 from chronomoe_hf.lifecycle.records import LayerSpec
 from chronomoe_hf.lifecycle.split_one import plan_bias, plan_one
@@ -72,7 +72,7 @@ def _planned(tap: RouterTap, spec: LayerSpec, one: Wanted) -> LayerSplit | str:
     """The plan with its vectors on the CPU, as it travels to other ranks; or the reason why there is none."""
     try:
         split = plan_bias(tap, spec) if one.donor is None else plan_one(tap, spec, one.donor, one.target)
-    except LifecycleError as error:
+    except ChronoError as error:
         return str(error)
     except Exception as error:  # whatever it is, the other ranks must not wait for a plan
         if not distributed.active():
