@@ -10,55 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from support import models, moe_zoo
+from support import moe_zoo
 from support.plans import digest
+from support.split_proposals import DONOR, EDITS, IDLE, LAYER, ROLES, held_out, one_idle, propose, watch
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
-from chronomoe_hf.config import CoherenceConfig
-from chronomoe_hf.lifecycle import LayerSplit, Proposal, SplitPlan, apply, layer_specs, plan_split
+from chronomoe_hf.lifecycle import LayerSplit, SplitPlan, apply, layer_specs, plan_split
 from chronomoe_hf.lifecycle.live import live_layers, quiet
 from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
 from chronomoe_hf.lifecycle.split_one import plan_one
 from chronomoe_hf.lifecycle.split_routing import RouterTap, read_calls
 from chronomoe_hf.telemetry import read_jsonl
-
-ROLES = {"coherence": CoherenceConfig(roles=True)}
-LAYER, DONOR, IDLE = 1, 3, 6
-SEEDS = {("mixtral", 1): 4, ("mixtral", 2): 6, ("switch_transformers", 1): 116}
-
-
-def one_idle(family: str = "mixtral", k: int = 1, seed: int | None = None) -> Any:
-    """Two kinds of tokens; in layer 1 expert 3 takes many of them and expert 6 hardly any."""
-    fields = {"num_experts_per_tok": k} if family == "mixtral" else {"expert_capacity": 1000}
-    model = models.tiny_model(family, train=False, **fields)
-    layer = live_layers(model)[LAYER]
-    with torch.no_grad():
-        embedding_VD = model.get_input_embeddings().weight
-        embedding_VD[:32, 0] += 2.0
-        embedding_VD[32:, 0] -= 2.0
-        weight_ED = layer.adapter.weight(layer.router)
-        weight_ED.normal_(std=0.3, generator=torch.Generator().manual_seed(SEEDS[family, k] if seed is None else seed))
-        weight_ED[DONOR] *= 1.5
-        weight_ED[IDLE] *= 0.02
-    return model
-
-
-def held_out(family: str = "mixtral", count: int = 6) -> list[dict[str, Any]]:
-    return [models.tiny_batch(family, seed=300 + i, batch=8, length=48, padded=True) for i in range(count)]
-
-
-def watch(model: Any, **config: Any) -> Any:
-    return chronomoe_hf.system_of(chronomoe_hf.wrap(model, ChronoConfig.observe(**ROLES, **config)))
-
-
-def propose(system: Any, kind: Any, experts: tuple[int, ...], competing: list[tuple[str, list[int]]]) -> None:
-    """A confirmed proposal, as the roles of a run would have left it."""
-    listed = [{"edit": name, "experts": ids, "delta_free_energy": None} for name, ids in competing]
-    proposal = Proposal(
-        kind=kind, layer_id=LAYER, experts=experts, step=2, state="confirmed", streak=2, competing=tuple(listed)
-    )
-    system.lifecycle.roles.standing[LAYER, kind, experts] = proposal
 
 
 def loss_of(model: Any, batches: list[dict[str, Any]]) -> float:
@@ -232,13 +195,10 @@ def reasons(system: Any, model: Any, batches: list[dict[str, Any]]) -> dict[str,
     return {edit["edit"]: edit.get("reason", "") for edit in record["edits"]}
 
 
-EVERY = [("split", [DONOR]), ("spawn", [IDLE, DONOR]), ("prune", [IDLE]), ("balance", [DONOR])]
-
-
 def test_what_cannot_be_measured_says_why_and_the_rest_is_measured() -> None:
     model, batches = one_idle(), held_out(count=2)
     system = watch(model)
-    propose(system, "split", (DONOR,), EVERY)
+    propose(system, "split", (DONOR,), EDITS)
     assert set(reasons(system, model, batches).values()) == {""}
     one = reasons(system, model, batches[:1])
     assert one["prune"] == "" and all("two batches" in one[name] for name in ("split", "spawn", "balance"))
@@ -262,9 +222,28 @@ def test_where_no_expert_is_idle_a_split_has_no_place() -> None:
         weight_ED[IDLE] = weight_ED[DONOR] + 0.05 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     assert min(shares(model, batches[:3])) >= 0.5, "bad test setup"
     system = watch(model)
-    propose(system, "split", (DONOR,), EVERY)
+    propose(system, "split", (DONOR,), EDITS)
     told = reasons(system, model, batches)
     assert "no expert is below 0.5 fair shares" in told["split"] and told["spawn"] == told["prune"] == ""
+
+
+@pytest.mark.parametrize("law", ["observe", "balance"])
+def test_a_router_with_a_bias_of_its_own(law: str) -> None:
+    """Observed, its logits are shifted for a while; under the balance law its own correction bias is."""
+    model: Any = moe_zoo.build("deepseek_v3", num_experts_per_tok=2, n_routed_experts=8, n_group=1, topk_group=1)
+    moe_zoo.randomise(model)
+    config = ChronoConfig.preset(law, coherence__roles=True)
+    system = chronomoe_hf.system_of(chronomoe_hf.wrap(model, config))
+    layer = system.layers[LAYER]
+    bias_E = layer.adapter.native_bias(layer.router, layer.parent)
+    bias_E.data[IDLE] -= 0.4
+    ids = torch.randint(2, 60, (4, 8, 32), generator=torch.Generator().manual_seed(1))
+    was = digest(model)
+    propose(system, "split", (DONOR,), [("split", [DONOR])])
+    (record,) = measure_proposals(system, model, [{"input_ids": each, "labels": each} for each in ids])
+    (edit,) = record["edits"]
+    assert digest(model) == was and layer.native_bias == (law == "balance")
+    assert edit["target"] == IDLE and edit["fair_shares_before"][1] < 0.4 and edit["fair_shares_after"][1] > 0.4
 
 
 def test_a_router_that_takes_no_bias_is_named() -> None:

@@ -61,9 +61,10 @@ def trained(
     vocabulary: int = models.VOCAB,
     windows: int = 4,
     output_dir: Path | None = None,
+    top_k: int = 2,
     **lifecycle: Any,
 ) -> tuple[Any, Any]:
-    model = models.tiny_model("mixtral")
+    model = models.tiny_model("mixtral", num_experts_per_tok=top_k)
     if plant is not None:
         plant(model)
     config = ChronoConfig.observe(
@@ -201,6 +202,25 @@ def test_merging_and_pruning_are_measured_and_every_bit_comes_back(tmp_path: Pat
     system.close_telemetry()
     (written,), _ = read_jsonl(tmp_path / "chronomoe" / "lifecycle_effects.jsonl")
     assert {name: written[name] for name in record} == record
+
+
+def test_a_split_of_two_kinds_of_tokens_halves_the_load_and_leaves_the_loss(tmp_path: Path) -> None:
+    """One expert a token: both copies compute what the one expert did, and each gets one of the two words."""
+    model, system = trained(two_kinds_of_tokens, vocabulary=2, windows=6, top_k=1, output_dir=tmp_path)
+    was, batches = digest(model), [words(seed, 2) for seed in (100, 101)]
+    records = measure_proposals(system, model, batches)
+    assert digest(model) == was
+    record = next(each for each in records if each["proposal"] == "split" and each["layer_id"] == 0)
+    edits = {edit["edit"]: edit for edit in record["edits"]}
+    assert all(edit["measured"] for edit in edits.values()) and list(edits) == ["split", "spawn", "prune", "balance"]
+    split = edits["split"]
+    word = float((batches[1]["input_ids"][batches[1]["attention_mask"].bool()] == 0).double().mean())
+    assert split["donor"] == 3 and split["fair_shares_before"] == pytest.approx([8.0, 0.0])
+    assert sorted(split["fair_shares_after"]) == pytest.approx(sorted([8.0 * word, 8.0 * (1.0 - word)]))
+    assert abs(split["delta_loss"]) < 1e-5 and abs(edits["prune"]["delta_loss"]) < 1e-5
+    assert edits["balance"]["delta_loss"] != 0.0, "a bias sends the same tokens to experts that never saw them"
+    spawn = next(each for each in records if each["proposal"] == "spawn" and each["layer_id"] == 0)
+    assert spawn["edits"][0]["donor"] == 3 and spawn["edits"][0]["target"] == spawn["experts"][0]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])

@@ -1,0 +1,53 @@
+"""A model with one overloaded and one idle expert, and proposals as the roles of a run would have left them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from support import models
+
+import chronomoe_hf
+from chronomoe_hf import ChronoConfig
+from chronomoe_hf.config import CoherenceConfig
+from chronomoe_hf.lifecycle import Proposal
+from chronomoe_hf.lifecycle.live import live_layers
+
+ROLES = {"coherence": CoherenceConfig(roles=True)}
+LAYER, DONOR, IDLE = 1, 3, 6
+SEEDS = {("mixtral", 1): 4, ("mixtral", 2): 6, ("switch_transformers", 1): 116}
+EDITS = [("split", [DONOR]), ("spawn", [IDLE, DONOR]), ("prune", [IDLE]), ("balance", [DONOR])]
+"""What competes with a split of expert 3."""
+
+
+def one_idle(family: str = "mixtral", k: int = 1, seed: int | None = None) -> Any:
+    """Two kinds of tokens; in layer 1 expert 3 takes many of them and expert 6 hardly any."""
+    fields = {"num_experts_per_tok": k} if family == "mixtral" else {"expert_capacity": 1000}
+    model = models.tiny_model(family, train=False, **fields)
+    layer = live_layers(model)[LAYER]
+    with torch.no_grad():
+        embedding_VD = model.get_input_embeddings().weight
+        embedding_VD[:32, 0] += 2.0
+        embedding_VD[32:, 0] -= 2.0
+        weight_ED = layer.adapter.weight(layer.router)
+        weight_ED.normal_(std=0.3, generator=torch.Generator().manual_seed(SEEDS[family, k] if seed is None else seed))
+        weight_ED[DONOR] *= 1.5
+        weight_ED[IDLE] *= 0.02
+    return model
+
+
+def held_out(family: str = "mixtral", count: int = 6) -> list[dict[str, Any]]:
+    return [models.tiny_batch(family, seed=300 + i, batch=8, length=48, padded=True) for i in range(count)]
+
+
+def watch(model: Any, **config: Any) -> Any:
+    return chronomoe_hf.system_of(chronomoe_hf.wrap(model, ChronoConfig.observe(**ROLES, **config)))
+
+
+def propose(system: Any, kind: Any, experts: tuple[int, ...], competing: list[tuple[str, list[int]]]) -> None:
+    """A confirmed proposal, as the roles of a run would have left it."""
+    listed = [{"edit": name, "experts": ids, "delta_free_energy": None} for name, ids in competing]
+    proposal = Proposal(
+        kind=kind, layer_id=LAYER, experts=experts, step=2, state="confirmed", streak=2, competing=tuple(listed)
+    )
+    system.lifecycle.roles.standing[LAYER, kind, experts] = proposal
