@@ -24,6 +24,7 @@ from chronomoe_hf.lifecycle.split_planner import (
     STRENGTH,
     fair_shares,
     logit_std,
+    require_enough,
     solve_bias,
     splitting_direction,
 )
@@ -80,9 +81,10 @@ def plan_one(tap: RouterTap, spec: LayerSpec, donor: int, target: int | None, id
         The split of this layer; shares after it are not predicted (``share_after`` is empty).
 
     Raises:
-        LifecycleError: too few tokens of the donor to tell them apart, rows that cannot be split, or no idle expert.
+        LifecycleError: too few tokens, of all or of the donor, rows that cannot be split, or no idle expert.
     """
     index_TK, num = tap.choose(), spec.num_experts
+    require_enough(spec, len(index_TK))
     share_E, std = fair_shares(index_TK, num), logit_std(tap)
     if target is None:
         cut = () if tap.wrapped is None else tap.wrapped.cut
@@ -122,8 +124,13 @@ def plan_bias(tap: RouterTap, spec: LayerSpec) -> LayerSplit:
     Args:
         tap: calls of the layer's router; nothing in the model is changed when this returns.
         spec: of the layer.
+
+    Raises:
+        LifecycleError: too few tokens.
     """
-    share_E, std = fair_shares(tap.choose(), spec.num_experts), logit_std(tap)
+    index_TK = tap.choose()
+    require_enough(spec, len(index_TK))
+    share_E, std = fair_shares(index_TK, spec.num_experts), logit_std(tap)
     shift_E = solve_bias(tap, spec, share_E, std)
     return LayerSplit(spec=spec, shift_E=shift_E, logit_std=std, share_before=tuple(share_E.tolist()))
 

@@ -76,11 +76,7 @@ def plan_split(model: nn.Module, batches: Iterable[Batch], *, idle: float = IDLE
         for tap, spec in zip(taps, specs, strict=True):
             index_TK = tap.choose()
             tokens = max(tokens, len(index_TK))
-            if index_TK.numel() < 8 * spec.num_experts:
-                raise LifecycleError(
-                    f"plan_split read {len(index_TK)} tokens in {spec.name}, too few to tell which of "
-                    f"{spec.num_experts} experts are idle; give more batches"
-                )
+            require_enough(spec, len(index_TK))
             if spec.top_k == 1:
                 out.append(_rows_split(tap, spec, index_TK, idle, busy))
             else:
@@ -104,6 +100,15 @@ def _check_bias(tap: RouterTap, spec: LayerSpec, law: str) -> None:
         )
     if not (tap.wrapped.takes_beta or tap.wrapped.native_bias):
         raise LifecycleError(f"{spec.name}: no bias can act on this router: {'; '.join(tap.wrapped.known)}")
+
+
+def require_enough(spec: LayerSpec, tokens: int) -> None:
+    """Raise LifecycleError where `tokens` are too few to tell which experts of a layer are idle."""
+    if tokens * spec.top_k < 8 * spec.num_experts:
+        raise LifecycleError(
+            f"plan_split read {tokens} tokens in {spec.name}, too few to tell which of {spec.num_experts} experts are "
+            "idle; give more batches"
+        )
 
 
 def fair_shares(index_TK: Tensor, num_experts: int) -> Tensor:

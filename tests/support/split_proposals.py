@@ -20,7 +20,7 @@ EDITS = [("split", [DONOR]), ("spawn", [IDLE, DONOR]), ("prune", [IDLE]), ("bala
 """What competes with a split of expert 3."""
 
 
-def one_idle(family: str = "mixtral", k: int = 1, seed: int | None = None) -> Any:
+def one_idle(family: str = "mixtral", k: int = 1, *, never: bool = False) -> Any:
     """Two kinds of tokens; in layer 1 expert 3 takes many of them and expert 6 hardly any."""
     fields = {"num_experts_per_tok": k} if family == "mixtral" else {"expert_capacity": 1000}
     model = models.tiny_model(family, train=False, **fields)
@@ -30,9 +30,16 @@ def one_idle(family: str = "mixtral", k: int = 1, seed: int | None = None) -> An
         embedding_VD[:32, 0] += 2.0
         embedding_VD[32:, 0] -= 2.0
         weight_ED = layer.adapter.weight(layer.router)
-        weight_ED.normal_(std=0.3, generator=torch.Generator().manual_seed(SEEDS[family, k] if seed is None else seed))
+        weight_ED.normal_(std=0.3, generator=torch.Generator().manual_seed(SEEDS[family, k]))
         weight_ED[DONOR] *= 1.5
         weight_ED[IDLE] *= 0.02
+        if never:  # not one token chooses it: all have something in common that its row points away from
+            for name, weight in model.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj")):
+                    weight *= 0.1
+            embedding_VD[:, 1] += 3.0
+            weight_ED[:, 1] = 0.0
+            weight_ED[IDLE, 1] = -2.0
     return model
 
 
