@@ -47,6 +47,7 @@ def candidates(
         )
     if proposals:
         screen.print(f"{len(proposals)} proposals from roles; below each, edits and their rise of the loss")
+        screen.print("of a split also both experts' load, before -> after (1 = a fair share)")
         screen.print(f"{'layer':>5}  {'proposal':<8} {'experts':<9} {'state':<9} {'since':>6} {'score':>5}")
     for each in proposals:
         screen.print(
@@ -55,7 +56,8 @@ def candidates(
             soft_wrap=True,
         )
         for name in each["competing"]:
-            screen.print(f"         {name[:40]:<40} {_short(each['measured'].get(name), '+.5f'):>9}", soft_wrap=True)
+            rise = _short(each["measured"].get(name), "+.5f")
+            screen.print(f"         {name[:24]:<24} {rise:>9}{_load(each['loads'].get(name))}", soft_wrap=True)
 
 
 def read(directory: Any, name: str | None) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
@@ -76,6 +78,13 @@ def read(directory: Any, name: str | None) -> tuple[str, list[dict[str, Any]], l
     records, _ = read_jsonl(directory / DECISIONS, run=last.run)
     effects, _ = read_jsonl(directory / f"{EFFECTS}.jsonl", run=last.run)
     return plain_text(last.run.name, 80), last_cases(records), last_proposals(records, effects)
+
+
+def _load(load: tuple[list[int], list[float], list[float]] | None) -> str:
+    if load is None:
+        return ""
+    _, before, after = load
+    return f"  {before[0]:.2f} {before[1]:.2f} -> {after[0]:.2f} {after[1]:.2f}"
 
 
 def _short(value: float | None, form: str) -> str:

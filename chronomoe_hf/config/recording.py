@@ -86,7 +86,8 @@ class LifecycleConfig(ConfigBase):
         after_step: optimizer step before which low observability is not judged.
         confirmations: consecutive evaluations before a candidate is confirmed.
         measure: at every Trainer evaluation, measure on its batches what pruning to `keep` would cost. Costs
-            3 + `measure_controls` forwards of `measure_batches` batches; changes no weight and no loss.
+            3 + `measure_controls` forwards of `measure_batches` batches, and with ``coherence.roles`` at most 21 more
+            for proposals; changes no weight and no loss.
         keep: fraction of the experts that a plan keeps, the measured one and that of `cut_at`.
         rank: what orders the experts in either, see :func:`~chronomoe_hf.lifecycle.plan_prune`.
         multiple_of: the number of experts that stay is a multiple of it.

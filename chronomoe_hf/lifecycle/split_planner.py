@@ -106,7 +106,7 @@ def require_enough(spec: LayerSpec, tokens: int) -> None:
     """Raise LifecycleError where `tokens` are too few to tell which experts of a layer are idle."""
     if tokens * spec.top_k < 8 * spec.num_experts:
         raise LifecycleError(
-            f"plan_split read {tokens} tokens in {spec.name}, too few to tell which of {spec.num_experts} experts are "
+            f"a split read {tokens} tokens in {spec.name}, too few to tell which of {spec.num_experts} experts are "
             "idle; give more batches"
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from chronomoe_hf.report.data import RunData
 from chronomoe_hf.report.figures import Figure
 from chronomoe_hf.report.verdict import counted
@@ -80,20 +82,32 @@ def _proposals(run: RunData) -> Figure:
             *(each[name] for name in ("layer_id", "proposal", "experts", "state")),
             "-" if each["step"] is None else f"{each['step']:.0f}",
             _number(each["score"]),
-            ", ".join(_edit(name, each["measured"].get(name)) for name in each["competing"]) or "-",
+            ", ".join(_edit(name, each) for name in each["competing"]) or "-",
         ]
         for each in standing[:MOST_PROPOSALS]
     ]
     head = ["layer", "proposal", "experts", "state", "since step", "score", "what could be done"]
     note = (
         "Behind an edit, where it was measured (LifecycleConfig(measure=True)): its rise of the loss, nats a token. A "
-        "merge is a prune with an edited survivor; it is worth making where its rise is the smaller one."
+        "merge is a prune with an edited survivor; it is worth making where its rise is the smaller one. A split or a "
+        "spawn makes an idle expert a copy of a busy one that shares its tokens: it is worth making where the load of "
+        "the busy one falls and the loss hardly moves (1 = a fair share of the tokens; measured without a refit). "
+        "Balance is the bias alone that evens the layer's load, before any training."
     )
     return Figure("proposals", "Proposals", text, None, head, rows, note)
 
 
-def _edit(name: str, rise: float | None) -> str:
-    return name if rise is None else f"{name} {rise:+.4f}"
+def _edit(name: str, proposal: dict[str, Any]) -> str:
+    rise, load = proposal["measured"].get(name), proposal["loads"].get(name)
+    if rise is None:
+        return name
+    if load is None:
+        return f"{name} {rise:+.4f}"
+    (donor, target), before, after = load
+    return (
+        f"{name} {rise:+.4f} (expert {target} becomes a copy of {donor}: load {before[0]:.2f} and {before[1]:.2f} -> "
+        f"{after[0]:.2f} and {after[1]:.2f})"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from chronomoe_hf.telemetry.windows import number, plain_text, whole
 
+T = TypeVar("T")
 PAIR = ("score", "cosine", "centred", "agreement", "shared")
 TWO = ("score", "separation", "balance")
 ENERGY = ("total", "incoherence", "size", "duplicates", "two_roles")
@@ -23,10 +24,12 @@ def last_proposals(
 
     Returns:
         Per proposal: ``layer_id``, ``proposal``, ``experts`` (as text), ``state``, ``step``, ``streak``, ``score``
-        (of a merge or a split; else None), ``competing`` (the edits as text, the proposal itself first) and
-        ``measured``: the newest rise of the loss under each edit that was measured, nats a token, by its text.
+        (of a merge or a split; else None), ``competing`` (the edits as text, the proposal itself first),
+        ``measured``: the newest rise of the loss under each edit that was measured, nats a token, by its text;
+        ``loads``: by the text of a split or spawn that was measured, which experts shared the load and what it was
+        before and after, in fair shares: ``(experts, before, after)``; and ``unmeasured``: why an edit was not.
     """
-    measured = {_key(record): _rises(record.get("edits")) for record in effects if record.get("proposal") is not None}
+    newest = {_key(record): _edits(record.get("edits")) for record in effects if record.get("proposal") is not None}
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for record in records:
         kind = record.get("proposal")
@@ -43,7 +46,9 @@ def last_proposals(
             "streak": number(record.get("streak")),
             "score": number(evidence.get("score")) if isinstance(evidence, Mapping) else None,
             "competing": list(_edits(record.get("competing"))),
-            "measured": measured.get(key, {}),
+            "measured": _rises(newest.get(key, {})),
+            "loads": _loads(newest.get(key, {})),
+            "unmeasured": _reasons(newest.get(key, {})),
         }
     return [found[key] for key in sorted(found, key=lambda key: [(len(part), part) for part in key])]
 
@@ -63,9 +68,32 @@ def _edits(value: Any) -> dict[str, Mapping[str, Any]]:
     return {f"{plain_text(each.get('edit'), 20)} {_ids(each.get('experts'))}".strip(): each for each in edits[:8]}
 
 
-def _rises(value: Any) -> dict[str, float]:
-    rises = {name: number(each.get("delta_loss")) for name, each in _edits(value).items()}
+def _rises(edits: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    rises = {name: number(each.get("delta_loss")) for name, each in edits.items()}
     return {name: rise for name, rise in rises.items() if rise is not None}
+
+
+def _loads(edits: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float], list[float]]]:
+    found = {}
+    for name, each in edits.items():
+        experts = _known(whole(each.get(which)) for which in ("donor", "target"))
+        before, after = (_pair(each.get(f"fair_shares_{when}")) for when in ("before", "after"))
+        if len(experts) == len(before) == len(after) == 2:
+            found[name] = experts, before, after
+    return found
+
+
+def _pair(value: Any) -> list[float]:
+    return _known(map(number, value)) if isinstance(value, list) and len(value) == 2 else []
+
+
+def _known(values: Iterable[T | None]) -> list[T]:
+    return [value for value in values if value is not None]
+
+
+def _reasons(edits: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    reasons = {name: each.get("reason") for name, each in edits.items()}
+    return {name: plain_text(reason, 300) for name, reason in reasons.items() if isinstance(reason, str)}
 
 
 def roles_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:

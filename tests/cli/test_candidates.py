@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from support.made_runs import run_with_roles, train_into
+from support.split_proposals import LAYER, train_with_an_idle_expert
 from typer.testing import CliRunner
 
 from chronomoe_hf.cli.main import app
@@ -59,6 +60,33 @@ def test_proposals_of_a_real_run_with_what_was_measured(tmp_path: Path) -> None:
     text = CliRunner().invoke(app, ["candidates", str(tmp_path)]).output
     assert f"{len(standing)} proposals" in text and text.count("confirmed") >= len(measured)
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_measured_spawn_shows_whose_load_it_shares(tmp_path: Path) -> None:
+    train_with_an_idle_expert(tmp_path)
+    effects, _ = read_jsonl(tmp_path / "chronomoe" / "lifecycle_effects.jsonl")
+    edit = [record for record in effects if record.get("proposal") == "spawn"][-1]["edits"][0]
+    before, after = edit["fair_shares_before"], edit["fair_shares_after"]
+    shown = json.loads(CliRunner().invoke(app, ["candidates", str(tmp_path), "--json"]).output)
+    spawn = next(each for each in shown["proposals"] if each["proposal"] == "spawn" and each["layer_id"] == str(LAYER))
+    name = f"spawn {spawn['experts']}"
+    assert spawn["loads"] == {name: [[edit["donor"], edit["target"]], before, after]}
+    text = CliRunner().invoke(app, ["candidates", str(tmp_path)]).output
+    (line,) = [line for line in text.splitlines() if line.split()[:3] == name.split() and "->" in line]
+    load = f"{before[0]:.2f} {before[1]:.2f} -> {after[0]:.2f} {after[1]:.2f}"
+    assert line.endswith(f"{edit['delta_loss']:+.5f}  {load}") and max(map(len, text.splitlines())) <= 80
+
+
+def test_what_a_stranger_says_of_loads_is_checked() -> None:
+    good = {"proposal": "split", "layer_id": 0, "experts": [1], "state": "candidate", "step": 1}
+    known = {"edit": "split", "experts": [1], "donor": 1, "target": 2, "fair_shares_before": [2.0, 0.0]}
+    for after in ([1.0], [1.0, "x"], [1.0, 1.0, 1.0], "11", None):
+        (found,) = last_proposals([good], [{**good, "edits": [{**known, "fair_shares_after": after}]}])
+        assert found["loads"] == {}
+    edits = [{**known, "fair_shares_after": [1.0, 1.0]}, {"edit": "balance", "experts": [1], "reason": "a\x1b"}]
+    (found,) = last_proposals([good], [{**good, "edits": edits}])
+    assert found["loads"] == {"split 1": ([1, 2], [2.0, 0.0], [1.0, 1.0])}
+    assert found["unmeasured"] == {"balance 1": "a\\x1b"}
 
 
 def test_proposals_of_a_stranger_are_text() -> None:

@@ -11,13 +11,12 @@ import torch
 from support import jobs, models
 from support.made_runs import run_with_roles, train_into
 from support.plans import digest
-from support.split_proposals import IDLE, LAYER, one_idle
+from support.split_proposals import IDLE, LAYER, train_with_an_idle_expert
 from transformers import Trainer, TrainingArguments
-from transformers.models.mixtral import MixtralForCausalLM
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, PruneDecision
-from chronomoe_hf.config import CoherenceConfig, LifecycleConfig
+from chronomoe_hf.config import LifecycleConfig
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.lifecycle import Evidence, measure, plan_prune
 from chronomoe_hf.lifecycle.in_run import first_batches, untouched_randomness
@@ -100,32 +99,7 @@ def test_roles_and_their_measured_proposals_change_nothing(tmp_path: Path) -> No
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_spawn_is_measured_while_training_and_no_bit_of_it_moves(k: int, tmp_path: Path) -> None:
     """Dropout on: a random number drawn for a plan would show."""
-    one_idle(k=k, never=True).save_pretrained(tmp_path / "model")
-
-    def run(measured: bool) -> Trainer:
-        arguments = TrainingArguments(
-            str(tmp_path / str(measured)),
-            per_device_train_batch_size=32,
-            max_steps=6,
-            learning_rate=1e-4,
-            logging_steps=1,
-            eval_strategy="steps",
-            eval_steps=2,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        model = MixtralForCausalLM.from_pretrained(tmp_path / "model", attention_dropout=0.1)
-        data = {"train_dataset": jobs.rows(64), "eval_dataset": jobs.rows(32, seed=1)}
-        trainer = Trainer(model, arguments, **data)
-        lifecycle = LifecycleConfig(measure=measured, confirmations=2, keep=0.5, measure_batches=4, measure_controls=0)
-        coherence = CoherenceConfig(roles=measured, max_tokens=None)
-        chronomoe_hf.attach(trainer, ChronoConfig(interval=2, lifecycle=lifecycle, coherence=coherence))
-        trainer.train()
-        return trainer
-
-    trainers = [run(True), run(False)]
+    trainers = [train_with_an_idle_expert(tmp_path / str(measured), k, measured=measured) for measured in (True, False)]
     assert digest(trainers[0].model) == digest(trainers[1].model)
     kept = ("loss", "grad_norm", "eval_loss")
     losses = [[entry[n] for entry in t.state.log_history for n in kept if n in entry] for t in trainers]

@@ -202,6 +202,8 @@ def test_what_cannot_be_measured_says_why_and_the_rest_is_measured() -> None:
     assert set(reasons(system, model, batches).values()) == {""}
     one = reasons(system, model, batches[:1])
     assert one["prune"] == "" and all("two batches" in one[name] for name in ("split", "spawn", "balance"))
+    short = reasons(system, model, [models.tiny_batch("mixtral", batch=2, length=8)] * 2)
+    assert short["prune"] == "" and all("too few to tell" in short[name] for name in ("split", "spawn", "balance"))
     experts = model.model.layers[LAYER].mlp.experts
     experts.requires_grad_(False)
     frozen = reasons(system, model, batches)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support.made_runs import random_run, run_with_roles
+from support.split_proposals import train_with_an_idle_expert
 
 from chronomoe_hf.report.data import load_run
 from chronomoe_hf.report.page import render, sections
@@ -44,6 +45,21 @@ def test_the_tables_hold_what_was_recorded(directory: Path) -> None:
     assert any(("merge" in row[6] and "+0." in row[6]) or "-0." in row[6] for row in found["proposals"].rows)
     html = render(run)
     assert all(figure.title in html for figure in found.values())
+
+
+def test_a_measured_spawn_is_told_in_words(tmp_path: Path) -> None:
+    train_with_an_idle_expert(tmp_path)
+    effects, _ = read_jsonl(tmp_path / "chronomoe" / "lifecycle_effects.jsonl")
+    record = [record for record in effects if record.get("proposal") == "spawn"][-1]
+    spawn, prune, balance = record["edits"]
+    before, after = (" and ".join(f"{v:.2f}" for v in spawn[f"fair_shares_{when}"]) for when in ("before", "after"))
+    (figure,) = [figure for figure in sections(load_run(tmp_path)) if figure.key == "proposals"]
+    (row,) = [row for row in figure.rows if row[:2] == [str(record["layer_id"]), "spawn"]]
+    idle, busy = record["experts"]
+    assert row[6] == (
+        f"spawn {idle} {busy} {spawn['delta_loss']:+.4f} (expert {idle} becomes a copy of {busy}: load {before} -> "
+        f"{after}), prune {idle} {prune['delta_loss']:+.4f}, balance {idle} {balance['delta_loss']:+.4f}"
+    )
 
 
 def test_a_run_without_roles_has_no_such_table(tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from support import models
+from support import jobs, models
+from transformers import Trainer, TrainingArguments
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
-from chronomoe_hf.config import CoherenceConfig
+from chronomoe_hf.config import CoherenceConfig, LifecycleConfig
 from chronomoe_hf.lifecycle import Proposal
 from chronomoe_hf.lifecycle.live import live_layers
 
@@ -58,3 +60,30 @@ def propose(system: Any, kind: Any, experts: tuple[int, ...], competing: list[tu
         kind=kind, layer_id=LAYER, experts=experts, step=2, state="confirmed", streak=2, competing=tuple(listed)
     )
     system.lifecycle.roles.standing[LAYER, kind, experts] = proposal
+
+
+def train_with_an_idle_expert(directory: Path, k: int = 1, *, measured: bool = True) -> Trainer:
+    """Six steps of a Trainer with dropout, evaluated every two; roles, and what they propose, are measured or not."""
+    arguments = TrainingArguments(
+        str(directory),
+        per_device_train_batch_size=32,
+        max_steps=6,
+        learning_rate=1e-4,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    model = one_idle(k=k, never=True)
+    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    trainer = Trainer(model, arguments, train_dataset=jobs.rows(64), eval_dataset=jobs.rows(32, seed=1))
+    lifecycle = LifecycleConfig(measure=measured, confirmations=2, keep=0.5, measure_batches=4, measure_controls=0)
+    coherence = CoherenceConfig(roles=measured, max_tokens=None)
+    chronomoe_hf.attach(trainer, ChronoConfig(interval=2, lifecycle=lifecycle, coherence=coherence))
+    trainer.train()
+    return trainer
