@@ -82,7 +82,7 @@ def require_agreement(checksum: Tensor, what: str) -> None:
 
 
 def broadcast_object(value: object) -> object:
-    """Rank 0's JSON-like object on every rank. Collective; only at train begin and at a cut."""
+    """Rank 0's JSON-like object on every rank. Collective; only at train begin, at a cut and in a dry run."""
     if not active():
         return value
     box = [value]

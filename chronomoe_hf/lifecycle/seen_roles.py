@@ -133,7 +133,8 @@ def competing_edits(kind: Kind, experts: tuple[int, ...], seen: SeenRoles) -> li
         pair = seen.pairs.get(*experts)
         prunes = [edit("prune", (expert,), _without(expert, seen)) for expert in (pair.second, pair.first)]
         return [merge(pair), *prunes]
-    merges = [merge(pair) for pair in seen.duplicates[:1]]
+    # Merging two near-duplicates is the other way to use a slot better; one that is overloaded would get still more.
+    merges = [merge(pair) for pair in seen.duplicates if experts[-1] not in (pair.first, pair.second)][:1]
     if kind == "split":
         idle = seen.idle[:1]
         others = [edit("spawn", (expert, experts[0]), SIZE) for expert in idle]

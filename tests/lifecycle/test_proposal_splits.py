@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import moe_zoo
+from support import models, moe_zoo
 from support.plans import digest
 from support.split_proposals import DONOR, EDITS, IDLE, LAYER, ROLES, held_out, one_idle, propose, watch
 

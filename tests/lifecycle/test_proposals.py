@@ -26,7 +26,8 @@ from chronomoe_hf.lifecycle.masking import mask_experts
 from chronomoe_hf.lifecycle.measure import Edit, measure_edits
 from chronomoe_hf.lifecycle.proposal_edits import merged
 from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
-from chronomoe_hf.lifecycle.roles import DUPLICATES, SIZE, TWO_ROLES
+from chronomoe_hf.lifecycle.roles import DUPLICATES, SIZE, TWO_ROLES, Pair, TwoRoles, free_energy
+from chronomoe_hf.lifecycle.seen_roles import SeenRoles, competing_edits
 from chronomoe_hf.telemetry import read_jsonl
 
 INTERVAL = 2
@@ -120,6 +121,23 @@ def test_an_expert_with_two_kinds_of_tokens_is_proposed_for_a_split() -> None:
     spawns = [each for each in proposed(system, "spawn") if each.layer_id == 0]
     assert spawns and spawns[0].experts[1] == 3 and layer.shares[spawns[0].experts[0]] < 0.01
     assert [each["edit"] for each in spawns[0].competing] == ["spawn", "prune", "balance"]
+
+
+def test_near_duplicates_of_the_layer_compete_with_a_split_and_a_spawn() -> None:
+    _, system = trained(two_kinds_of_tokens, vocabulary=2, windows=6)
+    layer = system.last_snapshot.layers[0]
+    pairs = [Pair(first, second, 0.95, 0.9, 0.9, None, 0.0) for first, second in ((3, 1), (1, 2), (2, 4))]
+    seen = SeenRoles(layer, layer.shares, None, pairs, [TwoRoles(3, 0.8, 0.9, 0.9)], free_energy(0.5, 4, 3, 1))
+    idle = seen.idle[0]
+    split, spawn = competing_edits("split", (3,), seen), competing_edits("spawn", (idle, 3), seen)
+    names = [(each["edit"], each["experts"]) for each in split]
+    rest = [("prune", [idle]), ("merge", [1, 2])]  # the closest pair without the overloaded one
+    assert names == [("split", [3]), ("spawn", [idle, 3]), *rest, ("balance", [3])]
+    assert [(each["edit"], each["experts"]) for each in spawn] == [("spawn", [idle, 3]), *rest, ("balance", [idle])]
+    assert all(each["share"] == [layer.shares[expert] for expert in each["experts"]] for each in split)
+    merge = split[3]
+    used = layer.shares[2] > 0.0
+    assert merge["delta_free_energy"] == pytest.approx(-SIZE * used - 2 * DUPLICATES), "expert 2 is in two pairs"
 
 
 def test_a_healthy_model_gives_no_proposal() -> None:
