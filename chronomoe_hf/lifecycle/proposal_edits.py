@@ -106,17 +106,20 @@ class ProposalEdits:
         self._edits.setdefault(key, Edit({layer_id: (second,)}, functools.partial(merged, layer, first, second, part)))
         return key
 
-    def plan(self, batches: Sequence[Batch]) -> None:
+    def plan(self, batches: Sequence[Batch], idle: float) -> None:
         """Plan the splits on the list. Collective.
 
         Args:
             batches: held-out text that will not be measured; none = no split can be planned.
+            idle: fair shares below which an expert may be overwritten where none is named.
         """
         reason = "one half of the held-out batches plans a split and the other measures it: two batches are needed"
         if not batches:
             self._wanted = dict.fromkeys(self._wanted, reason)
             return
-        self._wanted, self.planned_tokens = plan_wanted(self.model, self._taps, self.specs, list(self._wanted), batches)
+        self._wanted, self.planned_tokens = plan_wanted(
+            self.model, self._taps, self.specs, list(self._wanted), batches, idle
+        )
         for split in self._wanted.values():
             if isinstance(split, LayerSplit):
                 self._add(split)

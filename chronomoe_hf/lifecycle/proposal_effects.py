@@ -52,8 +52,9 @@ def measure_proposals(system: Any, model: nn.Module, batches: Iterable[Batch]) -
         for proposal in standing[:MAX_PROPOSALS]
     ]
     if edits.plans:
-        planning = min(len(held_out) // 2, system.config.lifecycle.split_batches)
-        edits.plan(held_out[:planning])
+        config = system.config.lifecycle
+        planning = min(len(held_out) // 2, config.split_batches)
+        edits.plan(held_out[:planning], config.split_idle)
         held_out = held_out[planning:]
     full = edits.run(held_out)
     records = []

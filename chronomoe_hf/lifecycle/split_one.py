@@ -20,7 +20,6 @@ from chronomoe_hf.lifecycle.records import LayerSpec
 from chronomoe_hf.lifecycle.split import rewrite
 from chronomoe_hf.lifecycle.split_plan import ExpertCopy, LayerSplit
 from chronomoe_hf.lifecycle.split_planner import (
-    IDLE,
     STRENGTH,
     fair_shares,
     logit_std,
@@ -63,7 +62,7 @@ def require_bias(tap: RouterTap, spec: LayerSpec) -> None:
         raise LifecycleError(f"{spec.name}: no bias can act on this router: {reason}")
 
 
-def plan_one(tap: RouterTap, spec: LayerSpec, donor: int, target: int | None, idle: float = IDLE) -> LayerSplit:
+def plan_one(tap: RouterTap, spec: LayerSpec, donor: int, target: int | None, idle: float) -> LayerSplit:
     """What makes `target` a copy of `donor` that shares its tokens, found on the calls that `tap` holds.
 
     One expert per token (k = 1): the donor's router row w becomes w + v, the copy's w - v, v as in

@@ -37,6 +37,7 @@ def plan_wanted(
     specs: Sequence[LayerSpec],
     wanted: Sequence[Wanted],
     batches: Sequence[Batch],
+    idle: float,
 ) -> tuple[dict[Wanted, LayerSplit | str], int]:
     """Plan on the main process's batches. Collective: every rank runs as many forwards, and gets the same plan.
 
@@ -46,6 +47,7 @@ def plan_wanted(
         specs: the model's layer table.
         wanted: the splits; each is planned as if it were the only one.
         batches: what to read.
+        idle: fair shares below which an expert may be overwritten where none is named.
 
     Returns:
         Per split its plan, or why there is none; and the tokens that the main process read.
@@ -57,7 +59,7 @@ def plan_wanted(
             read_calls(uncompiled(model), list(taps.values()), batches)
             if distributed.is_main():
                 tokens = max(len(tap.choose()) for tap in taps.values())
-                found = {one: _planned(taps[one.layer_id], specs[one.layer_id], one) for one in wanted}
+                found = {one: _planned(taps[one.layer_id], specs[one.layer_id], one, idle) for one in wanted}
     except LifecycleError as error:  # of reading: it holds for every split
         found = {one: str(error) for one in wanted}
     finally:
@@ -68,10 +70,10 @@ def plan_wanted(
     return found, tokens
 
 
-def _planned(tap: RouterTap, spec: LayerSpec, one: Wanted) -> LayerSplit | str:
+def _planned(tap: RouterTap, spec: LayerSpec, one: Wanted, idle: float) -> LayerSplit | str:
     """The plan with its vectors on the CPU, as it travels to other ranks; or the reason why there is none."""
     try:
-        split = plan_bias(tap, spec) if one.donor is None else plan_one(tap, spec, one.donor, one.target)
+        split = plan_bias(tap, spec) if one.donor is None else plan_one(tap, spec, one.donor, one.target, idle)
     except ChronoError as error:
         return str(error)
     except Exception as error:  # whatever it is, the other ranks must not wait for a plan

@@ -130,7 +130,7 @@ def planned(model: Any, system: Any, batches: list[dict[str, Any]]) -> LayerSpli
     tap = RouterTap(layer, system.layers[LAYER])
     with quiet(model):
         read_calls(model, [tap], batches)
-        return plan_one(tap, spec, DONOR, IDLE)
+        return plan_one(tap, spec, DONOR, IDLE, 0.5)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -227,6 +227,11 @@ def test_where_no_expert_is_idle_a_split_has_no_place() -> None:
     propose(system, "split", (DONOR,), EDITS)
     told = reasons(system, model, batches)
     assert "no expert is below 0.5 fair shares" in told["split"] and told["spawn"] == told["prune"] == ""
+    model, batches = one_idle(), held_out()
+    strict = watch(model, lifecycle__split_idle=0.01)
+    assert shares(model, batches[:3])[IDLE] > 0.01, "bad test setup"
+    propose(strict, "split", (DONOR,), EDITS)
+    assert "no expert is below 0.01 fair shares" in reasons(strict, model, batches)["split"]
 
 
 @pytest.mark.parametrize("law", ["observe", "balance"])
