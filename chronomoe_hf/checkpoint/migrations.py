@@ -9,6 +9,7 @@ from torch import Tensor
 
 from chronomoe_hf.checkpoint.manifest import STATE_SCHEMA, Meta, short
 from chronomoe_hf.errors import StateSchemaError
+from chronomoe_hf.recording.columns import Row
 
 Tensors = dict[str, Tensor]
 Migration = Callable[[Tensors, Meta], tuple[Tensors, Meta]]
@@ -28,6 +29,24 @@ def _without_loss(tensors: Tensors) -> Tensors:
     return tensors
 
 
+def _with_gates_and_norms(tensors: Tensors) -> Tensors:
+    """Before 2.3 a row had no sums of gates and of norms.
+
+    So that sums and the number of outputs that they are over agree, what the open window has read of expert outputs
+    starts afresh; its counts and probabilities stay.
+    """
+    window_LR, beta_LE = tensors.get("window_LR"), tensors.get("beta_LE")
+    if window_LR is None or beta_LE is None or not window_LR.dim() == beta_LE.dim() == 2:
+        return tensors  # what it is will be said when it is checked
+    row = Row(beta_LE.shape[-1])
+    if window_LR.shape[-1] != row.size - 2 * row.width:
+        return tensors
+    new_LR = window_LR.new_zeros(window_LR.shape[0], row.size)
+    new_LR[:, row.head] = window_LR[:, row.head]
+    new_LR[:, row.tail] = window_LR[:, row.tail.start - row.size :]
+    return {**tensors, "window_LR": new_LR}
+
+
 MIGRATIONS: dict[int, Migration] = {1: _from_1}
 """Schema version -> function that turns the (tensors, meta) of that version into those of the next."""
 
@@ -43,7 +62,7 @@ def migrate(tensors: Tensors, meta: Meta, source: str) -> tuple[Tensors, Meta]:
     Raises:
         StateSchemaError: There is no way from that schema to this one.
     """
-    before_2_1 = meta["schema_version"] < 2 or (meta["schema_version"] == 2 and meta.get("schema_minor", 0) < 1)
+    saved = meta["schema_version"], meta.get("schema_minor", 0)
     while (version := meta["schema_version"]) < STATE_SCHEMA:
         if version not in MIGRATIONS:
             raise StateSchemaError(
@@ -52,4 +71,5 @@ def migrate(tensors: Tensors, meta: Meta, source: str) -> tuple[Tensors, Meta]:
             )
         tensors, meta = MIGRATIONS[version](tensors, meta)
         meta = {**meta, "schema_version": version + 1}
-    return _without_loss(tensors) if before_2_1 else tensors, meta
+    tensors = _without_loss(tensors) if saved < (2, 1) else tensors
+    return _with_gates_and_norms(tensors) if saved < (2, 3) else tensors, meta

@@ -115,7 +115,7 @@ class LifecycleConfig(ConfigBase):
     confirmations: int = 3
     measure: bool = False
     keep: float = 0.75
-    rank: Literal["contribution", "reap", "frequency", "phi", "random"] = "contribution"
+    rank: Literal["contribution", "reap", "frequency", "mean_norm", "phi", "random"] = "contribution"
     multiple_of: int = 1
     cut_at: int | float | None = None
     measure_batches: int = 16

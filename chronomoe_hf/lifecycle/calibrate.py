@@ -77,7 +77,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
     """Read every token of some batches and return what is known about the experts then.
 
     The model runs in evaluation mode without gradients; nothing in it changes and nothing is recorded. Beside what a
-    run knows, it gives mean and largest output norms (``rank="mean_norm"``, protection of super-experts).
+    run knows, it gives the largest output norms (protection of super-experts).
 
     Args:
         model: wrapped or plain, in one process.

@@ -30,7 +30,8 @@ from chronomoe_hf.wrapping.layer import Layer
 logger = logging.getLogger("chronomoe_hf")
 
 PLAN_FILE = "prune_plan.json"
-_READS_OUTPUTS = ("contribution", "reap", "phi")
+_READS_OUTPUTS = ("contribution", "reap", "mean_norm", "phi")
+_SINCE = ("gate_sum", "mean_norm")  # not in windows that older versions saved
 _KEPT = (  # of a window's layers: what evidence is made of
     "layer_id",
     "expert_token_counts",
@@ -43,6 +44,7 @@ _KEPT = (  # of a window's layers: what evidence is made of
     "phi_mid",
     "phi_slow",
     "total_tokens_seen",
+    *_SINCE,
 )
 Window = list[dict[str, Any]]
 
@@ -245,7 +247,8 @@ class RunCut:
             return CutState(None, 0, [])
         try:
             plan = None if state["plan"] is None else PrunePlan.from_dict(state["plan"])
-            windows = [[{**layer} for layer in window] for window in state["windows"]]
+            unknown = dict.fromkeys(_SINCE)
+            windows = [[{**unknown, **layer} for layer in window] for window in state["windows"]]
             if any(set(layer) != {*_KEPT, "step"} for window in windows for layer in window):
                 raise ValueError("a window lacks entries")
             step = int(state["step"])

@@ -23,10 +23,10 @@ class LayerEvidence:
         rows: expert outputs read for it (evidence from a sample says so here).
         contribution: sum over its tokens of gate * |output|, estimated over all tokens.
         saliency: mean over its tokens of gate * |output| (REAP, arXiv 2510.13999).
-        mean_norm: mean over its tokens of |output| (MAN).
-        gate_sum: sum of its gates.
+        mean_norm: mean over its tokens of |output| (MAN, arXiv 2606.15716).
+        gate_sum: sum of its gates, estimated over all tokens.
         fisher: sum over its tokens of (gate * dL/dgate)^2; opt-in, see :class:`~chronomoe_hf.lifecycle.FisherSums`.
-        max_norm: largest |output| of a token.
+        max_norm: largest |output| of a token; from :func:`~chronomoe_hf.lifecycle.calibrate` only.
         phi_fast, phi_mid, phi_slow: phase coherence, newest reading.
         total_tokens_seen: assignments since the run began, newest reading.
         router_drift: change of the length of its router row since the start, newest reading.
@@ -83,18 +83,18 @@ def layer_from_events(spec: LayerSpec, events: list[dict[str, Any]]) -> LayerEvi
                 "another model than the manifest"
             )
     counts = tuple(sum(int(values[expert]) for values in rows) for expert in range(num))
-    contribution = _merge(events, "contribution", num, sum)
-    weights = [_divided(event.get("contribution"), event.get("saliency"), num) for event in events]
-    weight = _merge([{"w": values} for values in weights], "w", num, sum)
+    tokens = [_tokens_of(event) for event in events]
     fields: dict[str, Scores | None] = {
         "rows": _merge(events, "phi_rows", num, sum),
-        "contribution": contribution,
-        "saliency": _divided(contribution, weight, num),
-        "gate_sum": _merge(events, "gate_sum", num, sum),
-        "mean_norm": _divided(_merge(events, "norm_sum", num, sum), weight, num),
+        "contribution": _merge(events, "contribution", num, sum),
+        "saliency": _mean(events, "saliency", tokens, num),
+        "mean_norm": _mean(events, "mean_norm", tokens, num),
         "fisher": _merge(events, "fisher", num, sum),
         "max_norm": _merge(events, "max_norm", num, max),
     }
+    read = [event for event in events if event.get("contribution") is not None]
+    if all(event.get("gate_sum") is not None for event in read):  # older records lack it: a part is no sum of all
+        fields["gate_sum"] = _merge(read, "gate_sum", num, sum)
     for name in READINGS:
         fields[name] = _merge(events, name, num, lambda values: values[-1])
     return LayerEvidence(spec=spec, counts=counts, **fields)
@@ -109,8 +109,26 @@ def _merge(events: list[dict[str, Any]], name: str, num: int, reduce: Callable[[
     return tuple(float(reduce(values)) if values else None for values in known)
 
 
-def _divided(above: Any, below: Any, num: int) -> Scores | None:
-    """Quotient expert by expert; None where either is unknown or the divisor is zero."""
-    if above is None or below is None:
+def _tokens_of(event: dict[str, Any]) -> list[float | None]:
+    """Tokens that the means of an event are over, expert by expert, as they were estimated from what was read."""
+    counts = event["expert_token_counts"]
+    sums, means = event.get("contribution"), event.get("saliency")
+    if sums is None or means is None:
+        return [None] * len(counts)
+    each = zip(sums, means, counts, strict=True)  # a mean of 0 does not say over how many
+    return [None if a is None or b is None else float(a) / float(b) if b else float(num) for a, b, num in each]
+
+
+def _mean(events: list[dict[str, Any]], name: str, tokens: list[list[float | None]], num: int) -> Scores | None:
+    """Mean over the events that carry `name`, weighted by their `tokens`, expert by expert; None where none does."""
+    rows = [(event[name], own) for event, own in zip(events, tokens, strict=True) if event.get(name) is not None]
+    if not rows:
         return None
-    return tuple(float(above[e]) / float(below[e]) if above[e] is not None and below[e] else None for e in range(num))
+    means: list[float | None] = []
+    for expert in range(num):
+        pairs = [
+            (float(row[expert]), weight) for row, own in rows if (weight := own[expert]) and row[expert] is not None
+        ]
+        total = sum(weight for _, weight in pairs)
+        means.append(sum(value * weight for value, weight in pairs) / total if total else None)
+    return tuple(means)

@@ -35,7 +35,8 @@ _VECTOR = {
 _MISSING = {
     "fisher": "collect it in training: `with lifecycle.FisherSums(model) as sums: ...`, then "
     "`evidence.with_vectors(fisher=sums.scores())`",
-    "mean_norm": "take a calibration pass (`lifecycle.calibrate`), or use rank='contribution'",
+    "mean_norm": "it comes from a run or a profile of this version with CoherenceConfig(enabled=True), or from a "
+    "calibration pass (`lifecycle.calibrate`)",
 }
 _SUPER_QUANTILE, _SUPER_OF_MAX, _SUPER_OF_MEDIAN, _SUPER_LAYERS = 0.995, 0.1, 10.0, 0.75
 

@@ -8,7 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 META = ("tokens", "dropped", "nonfinite", "calls")
-PER_EXPERT = ("prob", "phi_weighted", "phi_weight", "phi_rows", "contribution", "contribution_weight")
+PER_EXPERT = (
+    "prob",
+    "phi_weighted",
+    "phi_weight",
+    "phi_rows",
+    "contribution",
+    "gate_sum",
+    "norm_sum",
+    "contribution_weight",
+)
 PER_LAYER = ("logit_var", "js", "flip", "overlap", "compared", "topk_differs", "steered_tokens")
 
 

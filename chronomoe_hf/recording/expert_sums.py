@@ -2,10 +2,10 @@
 
 Arguments of both, and what is left out of them, are worked out by ``sums.output_sums``: `gain_GSK` makes a row an
 unweighted output (None: it is one), `own_GSK` makes it the expert's weighted part (None: it is that), `alone` asks for
-the leave-one-out reference.
+the leave-one-out reference. `value_VGSK` holds numbers of every slot that are added up beside its row.
 
 Shape suffixes: G layers of a chunk, S tokens read, K experts per token, A = S * K, E experts, D width of an output, F
-columns of coefficients, B bins, N = G * A rows.
+columns of coefficients, B bins, N = G * A rows, V numbers of a slot.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class PerExpert(NamedTuple):
         output_GED: of unweighted outputs.
         reference_GED: of the references.
         rows_GE: rows that count.
-        contribution_GE: of gate * |output|.
+        value_VGE: of the numbers that came with the rows.
     """
 
     output_GED: Tensor
     reference_GED: Tensor
     rows_GE: Tensor
-    contribution_GE: Tensor
+    value_VGE: Tensor
 
 
 def products(
@@ -38,7 +38,7 @@ def products(
     hit_GAE: Tensor,
     gain_GSK: Tensor | None,
     own_GSK: Tensor | None,
-    contribution_GSK: Tensor,
+    value_VGSK: Tensor,
     alone: bool,
 ) -> PerExpert:
     """Sums per expert, those of rows as one matrix product with coefficients.
@@ -48,6 +48,7 @@ def products(
     """
     num_groups, num_tokens, num_k, width = rows_GSKD.shape
     dtype, num_experts = rows_GSKD.dtype, hit_GAE.shape[-1]
+    value_VGE = (hit_GAE * value_VGSK.flatten(2)[..., None]).sum(2)  # first: it needs room, and gives it back
     if gain_GSK is None:
         output_GAE = hit_GAE.to(dtype)
     else:
@@ -63,9 +64,8 @@ def products(
         other_GAF = own_GSK.flatten(1)[..., None].to(dtype)
     product_GFD = product32(torch.cat([output_GAE, other_GAF], dim=-1).mT, rows_GSKD.flatten(1, 2))
     output_GED, other_GFD = product_GFD.split([num_experts, other_GAF.shape[-1]], dim=1)
-    contribution_GE = (hit_GAE * contribution_GSK.flatten(1)[..., None]).sum(1)
     reference_GED = other_GFD.expand(num_groups, num_experts, width)
-    return PerExpert(output_GED, reference_GED, hit_GAE.sum(1, dtype=torch.float32), contribution_GE)
+    return PerExpert(output_GED, reference_GED, hit_GAE.sum(1, dtype=torch.float32), value_VGE)
 
 
 def in_order(
@@ -74,7 +74,7 @@ def in_order(
     valid_GSK: Tensor,
     gain_GSK: Tensor | None,
     own_GSK: Tensor | None,
-    contribution_GSK: Tensor,
+    value_VGSK: Tensor,
     num_experts: int,
     alone: bool,
 ) -> PerExpert:
@@ -97,7 +97,7 @@ def in_order(
     y_GSKD = rows_GSKD.float()
     y_ND = y_GSKD.view(-1, width)
     output_GED = per_expert(y_ND, None if gain_GSK is None else gain_GSK.flatten()[order_N])
-    contribution_GE = per_expert(contribution_GSK.view(-1, 1)).squeeze(-1)
+    value_VGE = per_expert(value_VGSK.flatten(1).T.contiguous()).movedim(-1, 0)
     end_B = torch.cat([start_B[1:], start_B.new_full((1,), bin_N.shape[0])])
     rows_GE = (end_B - start_B).float().view(num_groups, bins)[:, :num_experts]
     if own_GSK is None:
@@ -106,11 +106,11 @@ def in_order(
         mixture_XD = torch.bmm(own_GSK.view(-1, 1, num_k), y_GSKD.view(-1, num_k, width))
         mixture_GSD = mixture_XD.view(num_groups, num_tokens, width)
     if not alone:
-        return PerExpert(output_GED, mixture_GSD.sum(1, keepdim=True).expand_as(output_GED), rows_GE, contribution_GE)
+        return PerExpert(output_GED, mixture_GSD.sum(1, keepdim=True).expand_as(output_GED), rows_GE, value_VGE)
     assert own_GSK is not None
     out = None if torch.compiler.is_compiling() else y_GSKD  # a fresh buffer of this size costs more than the sum
     rest_GSKD = torch.addcmul(mixture_GSD[:, :, None], own_GSK[..., None], y_GSKD, value=-1.0, out=out)
-    return PerExpert(output_GED, per_expert(rest_GSKD.view(-1, width)), rows_GE, contribution_GE)
+    return PerExpert(output_GED, per_expert(rest_GSKD.view(-1, width)), rows_GE, value_VGE)
 
 
 def product32(left_GEA: Tensor, right_GAD: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ counts are whole numbers, and per-expert sums of rows are a matrix product with 
 bits. On a CPU the product would cost more than it saves, and rows are added expert by expert, in order.
 
 Shape suffixes: G layers, T router rows (tokens), E experts, K experts per token, S tokens read, D width, A = S * K
-assignments of the tokens read.
+assignments of the tokens read, V the three numbers of a slot (gate * |y|, gate, |y|).
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Reading(NamedTuple):
 def output_sums(
     batch: OutputBatch, num_experts: int, width: int, reference: str, more: Callable[[Reading], None] | None = None
 ) -> Tensor:
-    """Per-expert sums of one reading: phi (token-weighted), rows read, and contribution sum(gate * |y|).
+    """Per-expert sums of one reading: phi (token-weighted), rows read, and of gate * |y|, gate and |y|.
 
     Args:
         batch: what was read.
@@ -218,7 +218,7 @@ def output_sums(
         more: is shown the reading.
 
     Returns:
-        fp32 ``(G, 5 * width)``: what is added to ``Row.outputs``.
+        fp32 ``(G, 7 * width)``: what is added to ``Row.outputs``.
 
     Source: SPEC section 4 (phi), REAP (gate * |expert output|).
     """
@@ -234,28 +234,28 @@ def output_sums(
         valid_GSK = valid_GSK & (weight_GSK > 0)
     left_out_GSK = ~valid_GSK
     gain_GSK = weight_GSK.masked_fill(left_out_GSK, 1.0).reciprocal() if batch.divided else None
-    own_GSK = None if batch.divided else weight_GSK.masked_fill(left_out_GSK, 0.0)
+    size_GSK = norm_GSK if gain_GSK is None else norm_GSK * gain_GSK
+    value_VGSK = torch.stack([contribution_GSK, weight_GSK, size_GSK]).masked_fill_(left_out_GSK, 0.0)
+    own_GSK = None if batch.divided else value_VGSK[1]
     rows_GSKD = batch.rows_GSKD.masked_fill_(left_out_GSK[..., None], 0.0)
     alone = num_k > 1 and reference == "leave_one_out"
-    contribution_GSK = contribution_GSK.masked_fill(left_out_GSK, 0.0)
     on_cpu, hit_GAE = rows_GSKD.device.type == "cpu", None
     if more is not None or not on_cpu:
         hit_GAE = batch.index_GSK.flatten(1)[..., None] == torch.arange(num_experts, device=rows_GSKD.device)
         hit_GAE = hit_GAE & valid_GSK.flatten(1)[..., None]
     if on_cpu:
         mine_GSKD = rows_GSKD if more is None else rows_GSKD.clone()  # they are overwritten
-        each = in_order(mine_GSKD, batch.index_GSK, valid_GSK, gain_GSK, own_GSK, contribution_GSK, num_experts, alone)
+        each = in_order(mine_GSKD, batch.index_GSK, valid_GSK, gain_GSK, own_GSK, value_VGSK, num_experts, alone)
     else:
         assert hit_GAE is not None
-        each = products(rows_GSKD, hit_GAE, gain_GSK, own_GSK, contribution_GSK, alone)
+        each = products(rows_GSKD, hit_GAE, gain_GSK, own_GSK, value_VGSK, alone)
     if more is not None and hit_GAE is not None:
         more(Reading(rows_GSKD, hit_GAE, gain_GSK, each.output_GED, batch.scale))
     phi_GE, has_phi_GE = phase_coherence(each.output_GED, each.reference_GED)
     weighed_GE = each.rows_GE * batch.scale
     evidence_GE = weighed_GE * has_phi_GE
-    table_G5E = torch.stack(
-        [phi_GE * evidence_GE, evidence_GE, each.rows_GE, each.contribution_GE * batch.scale, weighed_GE], dim=1
-    )
+    value_VGE = each.value_VGE * batch.scale
+    table_G7E = torch.stack([phi_GE * evidence_GE, evidence_GE, each.rows_GE, *value_VGE.unbind(), weighed_GE], dim=1)
     if num_experts < width:
-        table_G5E = torch.nn.functional.pad(table_G5E, (0, width - num_experts))
-    return table_G5E.view(num_groups, -1)
+        table_G7E = torch.nn.functional.pad(table_G7E, (0, width - num_experts))
+    return table_G7E.view(num_groups, -1)

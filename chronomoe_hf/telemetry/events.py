@@ -31,6 +31,8 @@ VECTORS = (
     "phi_rows",
     "contribution",
     "saliency",
+    "gate_sum",
+    "mean_norm",
     "total_tokens_seen",
     "beta",
 )
@@ -76,6 +78,8 @@ class RoutingEvent:
         phi_rows: expert outputs read per expert for phi in this window.
         contribution: sum of gate * |expert output| over the window, estimated over all tokens.
         saliency: mean of gate * |expert output| over an expert's tokens (REAP, arXiv 2510.13999).
+        gate_sum: sum of an expert's gates over the window, estimated over all tokens.
+        mean_norm: mean of |expert output| over an expert's tokens.
         total_tokens_seen: assignments per expert since the run began.
         logit_std: EMA of the standard deviation of the clean router logits.
         disagreement_js: mean Jensen-Shannon divergence of biased and clean routing, nats.
@@ -111,6 +115,8 @@ class RoutingEvent:
     phi_rows: Vector | None = None
     contribution: Vector | None = None
     saliency: Vector | None = None
+    gate_sum: Vector | None = None
+    mean_norm: Vector | None = None
     total_tokens_seen: Vector | None = None
     logit_std: float | None = None
     disagreement_js: float | None = None

@@ -128,12 +128,17 @@ def _window_vectors(row: Row, window_LR: Any) -> dict[str, list[list[Any]]]:
     with np.errstate(divide="ignore", invalid="ignore"):  # no evidence becomes None
         prob_LE = row.expert(window_LR, "prob") / row.meta(window_LR, "tokens")[:, None]
         weight_LE = row.expert(window_LR, "contribution_weight")
-        saliency_LE = np.where(weight_LE > 0, contribution_LE / weight_LE, np.nan)
+        saliency_LE, norm_LE = (
+            np.where(weight_LE > 0, sum_LE / weight_LE, np.nan)
+            for sum_LE in (contribution_LE, row.expert(window_LR, "norm_sum"))
+        )
     return {
         "prob_mean": evidence_rows(prob_LE),
         "phi_rows": np.rint(row.expert(window_LR, "phi_rows")).astype(np.int64).tolist(),
         "contribution": evidence_rows(contribution_LE),
         "saliency": evidence_rows(saliency_LE),
+        "gate_sum": evidence_rows(row.expert(window_LR, "gate_sum")),
+        "mean_norm": evidence_rows(norm_LE),
     }
 
 
@@ -154,7 +159,7 @@ def _vectors_of(layer: Layer, config: ChronoConfig, reads: bool, has_tokens: boo
     if has_tokens:
         names.append("prob_mean")
     if reads:
-        names += ["phi_rows", "contribution", "saliency", "phi_fast", "phi_mid", "phi_slow"]
+        names += ["phi_rows", "contribution", "saliency", "gate_sum", "mean_norm", "phi_fast", "phi_mid", "phi_slow"]
     if config.beta.law != "none" and not layer.native_bias:
         names.append("beta")
     return names

@@ -106,6 +106,8 @@ class LayerSnapshot:
     phi_rows: Vector | None = None
     contribution: Vector | None = None
     saliency: Vector | None = None
+    gate_sum: Vector | None = None
+    mean_norm: Vector | None = None
     total_tokens_seen: Vector | None = None
     coherence_mean: float | None = None
     coherence_min: float | None = None
@@ -177,8 +179,10 @@ class LayerSnapshot:
             calls=calls,
             phi_rows=_merge(events, "phi_rows", None),
             contribution=_merge(events, "contribution", None),
+            gate_sum=_merge(events, "gate_sum", None),
             prob_mean=_merge(events, "prob_mean", [[weight] * last.n_experts for weight in weights]),
             saliency=_merge(events, "saliency", [event.expert_token_counts for event in events]),
+            mean_norm=_merge(events, "mean_norm", [event.expert_token_counts for event in events]),
             disagreement_js=_mean(events, "disagreement_js", weights),
             disagreement_flip=_mean(events, "disagreement_flip", weights),
             overlap_only=_mean(events, "overlap_only", weights),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from support.models import tiny_batch, tiny_model
 from torch import Tensor
@@ -250,12 +251,17 @@ def test_a_system_saved_by_0_1_0_beside_its_weights_steers_as_it_did() -> None:
 
 
 def test_a_system_of_schema_2_comes_back() -> None:
-    """Written by this version: balance after 5 steps of interval 4."""
+    """Of schema 2.0: balance after 5 steps of interval 4."""
     tensors, _ = read_state(DATA / "state_v2_system")
     system = chronomoe_hf.system_of(chronomoe_hf.wrap(tiny_model("mixtral"), ChronoConfig.balance(interval=4)))
     system.load(DATA / "state_v2_system")
     assert (system.global_step, system.window_steps, system.run_id, system.governed) == (5, 1, "d44bca8defb9", True)
     assert torch.equal(system.step_state.gain_LE, tensors["gain_LE"]) and tensors["gain_LE"].all()
+    raw = safetensors.torch.load_file(DATA / "state_v2_system" / "chronomoe" / "state.safetensors")["window_LR"]
+    row, window = system.step_state.row, system.step_state.window_LR
+    assert raw.shape[1] == row.size - 2 * 8, "bad test setup: it knows gates and norms"
+    assert torch.equal(window[:, : 8 + 4 + 8], raw[:, : 8 + 4 + 8]) and row.count(window).sum() > 0, "counts, scores"
+    assert torch.equal(window[:, -7:], raw[:, -7:]) and not window[:, row.outputs].any()
     expected = [-0.3358, -0.0809, 0.1511, 0.1722, -0.0305, 0.0219, 0.1734, -0.0715]
     assert system.router_state(0).beta_coeff.tolist() == pytest.approx(expected, abs=1e-4)
     assert not torch.equal(logits(system), native_logits(system))

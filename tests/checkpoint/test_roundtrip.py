@@ -252,7 +252,7 @@ def test_newer_schema_is_refused_newer_minor_warns(tmp_path, sample_state, step_
     assert write_state(tmp_path, *sample_state(1), strict=True)
     reseal(tmp_path, schema_minor=7, invented_later={"x": 1})
     assert step_in(tmp_path) == 1
-    assert "schema 2.7, newer than 2.2" in caplog.text
+    assert "schema 2.7, newer than 2.3" in caplog.text
     reseal(tmp_path, schema_version=3, chronomoe_version="9.9", files="may mean anything now")
     with pytest.raises(StateSchemaError, match=r"schema version 3.*reads up to 2.*install chronomoe_hf '9\.9'"):
         read_state(tmp_path)

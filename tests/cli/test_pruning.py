@@ -87,6 +87,9 @@ def test_plan_options(workplace: Path, tmp_path: Path) -> None:
     assert made["num_kept"] == 4
     made = json.loads(run("plan", workplace / "profile", "--keep", 4, "--rank", "random", "--json").output)
     assert made["rank"] == "random"
+    made = json.loads(run("plan", workplace / "profile", "--keep", 4, "--rank", "mean_norm", "--json").output)
+    known = lifecycle.Evidence.from_directory(workplace / "profile", windows=10**6)
+    assert [layer["scores"] for layer in made["layers"]] == [list(layer.mean_norm) for layer in known.layers]
     assert "--rank" in run("plan", workplace / "profile", "--keep", 4, "--rank", "best", code=2).output
     run("plan", workplace / "profile", "--keep", 4, "--protect", "x", code=2)
     run("plan", workplace / "profile", code=2)

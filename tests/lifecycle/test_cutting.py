@@ -169,12 +169,17 @@ def test_the_state_carries_the_cut_and_what_it_will_be_made_of(tmp_path: Path) -
     model, system = wrapped()
     train(model, system, range(1, 3))
     system.save(tmp_path / "before")
+    older = copy.deepcopy(system.state_dict())
+    assert all(layer.pop("gate_sum") and layer.pop("mean_norm") for layer in older["meta"]["cut"]["windows"][0])
     again, other = wrapped()
+    third, last = wrapped()
     again.load_state_dict(model.state_dict())
+    third.load_state_dict(model.state_dict())
     other.load(tmp_path / "before")
-    for one, its in ((model, system), (again, other)):
+    last.load_state_dict(older)  # windows of a version that did not have these
+    for one, its in ((model, system), (again, other), (third, last)):
         train(one, its, range(3, 4))
-    assert other.cut.plan == system.cut.plan is not None
+    assert last.cut.plan == other.cut.plan == system.cut.plan is not None
     system.save(tmp_path / "after")
     third, last = wrapped()
     third.load_state_dict(model.state_dict())

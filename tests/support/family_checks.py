@@ -135,7 +135,7 @@ def check_observing(family: str, model: Any) -> None:
 
 
 def check_phi(family: str, model: Any) -> None:
-    """phi and contribution equal their definition, from the outputs of the native experts."""
+    """phi, contribution, gates and norms equal their definition, from the outputs of the native experts."""
     system = wrapped(model, OBSERVE)
     # deepseek_v4's first layer routes by a table of token ids, with few experts in a small batch.
     layer = system.layers[1 if family == "deepseek_v4" else 0]
@@ -155,7 +155,7 @@ def check_phi(family: str, model: Any) -> None:
     with torch.no_grad():
         outputs = {e: library_outputs(layer.experts, hidden, e) for e in sorted(set(index[real].flatten().tolist()))}
     states = system.coherence(layer.layer_id).snapshot(1)
-    contribution = system.snapshot().layers[layer.layer_id].contribution
+    seen_layer = system.snapshot().layers[layer.layer_id]
     tokens = [t for t in range(len(real)) if real[t]]
     mixture = {t: sum(weights[t, j] * outputs[e][t] for j, e in enumerate(index[t].tolist())) for t in tokens}
     compared = 0
@@ -167,7 +167,10 @@ def check_phi(family: str, model: Any) -> None:
         else:
             other = sum(mixture[t] - weights[t, j] * out[t] for t, j in mine).double()
         saliency = sum(float(weights[t, j]) * float(out[t].norm()) for t, j in mine)
-        assert contribution[e] == pytest.approx(saliency, rel=1e-4, abs=1e-7)
+        assert seen_layer.contribution[e] == pytest.approx(saliency, rel=1e-4, abs=1e-7)
+        assert seen_layer.gate_sum[e] == pytest.approx(sum(float(weights[t, j]) for t, j in mine), rel=1e-4)
+        norms = [float(out[t].norm()) for t, _ in mine]
+        assert seen_layer.mean_norm[e] == pytest.approx(sum(norms) / len(norms), rel=1e-4, abs=1e-7)
         if float(mean.norm()) * float(other.norm()) < 1e-12:
             continue
         phi = float(mean @ other) / (float(mean.norm()) * float(other.norm()))

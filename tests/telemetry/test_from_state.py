@@ -61,6 +61,8 @@ def test_every_field_is_its_definition() -> None:
                 "phi_rows": int(of("phi_rows")),
                 "contribution": own,
                 "saliency": own / weight if weight > 0 else None,
+                "gate_sum": of("gate_sum"),
+                "mean_norm": of("norm_sum") / weight if weight > 0 else None,
                 "total_tokens_seen": int(host["tokens"][at, expert]),
                 "beta": float(host["beta"][at, expert]),
                 **{name: float(host[name][at, expert]) if seen else None for name in CLOCKS},
