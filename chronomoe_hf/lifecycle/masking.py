@@ -63,12 +63,17 @@ class CutMask:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.adapter, self.dropped, self.num_experts)  # the masked adapter's class has no name
 
+    def dropped_on(self, router: nn.Module, device: torch.device) -> Tensor:
+        """See ``router.state.RouterMask``."""
+        if self.dropped_E.device != device:
+            self.dropped_E = self.dropped_E.to(device)
+            self._masked = _masked_adapter(self.adapter, self.dropped_E)
+        return self.dropped_E
+
     def reroute(self, router: nn.Module, call: RouterCall) -> Any:
         """See ``router.state.RouterMask``."""
-        if self.dropped_E.device != call.logits_TE.device:
-            self.dropped_E = self.dropped_E.to(call.logits_TE.device)
-            self._masked = _masked_adapter(self.adapter, self.dropped_E)
-        return _choose(router, call, self._masked, self.dropped_E)
+        dropped_E = self.dropped_on(router, call.logits_TE.device)
+        return _choose(router, call, self._masked, dropped_E)
 
 
 class _Stack(list[ExpertMask]):
@@ -76,12 +81,16 @@ class _Stack(list[ExpertMask]):
 
     handle: Any = None
 
+    def dropped_on(self, router: nn.Module, device: torch.device) -> Tensor:
+        """See ``router.state.RouterMask``."""
+        return _union(router, torch.zeros_like(self[0].dropped_E)).to(device)
+
     def reroute(self, router: nn.Module, call: RouterCall) -> Any:
         """See ``router.state.RouterMask``."""
         if not torch.compiler.is_compiling():
             for mask in self:
                 mask.calls += 1
-        dropped_E = _union(router, torch.zeros(call.logits_TE.shape[-1], dtype=torch.bool)).to(call.logits_TE.device)
+        dropped_E = self.dropped_on(router, call.logits_TE.device)
         return _choose(router, call, _masked_adapter(find(router), dropped_E), dropped_E)
 
 
@@ -192,9 +201,12 @@ def _choose(router: nn.Module, call: RouterCall, masked_adapter: Adapter, droppe
     """The choice of `call` without the dropped experts: their logits are -inf, also in what is handed on."""
     native, low = call.output, float("-inf")
     if isinstance(masked_adapter, GemmaAdapter):
-        # The family hands on probabilities: those of the survivors, which its renormalisation brings back to sum 1.
+        # The family hands on probabilities, and steers by their change: they are those among the survivors.
         low = 0.0
-        call = call._replace(output=(native[0].masked_fill(dropped_E, low), *native[1:]))
+        prob_TE = native[0].masked_fill(dropped_E, low)
+        total_T1 = prob_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(prob_TE.dtype).tiny)
+        native = (prob_TE / total_T1, *native[1:])
+        call = call._replace(output=native)
     z_TE = call.logits_TE.masked_fill(dropped_E, -math.inf)
     again = list(masked_adapter.reroute(router, call._replace(logits_TE=z_TE)))
     index = masked_adapter.logits_index

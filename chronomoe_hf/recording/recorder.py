@@ -124,6 +124,7 @@ class LayerRecorder:
             kept_TK=None if routing.kept_TK is None else routing.kept_TK.detach(),
             native_TK=native_TK,
             beta_E=beta_full_E if self.compares else None,
+            masked_E=routing.masked_E,
         )
         if torch.compiler.is_compiling():
             self._sum_routing(call)

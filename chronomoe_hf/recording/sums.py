@@ -39,6 +39,7 @@ class RouterBatch:
         native_GTK: ids that the plain router would have chosen; None while nothing steers.
         mask_T: bool, real tokens; None = all.
         distribution: the family's scores of logits, ``[..., E]`` to fp32 ``[..., E]``.
+        masked_GE: bool, experts that no token may choose; None = there are none.
     """
 
     logits_GTE: Tensor
@@ -47,13 +48,14 @@ class RouterBatch:
     native_GTK: Tensor | None
     mask_T: Tensor | None
     distribution: Callable[[Tensor], Tensor]
+    masked_GE: Tensor | None = None
 
 
 class Scores(NamedTuple):
-    """Scores of a call's rows, and which rows count.
+    """Scores of a call's rows, and which rows count. Masked experts are in none of it: their score is 0.
 
     Args:
-        z_GTE: clean logits, fp32.
+        z_GTE: clean logits, fp32; -inf for masked experts.
         var_GT: their variance over experts.
         real_GT: bool, False for padding and for rows whose logits are not finite.
         left_out_GT: its opposite.
@@ -67,16 +69,33 @@ class Scores(NamedTuple):
     prob_GTE: Tensor
 
     @classmethod
-    def of(cls, logits_GTE: Tensor, mask_T: Tensor | None, distribution: Callable[[Tensor], Tensor]) -> Scores:
+    def of(
+        cls,
+        logits_GTE: Tensor,
+        mask_T: Tensor | None,
+        distribution: Callable[[Tensor], Tensor],
+        masked_GE: Tensor | None = None,
+    ) -> Scores:
         """Scores of logits; arguments as in :class:`RouterBatch`."""
         z_GTE = logits_GTE.float()
-        var_GT = z_GTE.var(-1, correction=0)
+        if masked_GE is None:
+            var_GT = z_GTE.var(-1, correction=0)
+        else:
+            z_GTE, var_GT = _without(z_GTE, masked_GE[:, None])
         real_GT = var_GT < math.inf  # False for NaN too: the variance of a token with a bad logit is one
         if mask_T is not None:
             real_GT = real_GT & mask_T
         left_out_GT = ~real_GT
         prob_GTE = distribution(z_GTE).masked_fill_(left_out_GT[..., None], 0.0)
         return cls(z_GTE, var_GT, real_GT, left_out_GT, prob_GTE)
+
+
+def _without(z_GTE: Tensor, masked_G1E: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits that are -inf for masked experts, and the variance of the others."""
+    num_G1 = (~masked_G1E).sum(-1)
+    mean_GT = z_GTE.masked_fill(masked_G1E, 0.0).sum(-1) / num_G1
+    away_GTE = (z_GTE - mean_GT[..., None]).masked_fill_(masked_G1E, 0.0)
+    return z_GTE.masked_fill(masked_G1E, -math.inf), away_GTE.square_().sum(-1) / num_G1
 
 
 def routing_sums(
@@ -96,7 +115,7 @@ def routing_sums(
         float64 ``(G, head)`` and ``(G, tail)``: what is added to ``row.head`` and ``row.tail``.
     """
     if scores is None:
-        scores = Scores.of(batch.logits_GTE, batch.mask_T, batch.distribution)
+        scores = Scores.of(batch.logits_GTE, batch.mask_T, batch.distribution, batch.masked_GE)
     num_groups, num_rows, num_experts = scores.z_GTE.shape
     num_k = batch.index_GTK.shape[-1]
     weight_GT = scores.real_GT.double()

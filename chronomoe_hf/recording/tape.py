@@ -54,6 +54,7 @@ class RoutedCall:
         router: supplies the score distribution of its family.
         logits_TE, index_TK, kept_TK, native_TK: detached, as the router made them.
         beta_E: the full bias, while its effect is measured; else None.
+        masked_E: experts that no token may choose; None = there are none.
     """
 
     layer: Layerlike
@@ -63,6 +64,7 @@ class RoutedCall:
     kept_TK: Tensor | None
     native_TK: Tensor | None
     beta_E: Tensor | None
+    masked_E: Tensor | None = None
 
     def distribution(self, logits: Tensor) -> Tensor:
         """Scores of logits, fp32."""
@@ -72,7 +74,7 @@ class RoutedCall:
     @property
     def key(self) -> tuple[Any, ...]:
         """Calls of one key can be summed together."""
-        optional = tuple(part is None for part in (self.kept_TK, self.native_TK, self.beta_E))
+        optional = tuple(part is None for part in (self.kept_TK, self.native_TK, self.beta_E, self.masked_E))
         shape = (self.logits_TE.shape, self.index_TK.shape, self.logits_TE.dtype, self.logits_TE.device)
         return (*shape, id(self.router.adapter), self.layer.num_experts, optional)
 
@@ -218,6 +220,8 @@ def router_batch(calls: list[RoutedCall], mask_T: Tensor | None, rows: slice | N
             return None
         return _stack([part if rows is None else part[rows] for part in parts])
 
+    masked = [call.masked_E for call in calls if call.masked_E is not None]
+
     return RouterBatch(
         logits_GTE=stacked("logits_TE"),
         index_GTK=stacked("index_TK"),
@@ -225,6 +229,7 @@ def router_batch(calls: list[RoutedCall], mask_T: Tensor | None, rows: slice | N
         native_GTK=stacked("native_TK"),
         mask_T=mask_T,
         distribution=calls[0].distribution,
+        masked_GE=_stack(masked) if masked else None,
     )
 
 
@@ -245,14 +250,14 @@ def sums_of(
         rows: only these rows; None = all.
     """
     batch = router_batch(calls, mask_T, rows)
-    scores = Scores.of(batch.logits_GTE, mask_T, batch.distribution)
+    scores = Scores.of(batch.logits_GTE, mask_T, batch.distribution, batch.masked_GE)
     disagreement_G4 = None
     if compared is not None:
         beta_GE = _stack([call.beta_E for call in calls if call.beta_E is not None])
         seen, sample = scores, compared
         if rows is not None:  # the sample is spread over all rows of the call
             logits_GSE = _stack([compared.pick(call.logits_TE) for call in calls])
-            seen = Scores.of(logits_GSE, compared.valid_S, batch.distribution)
+            seen = Scores.of(logits_GSE, compared.valid_S, batch.distribution, batch.masked_GE)
             sample = TokenSample(None, None, compared.scale)
         disagreement_G4 = disagreement_sums(seen, beta_GE, sample, batch.distribution)
     return routing_sums(batch, row, disagreement_G4, scores)

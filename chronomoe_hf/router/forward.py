@@ -67,7 +67,8 @@ class ChronoRouter(nn.Module):
                 output = mask.reroute(self, clean._replace(shift_TE=shift_TE))
                 if recording:
                     native_TK = self._unsteered(mask, clean) if steers else None
-                    routing = adapter.read(self, output)._replace(logits_TE=clean.logits_TE)
+                    masked_E = mask.dropped_on(self, clean.logits_TE.device)
+                    routing = adapter.read(self, output)._replace(logits_TE=clean.logits_TE, masked_E=masked_E)
         if recording:
             handle.recorder.router_input(hidden)
             handle.recorder.routing(self, routing, native_TK, state.beta_full if state.beta_on else None)

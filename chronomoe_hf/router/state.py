@@ -27,11 +27,13 @@ class Routing(NamedTuple):
         logits_TE: clean router logits flattened to two dimensions, native dtype.
         index_TK: int64 expert ids chosen, before capacity dropping.
         kept_TK: bool, False where capacity dropped the assignment; None = nothing can be dropped.
+        masked_E: bool, experts that no token may choose; None = there are none.
     """
 
     logits_TE: Tensor
     index_TK: Tensor
     kept_TK: Tensor | None = None
+    masked_E: Tensor | None = None
 
 
 class RouterRule(Protocol):
@@ -60,6 +62,9 @@ class RouterMask(Protocol):
     @property
     def dropped(self) -> tuple[int, ...]:
         """Their ids, ascending."""
+
+    def dropped_on(self, router: nn.Module, device: torch.device) -> Tensor:
+        """The same as bool ``(E,)`` on a device, with those of every other mask of the router."""
 
     def reroute(self, router: nn.Module, call: RouterCall) -> Any:
         """Choose again among the experts that are left; the native structure, with -inf at the others' logits."""

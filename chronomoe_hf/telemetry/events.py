@@ -73,7 +73,7 @@ class RoutingEvent:
         dropped: assignments refused by capacity.
         nonfinite_tokens: tokens excluded because their router logits held NaN or infinities.
         calls: recorded calls of the router; 0 means the layer was not observed; None means not counted.
-        prob_mean: mean router probability per expert.
+        prob_mean: mean router probability per expert; 0 for one that was cut, and over the others then.
         phi_fast, phi_mid, phi_slow: phase coherence of the three clocks, in [-1, 1]; None without evidence.
         phi_rows: expert outputs read per expert for phi in this window.
         contribution: sum of gate * |expert output| over the window, estimated over all tokens.
