@@ -22,6 +22,7 @@ from chronomoe_hf.lens.direction import RouterInputs
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
 from chronomoe_hf.lifecycle.cutting import RunCut
+from chronomoe_hf.lifecycle.drift import RouterDrift
 from chronomoe_hf.recording.scope import Switches
 from chronomoe_hf.recording.taking import Taken, take, zero
 from chronomoe_hf.recording.totals import Recorded
@@ -54,6 +55,7 @@ class ChronoSystem(Savable):
         last_evaluation: SystemSnapshot of the last recorded evaluation, or None.
         decisions: ControlDecisions of the last closed window.
         prune_decisions: every lifecycle state change so far.
+        drift: rows that router drift is measured from, see ``LifecycleConfig(router_drift=True)``.
         cut: of this run, see ``LifecycleConfig(cut_at=...)``; ``cut.plan`` once it was made.
         global_step: last optimizer step added.
         run_id: of the run.
@@ -91,7 +93,10 @@ class ChronoSystem(Savable):
         self._stepped: int | None = None
         self._warned_of_repeat = False
         self.cut = RunCut(config, layers, self.step_state, self.alerts)
-        parts = Parts(self.step_state, layers, self.controller, self.lifecycle, self.alerts, self.cut, config)
+        self.drift = RouterDrift(layers, config.lifecycle.router_drift)
+        parts = Parts(
+            self.step_state, layers, self.controller, self.lifecycle, self.alerts, self.cut, self.drift, config
+        )
         self.store = StateStore(parts)
         self.host = WindowHost(parts, self.records, type(model).__name__)
         self.placement = Placement(self.step_state, self.sums, layers)
@@ -178,7 +183,7 @@ class ChronoSystem(Savable):
         """Close a window that is shorter than `interval` (end of a run): records it, but controls nothing."""
         if self.window_steps == 0:
             return None
-        at, host = self._moment(), self.step_state.host()
+        at, host = self._moment(), self._read()
         events = self.host.events(at, host)
         snapshot = self.host.summarise(at, events, host, self.alerts)
         self.records.window(events, snapshot)
@@ -244,8 +249,15 @@ class ChronoSystem(Savable):
 
     def snapshot(self) -> SystemSnapshot:
         """The open window as a SystemSnapshot, without closing it and without moving any alert."""
-        at, host = self._moment(), self.step_state.host()
+        at, host = self._moment(), self._read()
         return self.host.summarise(at, self.host.events(at, host), host, self.alerts.copy())
+
+    def _read(self) -> dict[str, Any]:
+        """Everything that a window's events are made of, on the host."""
+        host = self.step_state.host()
+        if self.drift.on:
+            host["router_drift"] = self.drift.read()
+        return host
 
     def _moment(self, evaluation: bool = False) -> Moment:
         steps = self.window_steps
@@ -260,7 +272,7 @@ class ChronoSystem(Savable):
             distributed.require_agreement(state.checksum(), "chronomoe state")
         inputs = {layer_id: RouterInputs.from_sums(each) for layer_id, each in sums.items()}
         spread = RouterInputs.spreads(inputs)
-        host = state.host()
+        host = self._read()
         if state.roles is not None:
             host["roles"] = state.roles.close(state.device, distributed.batch_copies(self.model))
         seen = self.host.evaluate(self._moment(), host, spread, self.lenses)

@@ -16,6 +16,7 @@ from torch import Tensor
 from chronomoe_hf.checkpoint.manifest import SCHEMA_MINOR, WAY_OUT, is_count, short
 from chronomoe_hf.checkpoint.role_tensors import ROLE, check_roles
 from chronomoe_hf.errors import StateCorruptError
+from chronomoe_hf.lifecycle.drift import START
 
 _RUN_ID = re.compile(r"[0-9A-Za-z._-]{1,64}")
 # What a tensor may hold, beyond being finite.
@@ -148,7 +149,7 @@ def check_tensors(
     missing = [name for name in live if name not in tensors]
     if missing:
         raise StateCorruptError(f"the saved state lacks {', '.join(missing)}; {WAY_OUT}")
-    known = (LENS, ROLE)
+    known = (LENS, ROLE, START)
     unknown = [name for name in tensors if name not in live and not any(each.fullmatch(str(name)) for each in known)]
     if unknown and not (is_count(minor) and minor > SCHEMA_MINOR):
         raise StateCorruptError(f"the saved state holds tensors that no state has: {short(sorted(unknown))}; {WAY_OUT}")
@@ -160,8 +161,22 @@ def check_tensors(
         if match is not None and int(match[1]) >= len(num_experts):
             raise StateCorruptError(f"the saved state has {name} for {len(num_experts)} layers; {WAY_OUT}")
     check_roles(tensors, num_experts)
+    _check_starts(tensors, num_experts)
     for layer in range(len(num_experts)):
         _check_lens(layer, {part: tensors.get(f"lens.{layer}.{part}") for part in ("V", "U", "scale")})
+
+
+def _check_starts(tensors: Mapping[str, Tensor], num_experts: Sequence[int]) -> None:
+    """Router rows of the start: whole rows of a known layer, of any floating dtype."""
+    for name, value in tensors.items():
+        if (match := START.fullmatch(str(name))) is None:
+            continue
+        if int(match[1]) >= len(num_experts):
+            raise StateCorruptError(f"the saved state has {name} for {len(num_experts)} layers; {WAY_OUT}")
+        rows = num_experts[int(match[1])]
+        if value.dim() != 2 or value.shape[0] < rows or not value.is_floating_point():
+            raise _fault(name, f"{value.dtype} {tuple(value.shape)}", f"floating, of shape ({rows} or more, any)")
+        _check_tensor(name, value, value.dtype, (None, None))
 
 
 def _dimensions(name: str) -> list[tuple[int, str]]:

@@ -28,6 +28,7 @@ from chronomoe_hf.errors import ConfigError, StateCorruptError, StateError
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator
 from chronomoe_hf.lifecycle.cutting import RunCut
+from chronomoe_hf.lifecycle.drift import START, RouterDrift
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import AlertHistory
 from chronomoe_hf.wrapping.fold import WARN_ABOVE
@@ -48,6 +49,7 @@ class Parts:
         layers: the wrapped layers, with their lenses.
         controller, lifecycle, alerts: host state.
         cut: experts cut during the run.
+        drift: the router rows that drift is measured from.
         config: settings in force.
     """
 
@@ -57,6 +59,7 @@ class Parts:
     lifecycle: LifecycleCoordinator
     alerts: AlertHistory
     cut: RunCut
+    drift: RouterDrift
     config: ChronoConfig
 
 
@@ -84,7 +87,7 @@ class Position:
 def pack(parts: Parts, position: Position) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state as CPU tensors by name and a JSON-ready mapping."""
     tensors = {name: value.cpu() for name, value in parts.step_state.state_dict().items()}
-    tensors |= packed(parts.step_state.roles)
+    tensors |= packed(parts.step_state.roles) | parts.drift.state_dict()
     for layer in parts.layers:
         if layer.handle.lens is not None:
             saved = layer.handle.lens.state_dict()
@@ -169,6 +172,9 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Po
     load_roles(parts.step_state.roles, used.tensors, pairs, copies, whole)
     if parts.step_state.roles is None and any(name.startswith("role.") for name in tensors):
         used.unused.append("the roles of experts (coherence.roles is False)")
+    parts.drift.load(tensors, pairs)
+    if not parts.drift.on and any(START.fullmatch(name) for name in tensors):
+        used.unused.append("the router rows that drift is measured from (lifecycle.router_drift is False)")
     _warn_of_other_settings(parts.config, meta.get("config"), used.unused)
     return Position(
         step=int(meta["step"]),

@@ -104,6 +104,9 @@ class LifecycleConfig(ConfigBase):
             proposed for a merge; needs ``coherence.roles``.
         split_above: an overloaded expert with this bimodality, in [0, 1], is proposed for a split; needs
             ``coherence.roles``.
+        router_drift: record how far every expert's row of the router has moved since the model was wrapped, once a
+            window. Off by default, because the rows of the start must be kept: as many bytes of host memory as the
+            routers' weights have, and as much in every checkpoint. Unknown under FSDP and ZeRO-3, which shard them.
     """
 
     enabled: bool = True
@@ -125,6 +128,7 @@ class LifecycleConfig(ConfigBase):
     split_idle: float = 0.5
     merge_above: float = 0.9
     split_above: float = 0.5
+    router_drift: bool = False
 
     def _check(self) -> None:
         for name in ("prune_threshold", "starvation_threshold"):

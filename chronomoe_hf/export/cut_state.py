@@ -13,6 +13,7 @@ from torch import Tensor
 from chronomoe_hf.config import LifecycleConfig
 from chronomoe_hf.errors import PlanMismatchError
 from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator
+from chronomoe_hf.lifecycle.drift import START
 from chronomoe_hf.lifecycle.plan import PrunePlan
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import AlertHistory
@@ -23,8 +24,9 @@ def cut_state(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A state as ``system.state_dict()`` or a state file has it, for the model that `plan` leaves.
 
-    beta, clocks, counters and gains move with their experts; lenses and the controller's pressures stay, they belong to
-    a layer. What speaks of the old experts as a whole starts afresh: the open window, alerts, lifecycle cases, roles.
+    beta, clocks, counters, gains and router rows move with their experts; lenses and the controller's pressures stay,
+    they belong to a layer. What speaks of the old experts as a whole starts afresh: the open window, alerts, lifecycle
+    cases, roles.
 
     Args:
         tensors: by name, on the CPU.
@@ -46,6 +48,11 @@ def cut_state(
     for name, empty in fresh.items():
         if name in tensors:
             out[name] = _moved(tensors[name], empty, plan, widest)
+    for name in out:
+        if match := START.fullmatch(name):
+            layer = plan.layers[int(match[1])]
+            others = range(layer.spec.num_experts, out[name].shape[0])  # rows of classes that are no experts
+            out[name] = out[name][[*layer.kept, *others]]
     layers = [{**row, "num_experts": plan.num_kept} for row in meta["layers"]]
     cut = {
         **meta,

@@ -29,7 +29,8 @@ class LayerEvidence:
         max_norm: largest |output| of a token; from :func:`~chronomoe_hf.lifecycle.calibrate` only.
         phi_fast, phi_mid, phi_slow: phase coherence, newest reading.
         total_tokens_seen: assignments since the run began, newest reading.
-        router_drift: change of the length of its router row since the start, newest reading.
+        router_drift: ``|W_e - W_e(start)| / |W_e(start)|`` of its row of the router's weight, newest reading; opt-in,
+            see ``LifecycleConfig(router_drift=True)``.
     """
 
     spec: LayerSpec

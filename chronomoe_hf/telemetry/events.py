@@ -35,6 +35,7 @@ VECTORS = (
     "mean_norm",
     "total_tokens_seen",
     "beta",
+    "router_drift",
 )
 INTEGERS = (COUNTS, "phi_rows", "total_tokens_seen")  # of these, whole numbers
 # One number per layer and window; None means "not measured".
@@ -87,6 +88,8 @@ class RoutingEvent:
         overlap_only: mean probability mass moved by the bias, in [0, 1].
         relevance: the bridge veto's factor r, in [0, 1].
         beta: bias coefficients per expert, in logit standard deviations.
+        router_drift: ``|W_e - W_e(start)| / |W_e(start)|`` of its row of the router's weight
+            (``LifecycleConfig(router_drift=True)``).
         lens_scale: scale of the lens.
         lens_spread: standard deviation over mean of what the lens reads in the tokens of the window's last step.
         cut: ids of the experts that were cut during the run and get no token; they are neither dead nor idle, and every
@@ -124,6 +127,7 @@ class RoutingEvent:
     overlap_only: float | None = None
     relevance: float | None = None
     beta: Vector | None = None
+    router_drift: Vector | None = None
     lens_scale: float | None = None
     lens_spread: float | None = None
     cut: list[int] = field(default_factory=list)

@@ -35,7 +35,8 @@ def layer_events(
     Args:
         layers: wrapped layers, in order.
         row: names the columns of ``host["window"]``.
-        host: arrays of ``StepState.host()``; only ``"window"`` for evaluation.
+        host: arrays of ``StepState.host()``, and ``"router_drift"`` by layer id where it was measured; only
+            ``"window"`` for evaluation.
         run_id: of the run.
         attempt: start or resume of the run.
         step: optimizer step at which the window ends.
@@ -71,10 +72,16 @@ def layer_events(
                 notes=[*layer.notes, *_remarks(row, window_LR[at], layer, reads, others_ran)],
                 **fields,
                 lens_spread=known((lens_spread or {}).get(at)),
+                router_drift=_drift_of(host, at),
                 cut=list(layer.cut),
             )
         )
     return events
+
+
+def _drift_of(host: Mapping[str, Any], layer_id: int) -> list[float | int | None] | None:
+    drift = host.get("router_drift", {}).get(layer_id)
+    return None if drift is None else [known(value) for value in drift]
 
 
 def window_shares(layers: Sequence[Layer], row: Row, host: Mapping[str, Any]) -> dict[int, list[float]]:

@@ -54,6 +54,7 @@ _READINGS = (
     "logit_std",
     "relevance",
     "beta",
+    "router_drift",
     "lens_scale",
     "lens_spread",
 )
@@ -117,6 +118,7 @@ class LayerSnapshot:
     overlap_only: float | None = None
     relevance: float | None = None
     beta: Vector | None = None
+    router_drift: Vector | None = None
     lens_scale: float | None = None
     lens_spread: float | None = None
     observed: bool = True

@@ -21,6 +21,7 @@ FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
 # A layer and micro-batch over the untouched model, and what comes once per micro-batch: the promise of the README.
 A_LAYER = {"observe": 12, "protect": 25, "balance": 16}
 FIXED, A_STEP = 150, 60
+DRIFT = 6  # when a window closes, with LifecycleConfig(router_drift=True)
 ROLES = 35  # a micro-batch, with CoherenceConfig(roles=True)
 
 
@@ -179,6 +180,30 @@ def test_sums_stay_estimates_when_only_every_second_micro_batch_is_read() -> Non
         assert 2 * sum(got.phi_rows) == sum(want.phi_rows)
         read += sum(got.phi_rows)
     assert read > 0, "bad test setup"
+
+
+def test_router_drift_costs_nothing_between_windows_and_little_when_one_closes() -> None:
+    found = {}
+    for on, layers in ((False, 2), (True, 2), (True, 4)):
+        with phantom.device():
+            model = phantom.to_device(tiny.tiny_model("qwen3_moe", num_hidden_layers=layers))
+            model.set_experts_implementation("grouped_mm")
+            config = ChronoConfig.observe(interval=2, lifecycle__router_drift=on)
+            system = chronomoe_hf.system_of(chronomoe_hf.wrap(model, config))
+            parts = []
+            for step in (1, 2):
+                with phantom.counting() as forward:
+                    model(**phantom.to_device(tiny.tiny_batch("qwen3_moe", padded=True))).loss.backward()
+                with phantom.counting() as stepping:
+                    snapshot = system.step(step)
+                moved = sum(stepping.reads.values()), sum(stepping.uploads.values())
+                parts.append((forward.total, stepping.total, *moved))
+            assert snapshot is not None and (snapshot.layers[0].router_drift == [0.0] * 8) == on
+            found[on, layers] = parts
+    assert found[True, 2][0] == found[False, 2][0], "the same launches, reads and uploads"
+    added = [mine - other for mine, other in zip(found[True, 2][1], found[False, 2][1], strict=True)]
+    assert added == [0, DRIFT, 1, 1]
+    assert found[True, 4][1][1:] == found[True, 2][1][1:], "layers of one shape are compared together"
 
 
 def test_two_runs_on_the_device_give_the_same_bits() -> None:
