@@ -69,6 +69,12 @@ def recorded_counts(output_dir: str) -> list[list[list[int]]]:
     return [[train[2 * step + layer]["expert_token_counts"] for layer in range(2)] for step in range(STEPS)]
 
 
+def first_events(output_dir: str) -> list[dict[str, Any]]:
+    """The events of the first window, one a layer."""
+    records, _ = read_jsonl(Path(output_dir) / "chronomoe" / "routing_events.jsonl")
+    return [record for record in records if record["mode"] == "TRAIN"][:2]
+
+
 def recorded_loss_tokens(output_dir: str) -> list[int]:
     records, _ = read_jsonl(Path(output_dir) / "chronomoe" / "snapshots.jsonl")
     return [record["loss_tokens"] for record in records if record["mode"] == "TRAIN"]
@@ -147,8 +153,12 @@ def test_counts_and_agreement(engine: str, tmp_path: Path, launch: Callable[...,
             assert recorded_loss_tokens(job.output_dir) == labels_fed(ranks)
         else:
             check_governed(ranks[0])
-    for ranks, alone in zip(runs, one_process(jobs, tmp_path), strict=True):
+    for index, (job, ranks, alone) in enumerate(zip(jobs, runs, one_process(jobs, tmp_path), strict=True)):
         compare_with_one_process(ranks, alone)
+        together, apart = (first_events(directory) for directory in (job.output_dir, str(tmp_path / f"one-{index}")))
+        for ours, theirs in zip(together, apart, strict=True):  # weights have hardly parted there
+            for name in ("contribution", "saliency", "gate_sum", "mean_norm"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
 
 
 def compare_with_one_process(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:

@@ -18,7 +18,8 @@ from chronomoe_hf.telemetry import read_jsonl
 def test_every_rank_holds_the_same_mask_and_a_resume_brings_it_back(
     engine: str, tmp_path: Path, launch: Callable[..., Any]
 ) -> None:
-    config = {"interval": 2, "alerts": {"min_window_tokens": 1}, "lifecycle": {"cut_at": 3, "keep": 0.5}}
+    lifecycle = {"cut_at": 3, "keep": 0.5, "router_drift": True}
+    config = {"interval": 2, "alerts": {"min_window_tokens": 1}, "lifecycle": lifecycle}
     arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 3}
     whole = Job(output_dir=str(tmp_path / "whole"), engine=engine, config=config, arguments=arguments)
     checkpoint = tmp_path / "whole" / "checkpoint-4"
@@ -41,3 +42,14 @@ def test_every_rank_holds_the_same_mask_and_a_resume_brings_it_back(
         routed = sum(record["expert_token_counts"][expert] for expert in plan.layers[record["layer_id"]].dropped)
         masked = record["step"] > 3 or (record["step"] == 3 and record["mode"] == "EVAL")
         assert (routed == 0) == masked and ("cut" in record) == masked
+    drifts = {name: last_drift(tmp_path / name) for name in ("whole", "resumed")}
+    assert drifts["resumed"] == drifts["whole"], "measured from the start of the first run"
+    if engine == "plain":
+        assert all(value > 0.0 for layer in drifts["whole"] for value in layer)
+    else:
+        assert drifts["whole"] == [None, None], "sharded outside a forward"
+
+
+def last_drift(directory: Path) -> list[Any]:
+    records, _ = read_jsonl(directory / "chronomoe" / "routing_events.jsonl")
+    return [record["router_drift"] for record in records if record["mode"] == "TRAIN"][-2:]
