@@ -58,8 +58,9 @@ def logits(model: Any) -> Tensor:
     return out
 
 
-def test_the_plan_is_that_of_the_runs_own_windows_and_touches_no_weight(tmp_path: Path) -> None:
-    model, system = wrapped()
+@pytest.mark.parametrize("rank", ["contribution", "mean_norm"])
+def test_the_plan_is_that_of_the_runs_own_windows_and_touches_no_weight(rank: str, tmp_path: Path) -> None:
+    model, system = wrapped(rank=rank)
     system.begin()
     system.open_telemetry(tmp_path)
     optimizer = train(model, system, range(1, 3))
@@ -75,7 +76,8 @@ def test_the_plan_is_that_of_the_runs_own_windows_and_touches_no_weight(tmp_path
     assert all(len(layer.kept) == 4 for layer in plan.layers)
     known = Evidence.from_directory(tmp_path)
     assert (known.source.first_step, known.source.last_step) == (1, 3)
-    assert [layer.kept for layer in plan_prune(known, keep=0.5).layers] == [layer.kept for layer in plan.layers]
+    again = plan_prune(known, keep=0.5, rank=rank)
+    assert plan.rank == rank and [layer.kept for layer in again.layers] == [layer.kept for layer in plan.layers]
     assert PrunePlan.load(tmp_path / "chronomoe" / "prune_plan.json") == plan
     records, _ = read_jsonl(tmp_path / "chronomoe" / "lifecycle_cuts.jsonl")
     assert [(r["step"], r["dry_run"], r["num_kept"], r["kept"][1]) for r in records] == [
