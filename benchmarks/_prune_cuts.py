@@ -140,14 +140,9 @@ def fresh(name: str, seed: int) -> list[Row]:
     for rank in ("reap", "contribution"):
         with masked(sub.model, made[rank]):
             rows.append({**common, "rank": rank, "refit": False, **rise(losses(sub.model, text_NS), dense_N)})
-    rows.append(
-        {
-            **common,
-            "rank": "contribution",
-            "refit": True,
-            **_refitted(sub, made["contribution"], text_NS, dense_N, seed),
-        }
-    )
+    for times in (1, 4):
+        row = {**common, "rank": "contribution", "refit": True, "times": times}
+        rows.append({**row, **_refitted(sub, made["contribution"], text_NS, dense_N, seed, times)})
     print(name, seed, "fresh", *(f"{row['rise']:.4f}" for row in rows), flush=True)
     return rows
 
@@ -238,9 +233,9 @@ def refit_settings(name: str, seed: int) -> list[Row]:
     return rows
 
 
-def _refitted(sub: Subject, plan: PrunePlan, text_NS: Tensor, dense_N: Tensor, seed: int) -> Row:
+def _refitted(sub: Subject, plan: PrunePlan, text_NS: Tensor, dense_N: Tensor, seed: int, times: int = 1) -> Row:
     started = time.perf_counter()
-    report = refit(sub.model, plan, calibration(sub, seed))
+    report = refit(sub.model, plan, calibration(sub, seed, times))
     seconds = time.perf_counter() - started
     with masked(sub.model, plan):
         row = rise(losses(sub.model, text_NS), dense_N)

@@ -153,7 +153,10 @@ def markdown(results: Row) -> str:
     if rows:
         lines += ["## Claims", "", "| claim | holds | numbers |", "| --- | --- | --- |"]
         fresh = results.get("fresh", [])
-        found = claims(rows) + (_quarter(fresh, ", on fresh seeds", ("contribution",)) if fresh else [])
+        found = claims(rows)
+        for times, words in ((1, ""), (4, " from four times the text")) if fresh else ():
+            used = [row for row in fresh if row.get("times", times) == times]
+            found += _quarter(used, f", on fresh seeds, refit{words}", ("contribution",))
         found += healing_claims(results.get("healing", []))
         lines += [f"| {c['claim']} | {'yes' if c['holds'] else '**no**'} | {c['numbers']} |" for c in found]
         lines += [""]
