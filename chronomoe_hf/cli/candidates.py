@@ -46,7 +46,8 @@ def candidates(
             soft_wrap=True,
         )
     if proposals:
-        screen.print(f"{len(proposals)} proposals from roles; below each, edits and their rise of the loss")
+        many = "1 proposal" if len(proposals) == 1 else f"{len(proposals)} proposals"
+        screen.print(f"{many} from roles; below each, edits and their rise of the loss")
         screen.print("of a split also both experts' load, before -> after (1 = a fair share)")
         screen.print(f"{'layer':>5}  {'proposal':<8} {'experts':<9} {'state':<9} {'since':>6} {'score':>5}")
     for each in proposals:
