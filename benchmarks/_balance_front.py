@@ -152,8 +152,9 @@ def _unchanged(results: Row, setting: str, arm: str) -> Row | None:
     here = point(results, setting, arm)
     if here is None or here.seeds < 2:
         return None
+    idle = "nothing idle" if setting == "healthy" else "experts idle at the start"
     return {
-        "claim": f"{setting} (k unchanged): {arm} ends at most one standard error above none",
+        "claim": f"{setting} (k unchanged, {idle}): {arm} ends at most one standard error above none",
         "holds": here.loss <= here.error,
         "numbers": f"{here.loss:+.4f} ({here.error:.4f}); {here.seeds} seeds",
     }

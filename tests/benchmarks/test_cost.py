@@ -33,7 +33,7 @@ def test_bytes_of_two_real_processes_are_the_formulas(cost: ModuleType, committe
     assert [(row["layers"], row["experts"], row["hidden"], row["preset"]) for row in rows] == cost.CASES
     for row in rows:
         layers, experts, hidden = row["layers"], row["experts"], row["hidden"]
-        step = 8 * (layers * (7 * experts + 11) + 3)
+        step = 8 * (layers * (9 * experts + 11) + 3)
         lens = 8 * layers * (2 * hidden + 4) if row["preset"] == "protect" else 0
         assert row["between"] == row["formula_between"] == [step]
         assert row["window"] == row["formula_window"] == [step + lens, 64, 8 * (2 * layers + 1)]
@@ -74,13 +74,13 @@ def test_the_paper_table_follows_from_the_counts(cost: ModuleType, committed: di
     row = next(r for r in committed["scale"]["rows"] if r["model"] == qwen["name"] and r["preset"] == "observe")
     launches = 94 * (unit["forward_per_layer"] + unit["step_per_layer"]) + unit["forward_fixed"] + unit["step_fixed"]
     assert row["launches"] == round(launches)
-    size = 8 * (94 * (7 * 128 + 11) + 3)
+    size = 8 * (94 * (9 * 128 + 11) + 3)
     reduce = assumed["hop_us"] * 1e-6 * math.log2(512) + 2 * 511 / 512 * size / (assumed["bandwidth_gb_s"] * 1e9)
     assert row["reduce_ms"]["512"] == pytest.approx(1000 * reduce, abs=1e-3)
     step = 6 * qwen["active"] * 8192 / (assumed["utilisation"] * assumed["peak_tflops"] * 1e12)
     share = (launches * assumed["launch_us"] * 1e-6 + reduce) / step
     assert row["share"]["8192"]["512"] == pytest.approx(share, abs=2e-6)
-    assert row["state_mb"] == pytest.approx((16 + 94 * (476 + 352 * 128)) / 1e6, abs=0.5), "state of that order"
+    assert row["state_mb"] == pytest.approx((16 + 94 * (476 + 432 * 128)) / 1e6, abs=0.5), "state of that order"
 
 
 def test_the_committed_page_is_made_from_the_committed_figures(cost: ModuleType, committed: dict[str, Any]) -> None:
