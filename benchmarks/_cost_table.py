@@ -83,7 +83,7 @@ def _bytes(results: Row) -> list[str]:
     lines = [
         "## What ranks exchange, keep and write",
         "",
-        "A step makes one all-reduce of 8 (L (7 E + 11) + 3) bytes, on any number of ranks. A step that closes a "
+        "A step makes one all-reduce of 8 (L (9 E + 11) + 3) bytes, on any number of ranks. A step that closes a "
         "window adds "
         "64 bytes and 8 (2 L + 1) bytes, and with a lens that may act 8 L (2 D + 4) bytes in the first. Counted in two "
         "processes (gloo), bytes of each collective:",
