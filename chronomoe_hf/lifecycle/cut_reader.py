@@ -55,30 +55,31 @@ class CutReader:
         self.fit, self.check = fit, check
         self._modules = dict(root_of(model).named_modules())
         self._held: dict[str, list[Any]] = {}  # block -> its output, by batch
+        self._before = ""  # block of the layer that was read before
         self._checked = False
 
-    def read(self, index: int, stream: Stream, before: Stream | None) -> tuple[LayerSamples, Tensor]:
+    def read(self, index: int, stream: Stream) -> tuple[LayerSamples, Tensor]:
         """What the layer's experts read with it and all layers before it cut, and its stream ``(T, D)``.
 
         Args:
-            index: the layer.
+            index: the layer; those before it have been fitted.
             stream: its stream.
-            before: that of the layer that was read and fitted before it.
         """
         layers = self.layers[: index + 1]
         rows: list[tuple[Tensor, ...]] = []
         counts, outputs = 0, []
-        block = self._modules.get(before.block) if before is not None and before.block else None
+        block = self._modules[self._before] if self._before else None
         with mask_experts(layers, self.drops[: index + 1]):
             for number, batch in enumerate([*self.fit, *self.check]):
                 taken, output = self._one(index, stream, block, number, batch)
                 rows.append(taken)
                 outputs.append(output)
                 counts += taken[0].shape[0] if number < len(self.fit) else 0
-        if before is not None and block is not None and all(output is not None for output in outputs):
-            stack = before.block.rpartition(".")[0]
+        if block is not None and all(output is not None for output in outputs):
+            stack = self._before.rpartition(".")[0]
             self._held = {name: held for name, held in self._held.items() if name.rpartition(".")[0] != stack}
-            self._held[before.block] = outputs
+            self._held[self._before] = outputs
+        self._before = stream.block
         hidden_TD, index_TK, gate_TK, stream_TD = (torch.cat(column) for column in zip(*rows, strict=True))
         return LayerSamples(hidden_TD, counts, index_TK, gate_TK, index_TK, gate_TK), stream_TD
 

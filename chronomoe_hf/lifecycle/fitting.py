@@ -16,7 +16,7 @@ from chronomoe_hf.lifecycle.layer_fit import LayerRefit, fit_layer, routed_outpu
 from chronomoe_hf.lifecycle.live import Batch
 from chronomoe_hf.lifecycle.projections import OutputProjections
 from chronomoe_hf.lifecycle.samples import LayerSamples, collect_samples, sample_bytes, under_mask
-from chronomoe_hf.lifecycle.streams import Stream, find_streams, full_streams
+from chronomoe_hf.lifecycle.streams import find_streams, full_streams
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 
@@ -76,7 +76,6 @@ class Fitting:
             zip(cut, find_streams(self.model, [self.layers[i] for i in cut], _small(self.fit[0])), strict=True)
         )
         reader = CutReader(self.model, self.layers, self.drops, self.fit, self.check)
-        before: Stream | None = None
         try:
             for group in self._groups(cut):
                 exchange_all(self.stored)  # the full model
@@ -86,12 +85,11 @@ class Fitting:
                 finally:
                     exchange_all(self.stored)
                 for index in group:
-                    samples, now_TD = reader.read(index, streams[index], before)
+                    samples, now_TD = reader.read(index, streams[index])
                     gap_TD = (wanted.pop(0).float() - now_TD.float()) / streams[index].factor
                     target_TD = routed_output(self.projections[index], samples) + gap_TD
                     if self._fit(index, samples, target_TD):
                         exchange_all(self.stored[-1:])
-                    before = streams[index]
         finally:
             exchange_all(self.stored)
 

@@ -106,8 +106,8 @@ def refit(
             No labels are read. 2,000 tokens are worth it, 16,000 are good, 64,000 better.
         ridge: how strongly the weights are held where they are.
         sweeps: passes over the experts of a layer.
-        sequential: see above. It costs about three forwards of the batches instead of one and a half, and at half of
-            the experts halves what the cut costs once more (``benchmarks/results/prune_quality.md``).
+        sequential: see above. It reads the full model once and two blocks of the cut one per layer. At half of the
+            experts it takes another third or more off the cost (``benchmarks/results/prune_quality.md``).
         held_out: fraction of the batches (of the sequences, if there is one batch) that only checks.
         memory_gb: memory for inputs of layers; layers that do not fit together are read in further passes.
         progress: called with one line per layer.

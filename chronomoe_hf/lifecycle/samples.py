@@ -55,8 +55,8 @@ def sample_bytes(layer: FoundLayer, tokens: int) -> int:
     return tokens * (weight.shape[-1] * weight.element_size() + 24 * layer.adapter.top_k(layer.router))
 
 
-class _StopError(Exception):
-    """Ends the repeated forward of a block at its experts."""
+class StopForward(Exception):
+    """A hook has read what it wanted; nothing behind it has to run."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ class LayerTap:
         index_TK, gate_TK = assignments(self.layer, index, gate)
         if self.repeating:
             self.repeats.append((index_TK, gate_TK))
-            raise _StopError
+            raise StopForward
         self.calls.append((hidden_TD, index_TK, gate_TK))
 
     def _parent(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -107,7 +107,7 @@ class LayerTap:
         try:
             with self.altered():
                 module.forward(*args, **kwargs)
-        except _StopError:
+        except StopForward:
             return
         except (RuntimeError, ValueError, TypeError) as error:
             raise LifecycleError(

@@ -9,7 +9,7 @@ Shape suffixes: T tokens, D hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,14 +18,10 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.live import Batch, forward_arguments
-from chronomoe_hf.lifecycle.samples import LayerTap
+from chronomoe_hf.lifecycle.samples import LayerTap, StopForward
 from chronomoe_hf.wrapping.discovery import FoundLayer, root_of
 
 _TOLERANCE = 0.02  # of the disturbance; a norm behind the experts is off by more than a half
-
-
-class StopForward(Exception):
-    """Ends a forward behind the module that is read."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +52,14 @@ def find_streams(model: nn.Module, layers: Sequence[FoundLayer], batch: Batch) -
     Raises:
         LifecycleError: the experts are not called once in a forward.
     """
-    paths = {module: name for name, module in root_of(model).named_modules()}
-    return [_find(model, layer, _around(layer, paths), batch) for layer in layers]
+    modules = dict(root_of(model).named_modules())
+    paths = {module: name for name, module in modules.items()}
+    return [_find(model, layer, _around(layer, paths[layer.parent], modules), batch) for layer in layers]
 
 
-def _around(layer: FoundLayer, paths: dict[nn.Module, str]) -> list[tuple[str, nn.Module]]:
-    """The modules around the experts, from the block of the stack inwards to the experts."""
-    modules = {name: module for module, name in paths.items()}
-    words = paths[layer.parent].split(".")
+def _around(layer: FoundLayer, path: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The modules around the experts, from the block of the stack inwards to the experts; `path` is the parent's."""
+    words = path.split(".")
     first = next((at for at, word in enumerate(words) if word.isdigit()), len(words) - 1)
     names = [".".join(words[: at + 1]) for at in range(first, len(words))]
     assert layer.experts is not None
