@@ -96,8 +96,7 @@ def run(name: str, seed: int) -> list[Row]:
     rows: list[Row] = []
     for cut in CUTS:
         for rank, plan in plans(sub, cut).items():
-            common = {"shape": name, "seed": seed, "cut": cut, "rank": rank, "num_kept": plan.num_kept}
-            common["dense_loss"] = float(dense_N.mean())
+            common = _common(name, seed, cut, rank, plan, dense_N)
             with masked(sub.model, plan):
                 rows.append({**common, "refit": False, **rise(losses(sub.model, text_NS), dense_N)})
             if rank == "contribution" and seed == 0:
@@ -106,6 +105,12 @@ def run(name: str, seed: int) -> list[Row]:
                 rows.append({**common, "refit": True, **_refitted(sub, plan, text_NS, dense_N, seed)})
             print(name, seed, cut, rank, *(f"{row['rise']:.4f}" for row in rows[-2:]), flush=True)
     return [*rows, *free_budgets(name, seed)]
+
+
+def _common(name: str, seed: int, cut: float, rank: str, plan: PrunePlan, dense_N: Tensor) -> Row:
+    """What every row of a cut says."""
+    row: Row = {"shape": name, "seed": seed, "cut": cut, "rank": rank, "num_kept": plan.num_kept}
+    return row | {"dense_loss": float(dense_N.mean())}
 
 
 def refitted_ranks(cut: float) -> tuple[str, ...]:
@@ -122,8 +127,7 @@ def refits(name: str, seed: int) -> list[Row]:
     for cut in CUTS:
         made = plans(sub, cut)
         for rank in refitted_ranks(cut) if made else ():
-            common = {"shape": name, "seed": seed, "cut": cut, "rank": rank, "num_kept": made[rank].num_kept}
-            common["dense_loss"] = float(dense_N.mean())
+            common = _common(name, seed, cut, rank, made[rank], dense_N)
             rows.append({**common, "refit": True, **_refitted(sub, made[rank], text_NS, dense_N, seed)})
             print(name, seed, cut, rank, "refit", f"{rows[-1]['rise']:.4f} {rows[-1]['seconds']:.0f} s", flush=True)
     return rows

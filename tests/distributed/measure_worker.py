@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from support import gloo_exit, models
 from support.plans import keeping
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from support.ranks import on_ranks
 
 from chronomoe_hf.errors import ChronoError
 from chronomoe_hf.lifecycle import measure
@@ -25,13 +24,7 @@ def main(output_dir: str, engine: str) -> None:
     rank = int(os.environ["RANK"])
     model = models.tiny_model("mixtral")
     plan = keeping(model, KEPT)
-    if engine == "fsdp2":
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        wrapped = model
-    else:
-        wrapped = DistributedDataParallel(model)
+    wrapped = on_ranks(model, engine)
     mine = [models.tiny_batch("mixtral", seed=100 + 2 * index + rank, padded=True) for index in range(2)]
     effect = measure(wrapped, plan, mine, controls=1, seed=3)
     out = {"effect": effect.to_record()}

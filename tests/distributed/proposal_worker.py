@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from support import gloo_exit
 from support.plans import digest
+from support.ranks import on_ranks
 from support.split_proposals import DONOR, EDITS, held_out, one_idle, propose, watch
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
 
@@ -25,13 +24,7 @@ def main(output_dir: str, engine: str, k: str) -> None:
     system = watch(model)
     propose(system, "split", (DONOR,), EDITS)
     was = digest(model)
-    if engine == "fsdp2":
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        run = model
-    else:
-        run = DistributedDataParallel(model)
+    run = on_ranks(model, engine)
     batches = held_out(count=4)
     (record,) = measure_proposals(system, run, [batches[rank], batches[2 + rank]])
     same = engine == "fsdp2" or digest(model) == was

@@ -12,7 +12,7 @@ from support import jobs, models
 from support.made_runs import run_with_roles, train_into
 from support.plans import digest
 from support.split_proposals import IDLE, LAYER, train_with_an_idle_expert
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, PruneDecision
@@ -26,18 +26,10 @@ from chronomoe_hf.telemetry import read_jsonl
 def train(output_dir: Path, **lifecycle: Any) -> tuple[Trainer, Any]:
     trainer = Trainer(
         models.tiny_model("mixtral", attention_dropout=0.1),
-        TrainingArguments(
-            str(output_dir),
+        jobs.evaluated_arguments(
+            output_dir,
             per_device_train_batch_size=4,
             per_device_eval_batch_size=4,
-            max_steps=6,
-            logging_steps=1,
-            eval_strategy="steps",
-            eval_steps=2,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
             gradient_accumulation_steps=2,
         ),
         train_dataset=jobs.rows(64),

@@ -180,7 +180,9 @@ def test_blocks_that_are_skipped_change_nothing(monkeypatch: pytest.MonkeyPatch)
         ("deepseek_v3", "model.layers.{}", 1.0),
         ("switch_transformers", "{}.block.1", 1.0),
         ("cohere2_moe", "model.layers.{}", 0.5),  # averaged with its shared expert
-        ("afmoe", "", 1.0),  # a norm stands between its experts and the stream
+        ("afmoe", "block", 1.0),  # a norm stands between its experts and the stream
+        ("flex_olmo", "block", 1.0),
+        ("gemma4", "", 1.0),  # and here right behind the experts
     ],
 )
 def test_where_the_routed_output_is_added_up(family: str, name: str, factor: float) -> None:
@@ -192,8 +194,8 @@ def test_where_the_routed_output_is_added_up(family: str, name: str, factor: flo
     assert len(streams) == len(layers)
     for stream, layer in zip(streams, layers, strict=True):
         assert stream.factor == pytest.approx(factor, rel=1e-3)
-        if family == "afmoe":
-            assert stream.name == layer.name.rpartition(".")[0]  # the block of experts, shared ones included
+        if name in ("", "block"):  # the experts themselves, or the block that holds them and shared ones
+            assert stream.name == (layer.name.rpartition(".")[0] if name else "")
         else:
             prefix = layer.name.split(".")[0] if family == "switch_transformers" else layer.name.split(".")[2]
             assert stream.name == name.format(prefix)

@@ -302,3 +302,19 @@ def save_result(job: Job, rank: int, result: dict[str, Any]) -> None:
 def result_path(output_dir: str | Path, rank: int) -> Path:
     """Where `save_result` puts a rank's result."""
     return Path(output_dir) / f"result-{rank}.pt"
+
+
+def evaluated_arguments(output_dir: Path, **fields: Any) -> TrainingArguments:
+    """Six steps of a quiet Trainer that logs every step and evaluates every two."""
+    return TrainingArguments(
+        str(output_dir),
+        max_steps=6,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **fields,
+    )

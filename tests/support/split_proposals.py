@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from support import jobs, models
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
@@ -64,19 +64,7 @@ def propose(system: Any, kind: Any, experts: tuple[int, ...], competing: list[tu
 
 def train_with_an_idle_expert(directory: Path, k: int = 1, *, measured: bool = True) -> Trainer:
     """Six steps of a Trainer with dropout, evaluated every two; roles, and what they propose, are measured or not."""
-    arguments = TrainingArguments(
-        str(directory),
-        per_device_train_batch_size=32,
-        max_steps=6,
-        learning_rate=1e-4,
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    arguments = jobs.evaluated_arguments(directory, per_device_train_batch_size=32, learning_rate=1e-4)
     model = one_idle(k=k, never=True)
     model.config.attention_dropout = 0.1
     for layer in model.model.layers:
