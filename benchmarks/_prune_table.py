@@ -110,7 +110,7 @@ def _prediction(rows: list[Row]) -> list[Row]:
 
 def markdown(results: Row) -> str:
     """The page."""
-    from _prune_heal_table import balance_lines, healing_claims, healing_lines  # reads cells with the functions above
+    from _prune_heal_table import balance_lines, healing_lines  # reads cells with the functions above
 
     rows = results["rows"]
     seeds = sorted({row["seed"] for row in rows})
@@ -126,6 +126,23 @@ def markdown(results: Row) -> str:
         "can hold such a model. `mean_norm` is read from 32 training blocks (`lifecycle.calibrate`).",
         "",
     ]
+    lines += _rank_lines(rows)
+    lines += healing_lines(results.get("healing", []))
+    lines += balance_lines(results.get("balance", []), rows)
+    if rows:
+        lines += _claim_lines(results)
+    lines += _setting_lines(results.get("settings", []))
+    lines += _cost_lines(results["layer_cost"])
+    lines += [
+        f"{results['machine']}; " + ", ".join(f"{name} {value}" for name, value in results["versions"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _rank_lines(rows: list[Row]) -> list[str]:
+    """A table per shape: ranks by sizes."""
+    lines: list[str] = []
     ranks = ("contribution", "reap", "frequency", "mean_norm", "fisher", "phi", "random", "worst", "free budgets")
     for shape in shapes_of(rows):
         dense = [row["dense_loss"] for row in pick(rows, shape=shape, rank="contribution", cut=0.25, refit=False)]
@@ -148,50 +165,56 @@ def markdown(results: Row) -> str:
             ]
             lines.append(f"| {rank} | " + " | ".join(cells) + " |")
         lines.append("")
-    lines += healing_lines(results.get("healing", []))
-    lines += balance_lines(results.get("balance", []), rows)
-    if rows:
-        lines += ["## Claims", "", "| claim | holds | numbers |", "| --- | --- | --- |"]
-        fresh = results.get("fresh", [])
-        found = claims(rows)
-        for times, words in ((1, ""), (4, " from four times the text")) if fresh else ():
-            used = [row for row in fresh if row.get("times", times) == times]
-            found += _quarter(used, f", on fresh seeds, refit{words}", ("contribution",))
-        found += healing_claims(results.get("healing", []))
-        lines += [f"| {c['claim']} | {'yes' if c['holds'] else '**no**'} | {c['numbers']} |" for c in found]
-        lines += [""]
-    if results.get("settings"):
-        lines += ["## Settings of the refit (half of the experts, by contribution, one seed)", ""]
-        lines += [
-            "| shape | layer by layer | ridge | sweeps | tokens | rise |",
-            "| --- | --- | --- | --- | --- | --- |",
-        ]
-        lines += [
-            f"| {r['shape']} | {'yes' if r['sequential'] else 'no'} | {r['ridge']} | {r['sweeps']} | {r['tokens']} | "
-            f"{r['rise']:.4f} |"
-            for r in results["settings"]
-        ]
-        lines += [""]
-    if results["layer_cost"]:
-        lines += [
-            "## Refit of one layer",
-            "",
-            "CPU seconds of one thread, reading the tokens and the check included; memory of the whole process, and",
-            "how much of it was there before (the model and the libraries). Weights and tokens are random.",
-            "",
-            "| layer | tokens | CPU seconds | peak memory, GB | before, GB |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        lines += [
-            f"| {c['layer']} | {c['tokens']} | {c['seconds']:.0f} | {c['peak_gb']:.1f} | {c['before_gb']:.1f} |"
-            for c in results["layer_cost"]
-        ]
-        lines += [""]
+    return lines
+
+
+def _claim_lines(results: Row) -> list[str]:
+    from _prune_heal_table import healing_claims
+
+    lines = ["## Claims", "", "| claim | holds | numbers |", "| --- | --- | --- |"]
+    fresh = results.get("fresh", [])
+    found = claims(results["rows"])
+    for times, words in ((1, ""), (4, " from four times the text")) if fresh else ():
+        used = [row for row in fresh if row.get("times", times) == times]
+        found += _quarter(used, f", on fresh seeds, refit{words}", ("contribution",))
+    found += healing_claims(results.get("healing", []))
+    lines += [f"| {c['claim']} | {'yes' if c['holds'] else '**no**'} | {c['numbers']} |" for c in found]
+    return [*lines, ""]
+
+
+def _setting_lines(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["## Settings of the refit (half of the experts, by contribution, one seed)", ""]
     lines += [
-        f"{results['machine']}; " + ", ".join(f"{name} {value}" for name, value in results["versions"].items()),
-        "",
+        "| shape | layer by layer | ridge | sweeps | tokens | rise |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    return "\n".join(lines)
+    lines += [
+        f"| {r['shape']} | {'yes' if r['sequential'] else 'no'} | {r['ridge']} | {r['sweeps']} | {r['tokens']} | "
+        f"{r['rise']:.4f} |"
+        for r in rows
+    ]
+    return [*lines, ""]
+
+
+def _cost_lines(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "## Refit of one layer",
+        "",
+        "CPU seconds of one thread, reading the tokens and the check included; memory of the whole process, and",
+        "how much of it was there before (the model and the libraries). Weights and tokens are random.",
+        "",
+        "| layer | tokens | CPU seconds | peak memory, GB | before, GB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {c['layer']} | {c['tokens']} | {c['seconds']:.0f} | {c['peak_gb']:.1f} | {c['before_gb']:.1f} |"
+        for c in rows
+    ]
+    return [*lines, ""]
 
 
 def plot(results: Row, path: Path) -> None:

@@ -63,6 +63,102 @@ def save(results: dict[str, Any], directory: Path) -> None:
         plot(results, directory / "prune_quality.png")
 
 
+def settings(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Other settings of the refit, first seed."""
+    from _prune_cuts import refit_settings
+
+    others = [row for row in results["settings"] if row["shape"] not in options.shapes]
+    results["settings"] = others + [row for shape in options.shapes for row in refit_settings(shape, 0)]
+
+
+def heal(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Healing, a cut in the middle, after `balance`, mean norms; what is there is kept."""
+    import _prune_heal
+
+    parts = (("mean_norm", "rows"), ("balanced", "balance"), ("healing", "healing"))
+    for shape, seed in _pairs(options):
+        for make, part in parts:
+            rows = results.setdefault(part, [])
+            mine = [row for row in rows if (row["shape"], row["seed"]) == (shape, seed)]
+            if not any(part != "rows" or row["rank"] == "mean_norm" for row in mine):
+                rows += getattr(_prune_heal, make)(shape, seed)
+                save(results, options.output)
+
+
+def fresh(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """The goal of the refit on seeds that nothing was chosen on."""
+    from _prune_cuts import fresh as made
+
+    for seed in FRESH:
+        for shape in options.shapes:
+            rows = [row for row in results.get("fresh", []) if (row["shape"], row["seed"]) != (shape, seed)]
+            results["fresh"] = rows + made(shape, seed)
+            save(results, options.output)
+
+
+def refit(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Rows with a refit, in place of those that are there."""
+    from _prune_cuts import refits
+
+    for shape, seed in _pairs(options):
+        new = {(row["cut"], row["rank"]): row for row in refits(shape, seed)}
+        for at, row in enumerate(results["rows"]):
+            if row["refit"] and (row["shape"], row["seed"]) == (shape, seed):
+                results["rows"][at] = new[row["cut"], row["rank"]]
+        save(results, options.output)
+
+
+def free(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Free budgets per layer for rows that lack them."""
+    from _prune_cuts import free_budgets
+
+    has = {(row["shape"], row["seed"]) for row in results["rows"] if row["rank"] == "free budgets"}
+    for shape, seed in sorted({(row["shape"], row["seed"]) for row in results["rows"]} - has):
+        results["rows"] += free_budgets(shape, seed)
+        save(results, options.output)
+
+
+def exported(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """The default rank's cuts on the first seed as exported checkpoints."""
+    from _prune_cuts import exported as made
+
+    for shape in options.shapes:
+        new = {(row["cut"], row["refit"]): row for row in made(shape, 0)}
+        for row in results["rows"]:
+            found = new.get((row["cut"], row["refit"]))
+            if found is not None and (row["shape"], row["seed"], row["rank"]) == (shape, 0, "contribution"):
+                row |= {"rise_exported": found["rise"], "error_exported": found["error"]}
+        save(results, options.output)
+
+
+def layer_cost(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Time and memory of one layer of a real model's shape."""
+    from _prune_layer_cost import layer_cost as made
+
+    results["layer_cost"] = made()
+
+
+def cuts(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Every rank at every size; what is there is kept."""
+    from _prune_cuts import run
+
+    for shape, seed in [("quick", 0)] if options.quick else _pairs(options):
+        if not any((row["shape"], row["seed"]) == (shape, seed) for row in results["rows"]):
+            results["rows"] += run(shape, seed)
+            save(results, options.output)
+
+
+def render(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Nothing new: the page and the plot are written again."""
+
+
+PARTS = (render, layer_cost, settings, heal, fresh, refit, free, exported)
+
+
+def _pairs(options: argparse.Namespace) -> list[tuple[str, int]]:
+    return [(shape, seed) for seed in options.seeds for shape in options.shapes]
+
+
 def main() -> None:
     """Command line, see the top of this file."""
     parser = argparse.ArgumentParser(description="cost of cutting experts, with and without refit")
@@ -70,92 +166,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--layer-cost", action="store_true")
-    parser.add_argument("--exported", action="store_true")
-    parser.add_argument("--settings", action="store_true", help="other settings of the refit, first seed")
-    parser.add_argument("--refit", action="store_true", help="make the rows with a refit anew")
-    parser.add_argument("--fresh", action="store_true", help="the goal of the refit on seeds 3 to 5")
-    parser.add_argument("--free", action="store_true", help="add free budgets per layer to rows that lack them")
-    parser.add_argument("--heal", action="store_true", help="healed, cut in the middle, after balance, mean norms")
-    parser.add_argument("--render", action="store_true")
-    arguments = parser.parse_args()
-    results = load(arguments.output / "prune_quality.json")
-    if arguments.render:
-        save(results, arguments.output)
-        return
-    if arguments.layer_cost:
-        from _prune_layer_cost import layer_cost
-
-        results["layer_cost"] = layer_cost()
-        save(results, arguments.output)
-        return
-    from _prune_cuts import exported, free_budgets, fresh, refit_settings, refits, run
-
-    if arguments.settings:
-        others = [row for row in results["settings"] if row["shape"] not in arguments.shapes]
-        results["settings"] = others + [row for shape in arguments.shapes for row in refit_settings(shape, 0)]
-        save(results, arguments.output)
-        return
-
-    if arguments.heal:
-        import _prune_heal
-
-        parts = (("mean_norm", "rows"), ("balanced", "balance"), ("healing", "healing"))
-        for seed in arguments.seeds:
-            for shape in arguments.shapes:
-                for make, part in parts:
-                    rows = results.setdefault(part, [])
-                    mine = [row for row in rows if (row["shape"], row["seed"]) == (shape, seed)]
-                    if not any(part != "rows" or row["rank"] == "mean_norm" for row in mine):
-                        rows += getattr(_prune_heal, make)(shape, seed)
-                        save(results, arguments.output)
-        return
-
-    if arguments.fresh:
-        for seed in FRESH:
-            for shape in arguments.shapes:
-                rows = [row for row in results.get("fresh", []) if (row["shape"], row["seed"]) != (shape, seed)]
-                results["fresh"] = rows + fresh(shape, seed)
-                save(results, arguments.output)
-        return
-
-    if arguments.refit:
-        for seed in arguments.seeds:
-            for shape in arguments.shapes:
-                new = refits(shape, seed)
-                keys = [(row["cut"], row["rank"]) for row in new]
-                for at, row in enumerate(results["rows"]):
-                    if row["refit"] and (row["shape"], row["seed"]) == (shape, seed):
-                        results["rows"][at] = new[keys.index((row["cut"], row["rank"]))]
-                save(results, arguments.output)
-        return
-
-    if arguments.free:
-        for shape, seed in sorted({(row["shape"], row["seed"]) for row in results["rows"]}):
-            if not any(
-                row["rank"] == "free budgets" and (row["shape"], row["seed"]) == (shape, seed)
-                for row in results["rows"]
-            ):
-                results["rows"] += free_budgets(shape, seed)
-                save(results, arguments.output)
-        return
-
-    if arguments.exported:
-        for shape in arguments.shapes:
-            for new in exported(shape, 0):
-                for row in results["rows"]:
-                    found = (row["shape"], row["seed"], row["rank"]) == (shape, 0, "contribution")
-                    if found and row["cut"] == new["cut"] and row["refit"] == new["refit"]:
-                        row |= {"rise_exported": new["rise"], "error_exported": new["error"]}
-            save(results, arguments.output)
-        return
-    shapes, seeds = (["quick"], [0]) if arguments.quick else (arguments.shapes, arguments.seeds)
-    for seed in seeds:
-        for shape in shapes:
-            if any(row["shape"] == shape and row["seed"] == seed for row in results["rows"]):
-                continue
-            results["rows"] += run(shape, seed)
-            save(results, arguments.output)
+    for part in PARTS:
+        name = part.__name__.replace("_", "-")
+        parser.add_argument(f"--{name}", dest="part", action="store_const", const=part, help=part.__doc__)
+    options = parser.parse_args()
+    results = load(options.output / "prune_quality.json")
+    (options.part or cuts)(results, options)
+    save(results, options.output)
 
 
 if __name__ == "__main__":
