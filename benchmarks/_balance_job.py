@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from _balance_arms import CHANGED, COHERENCE, FRONT, actor, aux_weight
+from _balance_arms import AUX, CHANGED, COHERENCE, FRONT, actor, aux_weight
 from _fast_head import use_fast_head
 from _text_job import SIZES, ModelSize, Training, load_domain, pretrain_base
 
@@ -84,13 +84,9 @@ SETTINGS = {
     "quick": Setting(name="quick", size=_TINY, top_k=1, steps=60, pretrain_steps=60, batch=8),
 }
 PLAN = {
-    "e8": FRONT,
-    "e32": FRONT,
-    "e8-long": ("none", "aux 0.01", "aux 0.02", "sign", "balance", "revive"),
-    "e32-long": ("none", "aux 0.01", "aux 0.02", "sign", "balance", "revive"),
-    "reverse": ("none", "aux 0.02", "balance", "revive"),
-    "qwen3": ("none", "aux 0.02", "balance", "revive"),
-    "deepseek": ("none", "balance", "revive"),
+    **dict.fromkeys(("e8", "e32", "e8-long", "e32-long", "reverse", "qwen3"), FRONT),
+    # The family has no auxiliary loss, and quantile balancing knows no choice within groups of experts.
+    "deepseek": tuple(arm for arm in FRONT if arm not in (*AUX, "quantile")),
     "healthy": ("none", "balance", "revive"),
     "quick": ("none", "balance 0.2", "balance", "revive"),
 }
