@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.live import Batch, forward_arguments
 from chronomoe_hf.lifecycle.masking import mask_experts
-from chronomoe_hf.recording.scope import real_tokens_of
+from chronomoe_hf.lifecycle.real_tokens import RealTokens, real_rows
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 
@@ -65,7 +65,7 @@ class LayerTap:
 
     layer: FoundLayer
     altered: Callable[[], AbstractContextManager[Any]] | None
-    real_T: Tensor | None = None
+    real: RealTokens = field(default_factory=RealTokens)
     repeating: bool = False
     calls: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     repeats: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -76,7 +76,7 @@ class LayerTap:
         layer = self.layer
         assert layer.experts is not None
         self.handles = [
-            layer.owner.register_forward_pre_hook(self._owner, with_kwargs=True, prepend=True),
+            self.real.listen(layer.owner),
             layer.experts.register_forward_pre_hook(self._experts, with_kwargs=True),
         ]
         if self.altered is not None:
@@ -86,9 +86,6 @@ class LayerTap:
         """Take them off."""
         for handle in self.handles:
             handle.remove()
-
-    def _owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.real_T = real_tokens_of(module, args, kwargs)
 
     def _experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, index, gate = [*args, *kwargs.values()][:3]
@@ -123,15 +120,7 @@ class LayerTap:
         if len(self.calls) != 1 or len(self.repeats) != twice:
             raise LifecycleError(f"{self.layer.name}: its experts were called {len(self.calls)} times in one forward")
         rows: tuple[Tensor, ...] = (*self.calls.pop(), *(self.repeats.pop() if twice else ()))
-        keep_T = self.real(rows[0])
-        return tuple(value[keep_T] for value in rows)
-
-    def real(self, rows: Tensor) -> Tensor:
-        """Which rows are real tokens, bool ``(T,)``; all of them where the mask does not say."""
-        keep_T = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
-        if self.real_T is not None and self.real_T.shape == keep_T.shape:
-            keep_T = self.real_T.to(keep_T.device)
-        return keep_T
+        return tuple(real_rows(value, self.real.mask_T) for value in rows)
 
 
 def assignments(layer: FoundLayer, index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

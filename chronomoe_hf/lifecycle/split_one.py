@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from chronomoe_hf.distributed import is_sharded
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.expert_weights import Changes, ExpertWeights
+from chronomoe_hf.lifecycle.real_tokens import RealTokens, real_rows
 from chronomoe_hf.lifecycle.records import LayerSpec
 from chronomoe_hf.lifecycle.split import rewrite
 from chronomoe_hf.lifecycle.split_plan import ExpertCopy, LayerSplit
@@ -27,8 +28,7 @@ from chronomoe_hf.lifecycle.split_planner import (
     solve_bias,
     splitting_direction,
 )
-from chronomoe_hf.lifecycle.split_routing import RouterTap, real_rows
-from chronomoe_hf.recording.scope import real_tokens_of
+from chronomoe_hf.lifecycle.split_routing import RouterTap
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 
@@ -173,21 +173,15 @@ class LoadCount:
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Count the forwards within this context."""
-        layer, real = self.layer, dict[str, Tensor | None]()
-
-        def owner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            real["T"] = real_tokens_of(module, args, kwargs)
+        layer, real = self.layer, RealTokens()
 
         def router(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            index_TK = real_rows(layer.adapter.read(module, output).index_TK, real.get("T"))
+            index_TK = real_rows(layer.adapter.read(module, output).index_TK, real.mask_T)
             num = layer.adapter.num_experts(module)
             count_E = torch.bincount(index_TK.reshape(-1), minlength=num)[:num].double()
             self.count_E = count_E if self.count_E is None else self.count_E + count_E
 
-        handles = [
-            layer.owner.register_forward_pre_hook(owner, with_kwargs=True, prepend=True),
-            layer.router.register_forward_hook(router),
-        ]
+        handles = [real.listen(layer.owner), layer.router.register_forward_hook(router)]
         try:
             yield
         finally:

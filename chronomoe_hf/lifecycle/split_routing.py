@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map_only
 
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.live import Batch, forward_arguments
-from chronomoe_hf.recording.scope import forward_parameters, real_tokens_of
+from chronomoe_hf.lifecycle.real_tokens import RealTokens, real_rows
+from chronomoe_hf.recording.scope import forward_parameters
 from chronomoe_hf.router.call import input_of
 from chronomoe_hf.router.state import HANDLE, RouterHandle
 from chronomoe_hf.wrapping.discovery import FoundLayer
@@ -40,20 +41,17 @@ class RouterTap:
     layer: FoundLayer
     wrapped: Layer | None
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] = field(default_factory=list)
-    real_T: Tensor | None = None
+    real: RealTokens = field(default_factory=RealTokens)
 
     def listen(self) -> list[Any]:
         """Put the hooks on and return their handles."""
         return [
-            self.layer.owner.register_forward_pre_hook(self._owner, with_kwargs=True, prepend=True),
+            self.real.listen(self.layer.owner),
             self.layer.router.register_forward_pre_hook(self._router, with_kwargs=True),
         ]
 
-    def _owner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.real_T = real_tokens_of(module, args, kwargs)
-
     def _router(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls.append((_copied(args), _copied(kwargs), self.real_T))
+        self.calls.append((_copied(args), _copied(kwargs), self.real.mask_T))
 
     def choose(self) -> Tensor:
         """The experts of every real token, by the router as it is now: int64 ``(T, K)``, before capacity drops."""
@@ -155,13 +153,6 @@ def read_calls(model: nn.Module, taps: Sequence[RouterTap], batches: Sequence[Ba
     finally:
         for handle in handles:
             handle.remove()
-
-
-def real_rows(rows: Tensor, real_T: Tensor | None) -> Tensor:
-    """Rows of real tokens, detached; all of them where `real_T` is None or of another length."""
-    if real_T is None or real_T.shape[0] != rows.shape[0]:
-        return rows.detach()
-    return rows.detach()[real_T.to(rows.device)]
 
 
 def _copied(value: Any) -> Any:

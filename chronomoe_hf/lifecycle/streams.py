@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.live import Batch, forward_arguments
+from chronomoe_hf.lifecycle.real_tokens import real_rows
 from chronomoe_hf.lifecycle.samples import LayerTap, StopForward
 from chronomoe_hf.wrapping.discovery import FoundLayer, root_of
 
@@ -165,8 +166,7 @@ class StreamTap:
         """Rows of real tokens: hidden, index, gate, stream."""
         if self.rows_TD is None:
             raise LifecycleError(f"{self.layer.name}: its experts were not called in a forward")
-        keep_T = self.tap.real(self.rows_TD)
-        taken = (*self.tap.take(), self.rows_TD[keep_T])
+        taken = (*self.tap.take(), real_rows(self.rows_TD, self.tap.real.mask_T))
         self.rows_TD = None
         return taken
 
