@@ -104,6 +104,8 @@ def run_arm(options: Options, preset: str, base: Path, text: TextDomain, output_
     seconds = time.perf_counter() - started
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(output_dir / "final"))
+    # So that the commands that read text find everything in one place.
+    AutoTokenizer.from_pretrained(base).save_pretrained(output_dir / "final")
     snapshot = chronomoe_hf.system_of(model).last_snapshot
     return Arm(preset, snapshot, float(before), float(after), seconds, output_dir)
 
