@@ -94,7 +94,7 @@ def run_matrix(results: dict[str, Any], arms: list[str], output: Path, name: str
     for shape in results["settings"].values():
         setting = dataclasses.replace(SETTINGS[shape["name"]], steps=shape["steps"])
         for seed in results["seeds"]:
-            planned = [arm for arm in arms if (arm in plan[setting.name] or "@" in arm)]
+            planned = [arm for arm in arms if arm in plan[setting.name] or arm not in ARMS]
             data = prepare(setting, seed)
             for arm in planned:
                 run = fine_tune(setting, data, arm, seed, arm_config(arm))
@@ -152,7 +152,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--coherence", action="store_true", help="forms of the coherence law, seeds 0 and 1")
     parser.add_argument("--settings", nargs="+", choices=sorted({*PLAN, *CHANGED_PLAN}), default=None)
     parser.add_argument(
-        "--arms", nargs="+", default=None, help=f"of {', '.join(ARMS)}, sign@RATE, zone@..., revive@..."
+        "--arms",
+        nargs="+",
+        default=None,
+        help=f"of {', '.join(ARMS)}, sign@RATE, zone@..., revive@..., revive + aux ...",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=None)
     parser.add_argument("--output", type=Path, default=None, help=f"directory (default: {RESULTS.name}/ beside this)")
