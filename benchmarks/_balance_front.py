@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from _balance_arms import AUX
+from _balance_seeds import FRESH, MORE, by_seed, more_seeds, paired
 
 Row = dict[str, Any]
-FRESH = (3, 4, 5)
 STRESSED = ("e8", "e8-long", "e32", "e32-long")
 UNCHANGED = ("healthy", "reverse", "qwen3", "deepseek")
 OURS = ("balance", "revive")
@@ -42,21 +42,9 @@ class Point(NamedTuple):
     violation: float
 
 
-def _by_seed(results: Row, setting: str, arm: str) -> dict[int, Row]:
-    rows = (run for run in results["runs"] if run["setting"] == setting and run["arm"] == arm)
-    return {run["seed"]: run for run in rows if run["seed"] in FRESH}
-
-
-def paired(ours: dict[int, Row], theirs: dict[int, Row]) -> tuple[float, float, list[float]]:
-    """Mean and standard error (0 for one seed) of the differences in validation loss by seed, and the differences."""
-    each = [ours[seed]["valid_loss"] - theirs[seed]["valid_loss"] for seed in sorted(ours.keys() & theirs.keys())]
-    error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0
-    return statistics.fmean(each), error, each
-
-
 def point(results: Row, setting: str, arm: str) -> Point | None:
     """The arm's place on the front, None where it has no fresh seed in common with `none`."""
-    rows, none = _by_seed(results, setting, arm), _by_seed(results, setting, "none")
+    rows, none = by_seed(results, setting, arm), by_seed(results, setting, "none")
     shared = [rows[seed] for seed in sorted(rows.keys() & none.keys())]
     if not shared:
         return None
@@ -123,10 +111,10 @@ def _stressed(results: Row, setting: str, arm: str) -> Row | None:
     here = point(results, setting, arm)
     if here is None or here.seeds < 2:
         return None
-    rows = _by_seed(results, setting, arm)
+    rows = by_seed(results, setting, arm)
     margins, below = [], True
     for rival in RIVALS:
-        other = _by_seed(results, setting, rival)
+        other = by_seed(results, setting, rival)
         if len(rows.keys() & other.keys()) < 2:
             continue
         mean, error, _ = paired(rows, other)
@@ -138,7 +126,7 @@ def _stressed(results: Row, setting: str, arm: str) -> Row | None:
         f"Neff/E {WORST} in every layer" if not wide else f"Neff/E {FIRST_E32} in the first and {WORST} in later layers"
     )
     rivals = ", ".join(margin.rpartition(" ")[0].rpartition(" ")[0] for margin in margins)
-    absent = [rival for rival in ("aux 0.02", "sign") if len(rows.keys() & _by_seed(results, setting, rival)) < 2]
+    absent = [rival for rival in ("aux 0.02", "sign") if len(rows.keys() & by_seed(results, setting, rival)) < 2]
     return {
         "open": absent,
         "claim": f"{setting}: {arm} ends below {rivals} by more than two standard errors, no dead expert, {asked}",
@@ -182,6 +170,7 @@ def markdown(results: Row) -> str:
     if results["claims"]:
         lines += ["", "## Targets", ""]
         lines += [f"- {_verdict(claim)}: {claim['claim']}: {claim['numbers']}" for claim in results["claims"]]
+    lines += more_seeds(results)
     lines += _tuning(results)
     return "\n".join(lines) + "\n"
 
@@ -201,7 +190,7 @@ def _setting_table(results: Row, setting: str, shape: Row) -> list[str]:
     if not arms:
         return []
     size, best = shape["size"], front(arms)
-    none = statistics.fmean(row["valid_loss"] for row in _by_seed(results, setting, "none").values())
+    none = statistics.fmean(row["valid_loss"] for row in by_seed(results, setting, "none").values())
     return [
         "",
         f"## {setting}: {shape['arch']}, E = {size['experts']}, k = {size['top_k']} -> {shape['top_k']}, "
@@ -225,7 +214,7 @@ def _error(one: Point) -> str:
 def _tuning(results: Row) -> list[str]:
     """Runs on the tuning seeds, one by one."""
     none = {(run["setting"], run["seed"]): run["valid_loss"] for run in results["runs"] if run["arm"] == "none"}
-    rows = [run for run in results["runs"] if run["seed"] not in FRESH and run["arm"] != "none"]
+    rows = [run for run in results["runs"] if run["seed"] not in FRESH + MORE and run["arm"] != "none"]
     if not rows:
         return []
     lines = [

@@ -31,6 +31,7 @@ from _balance_arms import ARMS, CHANGED, SIGN_RATE, arm_config
 from _balance_front import markdown, plot, points, targets
 from _balance_job import CHANGED_PLAN, COHERENCE_PLAN, COHERENCE_STEPS, PLAN, SETTINGS, fine_tune, prepare
 from _balance_measure import FLOOR, SMOOTH, TAIL, TARGET, summarise
+from _balance_seeds import FRESH
 from _balance_table import claims
 from _balance_table import markdown as changed_markdown
 from _coherence_table import markdown as coherence_markdown
@@ -39,10 +40,10 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FRESH, TUNING, STUDY = [3, 4, 5], [0, 1, 2], [0, 1]
+TUNING, STUDY = [0, 1, 2], [0, 1]
 # File -> what is run, on which seeds, and how it is told.
 FILES: dict[str, tuple[dict[str, Any], list[int], Any, Any]] = {
-    "balance": (PLAN, FRESH, targets, markdown),
+    "balance": (PLAN, list(FRESH), targets, markdown),
     "balance_changed": (CHANGED_PLAN, TUNING, claims, changed_markdown),
     "coherence_study": (COHERENCE_PLAN, STUDY, lambda results: [], coherence_markdown),
 }

@@ -41,6 +41,7 @@ def arms(job: ModuleType) -> ModuleType:
 @pytest.fixture(scope="module")
 def front(job: ModuleType) -> ModuleType:
     load_benchmark("_coherence_table")
+    load_benchmark("_balance_seeds")
     return load_benchmark("_balance_front")
 
 
@@ -333,6 +334,28 @@ def test_with_k_unchanged_one_standard_error_above_none_is_allowed(front: Module
         results = {**results, "settings": {"qwen3": {}}, "runs": [{**r, "setting": "qwen3"} for r in results["runs"]]}
         (claim,) = front.targets(results)
         assert claim["holds"] is holds, claim
+
+
+def test_further_seeds_are_told_apart_and_change_no_target(front: ModuleType) -> None:
+    seeds = sys.modules["_balance_seeds"]
+    results = made_up(none=NONE, aux=NONE, sign=NONE, revive=[(2.99, EVEN, 0), (4.01, EVEN, 0), (4.985, EVEN, 0)])
+    assert seeds.more_seeds(results) == [], "there is none yet"
+    judged = front.targets(results)
+    for seed, loss in ((6, 2.98), (7, 2.97), (8, 2.99)):
+        results["runs"] += [row("none", seed=seed), row("revive", seed=seed, valid_loss=loss, dead_tail=seed == 8)]
+    results["runs"].append(row("aux", seed=6, valid_loss=2.9))
+    assert front.targets(results) == judged
+    none, aux = seeds.against_revive(results)
+    # -0.01, +0.01, -0.015 and then -0.02, -0.03, -0.01.
+    assert none["first"]["loss"] == pytest.approx(-0.005) and none["more"]["loss"] == pytest.approx(-0.02)
+    assert none["all"]["loss"] == pytest.approx(-0.0125)
+    # The squares of the six deviations (in thousandths) add up to 887.5.
+    assert none["all"]["error"] == pytest.approx((887.5e-6 / 5 / 6) ** 0.5)
+    assert none["below"] and none["dead"] == 1
+    assert (aux["arm"], aux["more"]["by_seed"], aux["below"]) == ("aux", [pytest.approx(0.08)], False)
+    table = "\n".join(seeds.more_seeds(results))
+    assert "| e8 | none | -0.0050 (0.0076) | -0.0200 (0.0058) | -0.0200 -0.0300 -0.0100 |" in table
+    assert "sign" not in table, "was not run on them"
 
 
 def test_the_front_holds_what_no_other_arm_beats_in_both(front: ModuleType) -> None:
