@@ -1,9 +1,8 @@
-"""The front of benchmarks/balance.py: loss against evenness, the targets judged on fresh seeds, table and plot."""
+"""The front of benchmarks/balance.py: loss against evenness, the targets judged on fresh seeds, the table."""
 
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from _balance_arms import AUX
@@ -233,54 +232,3 @@ def _tuning(results: Row) -> list[str]:
             f"| {run['dead_tail']} |"
         )
     return lines
-
-
-# --------------------------------------------------------------------------------------------------------------- plot
-
-_COLOURS = {
-    "balance": "#0072b2",
-    "revive": "#d55e00",
-    "protect": "#009e73",
-    "balance 0.2": "#56b4e9",
-    "none": "#000000",
-}
-
-
-def plot(results: Row, path: Path) -> bool:
-    """Loss against worst Neff/E, a panel per setting with error bars; False where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = {setting: arms for setting in results["settings"] if len(arms := points(results, setting)) > 1}
-    if not panels:
-        return False
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6.4 * columns, 4.2 * rows), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (setting, arms) in zip(axes.flat, panels.items(), strict=False):
-        _panel(axis, setting, arms)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
-    return True
-
-
-def _panel(axis: Any, setting: str, arms: list[Point]) -> None:
-    best = sorted((one for one in arms if one.arm in front(arms)), key=lambda one: one.worst)
-    axis.axhline(0.0, color="#bbbbbb", linewidth=0.8)
-    axis.plot([one.worst for one in best], [one.loss for one in best], color="#999999", linestyle="--", linewidth=1)
-    for one in arms:
-        colour = _COLOURS.get(one.arm, "#cc79a7" if one.arm.startswith("aux") else "#e69f00")
-        bar = one.error if one.seeds > 1 else None
-        axis.errorbar(one.worst, one.loss, yerr=bar, fmt="o", color=colour, capsize=3, markersize=5)
-        axis.annotate(one.arm, (one.worst, one.loss), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axis.set_title(f"{setting} ({max(one.seeds for one in arms)} seeds)", fontsize=10)
-    axis.set_xlabel("Neff / E of the worst layer (right is more even)")
-    axis.set_ylabel("validation loss above none, nats")
-    axis.margins(x=0.15)

@@ -28,9 +28,10 @@ from typing import Any
 import torch
 import transformers
 from _balance_arms import ARMS, CHANGED, SIGN_RATE, arm_config
-from _balance_front import markdown, plot, points, targets
+from _balance_front import markdown, points, targets
 from _balance_job import CHANGED_PLAN, COHERENCE_PLAN, COHERENCE_STEPS, PLAN, SETTINGS, fine_tune, prepare
 from _balance_measure import FLOOR, SMOOTH, TAIL, TARGET, summarise
+from _balance_plot import plot
 from _balance_seeds import FRESH
 from _balance_table import claims
 from _balance_table import markdown as changed_markdown

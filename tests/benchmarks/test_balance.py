@@ -42,7 +42,9 @@ def arms(job: ModuleType) -> ModuleType:
 def front(job: ModuleType) -> ModuleType:
     load_benchmark("_coherence_table")
     load_benchmark("_balance_seeds")
-    return load_benchmark("_balance_front")
+    found = load_benchmark("_balance_front")
+    load_benchmark("_balance_plot")
+    return found
 
 
 @pytest.fixture(scope="module")
