@@ -32,7 +32,7 @@ from _balance_front import markdown, points, targets
 from _balance_job import CHANGED_PLAN, COHERENCE_PLAN, COHERENCE_STEPS, PLAN, SETTINGS, fine_tune, prepare
 from _balance_measure import FLOOR, SMOOTH, TAIL, TARGET, summarise
 from _balance_plot import plot
-from _balance_seeds import FRESH
+from _balance_seeds import FRESH, against_revive
 from _balance_table import claims
 from _balance_table import markdown as changed_markdown
 from _coherence_table import markdown as coherence_markdown
@@ -81,6 +81,7 @@ def write(results: dict[str, Any], output: Path, name: str = "balance") -> None:
         results["points"] = {
             each: {one.arm: one._asdict() for one in points(results, each)} for each in results["settings"]
         }
+        results["more_seeds"] = against_revive(results)
     rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in results["runs"])  # a line each
     text = json.dumps({**results, "runs": "ROWS"}, indent=1, allow_nan=False).replace('"ROWS"', f"[\n  {rows}\n ]")
     (output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
