@@ -6,14 +6,17 @@ Shape suffixes: L layers, E experts (the largest layer).
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from chronomoe_hf.errors import TelemetryError
-from chronomoe_hf.telemetry.arrays import Frame
+from chronomoe_hf.telemetry.arrays import Array, Frame
 from chronomoe_hf.telemetry.cases import last_cases
 from chronomoe_hf.telemetry.events import COUNTS
 from chronomoe_hf.telemetry.expert_records import read_windows
@@ -167,6 +170,21 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         roles=roles_of(records[-1]) if records else [],
         proposals=last_proposals(lifecycle, measured),
     )
+
+
+def relative_load(run: RunData, step: int) -> tuple[Array, list[int]]:
+    """Load over the fair share of every expert in one window, ``[L, E]``, and the layer ids.
+
+    NaN beyond a layer's experts and for those that were cut, which take no part in the fair share.
+    """
+    frame = run.frames[step]
+    count_LE = frame.arrays[COUNTS].astype(np.float64)
+    count_LE = np.where(count_LE < 0, math.nan, count_LE)
+    experts_L = np.isfinite(count_LE).sum(axis=1)
+    total_L = np.nansum(count_LE, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative_LE = count_LE * experts_L[:, None] / total_L[:, None]
+    return relative_LE, frame.layers
 
 
 def pick(windows: list[Window], most: int = MAX_FRAMES) -> list[Window]:

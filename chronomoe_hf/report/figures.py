@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from chronomoe_hf.report.data import RunData
+from chronomoe_hf.report.data import RunData, relative_load
 from chronomoe_hf.report.verdict import counted, listed, lowest
-from chronomoe_hf.telemetry.events import COUNTS
 from chronomoe_hf.telemetry.windows import LayerView, Window
 
 Array = np.ndarray[Any, Any]
@@ -171,21 +170,6 @@ def work(run: RunData, names: Sequence[str] = ()) -> Figure:
 
 def _called(run: RunData, window: Window, names: Sequence[str]) -> str:
     return names[run.windows.index(window)] if names else f"step {window.step}"
-
-
-def relative_load(run: RunData, step: int) -> tuple[Array, list[int]]:
-    """Load over the fair share of every expert in one window, ``[L, E]``, and the layer ids.
-
-    NaN beyond a layer's experts and for those that were cut, which take no part in the fair share.
-    """
-    frame = run.frames[step]
-    count_LE = frame.arrays[COUNTS].astype(np.float64)
-    count_LE = np.where(count_LE < 0, math.nan, count_LE)
-    experts_L = np.isfinite(count_LE).sum(axis=1)
-    total_L = np.nansum(count_LE, axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative_LE = count_LE * experts_L[:, None] / total_L[:, None]
-    return relative_LE, frame.layers
 
 
 def _work_row(layer: int, relative_E: Array) -> list[str]:

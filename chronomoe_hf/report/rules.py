@@ -142,6 +142,17 @@ STATES: dict[str, Rule] = {
         "Use balancing for this model, which needs no lens.",
         "ChronoConfig.balance()",
     ),
+    "IDLE": Rule(
+        "fine",
+        "experts with little to do from beginning to end",
+        "Some experts got less than half their fair share of the tokens in the first window and in the last.",
+        "Fewer experts per token than in pretraining, or text unlike that of pretraining: the router does not ask for "
+        "them, and an expert learns only from the tokens that it gets.",
+        "Where all weights are trained, start once more with `revive` and compare the loss: it makes idle experts "
+        "copies of busy ones before the first step. It writes weights, and gained in most of the settings that were "
+        "measured, not in all (Governance in the docs). With adapters or sharded weights, `balance` moves the load.",
+        "ChronoConfig.revive()",
+    ),
     "OBSERVED_ONLY": Rule(
         "fine",
         "watched, not governed",

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from chronomoe_hf.report.data import RunData
+from chronomoe_hf.config import LifecycleConfig
+from chronomoe_hf.report.data import RunData, relative_load
 from chronomoe_hf.report.rules import ALERTS, LEVELS, REASONS, STATES, Level, Rule
+from chronomoe_hf.telemetry.arrays import Array
 from chronomoe_hf.telemetry.windows import LayerView
 
 NEAR_CEILING = 0.75  # of the largest possible violation E/k - 1
+IDLE = LifecycleConfig().split_idle  # fair shares: what `revive` calls idle
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,10 @@ def _states(run: RunData) -> list[Finding]:
     if dead:
         where = listed([f"layer {i} ({n})" for i, n in dead.items()])
         seen["DEAD"] = f"{counted(sum(dead.values()), 'expert')} without a token in the last window: {where}."
+    idle = {} if run.splits or run.profile else _idle_throughout(run)
+    if idle:
+        where = listed([f"layer {i} ({n})" for i, n in idle.items()])
+        seen["IDLE"] = f"{counted(sum(idle.values()), 'expert')}: {where}."
     near = [layer for layer in layers if (layer.violation_fraction or 0.0) > NEAR_CEILING]
     if near:
         seen["CEILING"] = f"In the last window: {listed([f'layer {layer.layer_id}' for layer in near])}."
@@ -104,6 +111,22 @@ def _states(run: RunData) -> list[Finding]:
     if confirmed:
         seen["CANDIDATES"] = f"{counted(confirmed, 'confirmed case')} in the dry run."
     return [Finding(key, STATES[key], text) for key, text in seen.items()]
+
+
+def _idle_throughout(run: RunData) -> dict[int, int]:
+    """Layer id -> experts below IDLE fair shares in both the first and the last window; layers with none left out."""
+    ends = [run.picked[0], run.picked[-1]]
+    if len(run.picked) < 2 or any(window.step not in run.frames for window in ends):
+        return {}
+    idle: list[dict[int, Array]] = []
+    for window in ends:
+        enough = {layer.index for layer in window.layers if layer.sufficient}
+        relative_LE, ids = relative_load(run, window.step)
+        idle.append({layer: row < IDLE for layer, row in zip(ids, relative_LE, strict=True) if layer in enough})
+    first, last = idle
+    shared = [layer for layer in first if layer in last and first[layer].shape == last[layer].shape]
+    counts = {layer: int((first[layer] & last[layer]).sum()) for layer in shared}
+    return {layer: count for layer, count in counts.items() if count}
 
 
 def _governing(run: RunData, seen: dict[str, str]) -> None:

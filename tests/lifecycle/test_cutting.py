@@ -24,8 +24,7 @@ from chronomoe_hf.config import BetaConfig, CoherenceConfig, LifecycleConfig
 from chronomoe_hf.errors import ConfigError, EvidenceError, LifecycleError, PlanError, StateCorruptError
 from chronomoe_hf.lifecycle import Evidence, PrunePlan, export, export_checkpoint, masked, plan_prune
 from chronomoe_hf.lifecycle.in_run import measure_dry_run
-from chronomoe_hf.report.data import load_run
-from chronomoe_hf.report.figures import relative_load
+from chronomoe_hf.report.data import load_run, relative_load
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import read_jsonl
 

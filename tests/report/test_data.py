@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 from html import unescape
@@ -147,6 +148,31 @@ def test_the_verdict_of_a_healthy_run_and_of_one_with_dead_experts(tmp_path: Pat
     ill = judge(load_run(tmp_path / "dead"))
     assert ill.level == "watch" and "1 expert without a token" in ill.findings[0].seen
     assert dict((name, value) for name, value, _ in ill.numbers)["dead experts"] == "1"
+
+
+def test_experts_that_idle_at_both_ends_of_a_run_are_pointed_out(tmp_path: Path) -> None:
+    random_run(tmp_path, windows=3, dying=False)
+    path = tmp_path / "chronomoe" / "routing_events.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    ends = {
+        # Fair is 1000. Expert 3 of layer 0 idles at both ends; expert 2 of it is exactly at half, which is not below.
+        (10, 0): [1501, 1500, 500, 499],
+        (30, 0): [1800, 1500, 600, 100],
+        # In layer 1 one idles at the start and another at the end.
+        (10, 1): [1000, 1500, 400, 1100],
+        (30, 1): [100, 1900, 1000, 1000],
+    }
+    for record in records:
+        key = (record["step"], record["layer_id"])
+        record["expert_token_counts"] = ends.get(key, [1000] * 4)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    run = load_run(tmp_path)
+    (found,) = [finding for finding in judge(run).findings if finding.key == "IDLE"]
+    assert found.seen == "1 expert: layer 0 (1)." and found.rule.config == "ChronoConfig.revive()"
+    assert judge(run).level == "fine", "a remark, no warning"
+    for known in ({"splits": [(0, 1, 1)]}, {"profile": {"domains": 1}}, {"picked": run.picked[:1]}):
+        findings = judge(dataclasses.replace(run, **known)).findings
+        assert "IDLE" not in [finding.key for finding in findings], known
 
 
 def test_an_alert_in_force_comes_first_with_its_advice(tmp_path: Path) -> None:
