@@ -70,5 +70,4 @@ def _panel(axis: Any, setting: str, arms: list[Point]) -> dict[str, Any]:
     axis.set_title(f"{setting} ({max(one.seeds for one in arms)} seeds)", fontsize=10)
     axis.set_ylabel("validation loss above none, nats")
     axis.tick_params(labelbottom=True)
-    axis.set_xlim(0.2, 1.03)
     return drawn

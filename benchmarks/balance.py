@@ -7,10 +7,12 @@ unchanged, and `qwen3` and `deepseek` are other families, k unchanged. Seeds 0 t
 seeds 3 to 5, each with a base of its own, by differences to `none` of the same seed. Results are written after every
 run. An environment of MALLOC_TRIM_THRESHOLD_=8589934592 and MALLOC_MMAP_THRESHOLD_=33554432 saves a tenth of the time.
 
-    python benchmarks/balance.py                 # all arms of all settings (about five hours on one idle core)
+    python benchmarks/balance.py                 # all arms of all settings (about seven hours on one core)
     python benchmarks/balance.py --settings e8 --arms none balance --output part1   # a part of it, beside others ...
     python benchmarks/balance.py --merge part1 part2               # ... and the parts put together; the later
                                                                    # part's runs replace the earlier one's
+    python benchmarks/balance.py --settings e8 e8-long e32 e32-long --arms none "aux 0.02" revive --seeds 6 7 8 \\
+        --output part3                           # the three seeds more; merge them like any other part
     python benchmarks/balance.py --changed       # `protect` with one default changed, into balance_changed.*
     python benchmarks/balance.py --coherence     # forms of the coherence law, into coherence_study.*
     python benchmarks/balance.py --quick         # one seed, a tiny model, four arms, under a minute

@@ -91,7 +91,7 @@ def training_arguments(options: Options, output_dir: Path) -> Any:
     )
 
 
-def run_arm(options: Options, preset: str, base: Path, text: TextDomain, output_dir: Path) -> Arm:
+def run_arm(options: Options, preset: str, base: Path, tokenizer: Any, text: TextDomain, output_dir: Path) -> Arm:
     """Fine-tune the model at `base` under one preset."""
     set_seed(options.seed)
     model = load_model(base, options.arch, options.top_k)
@@ -105,7 +105,7 @@ def run_arm(options: Options, preset: str, base: Path, text: TextDomain, output_
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(output_dir / "final"))
     # So that the commands that read text find everything in one place.
-    AutoTokenizer.from_pretrained(base).save_pretrained(output_dir / "final")
+    tokenizer.save_pretrained(output_dir / "final")
     snapshot = chronomoe_hf.system_of(model).last_snapshot
     return Arm(preset, snapshot, float(before), float(after), seconds, output_dir)
 
@@ -118,7 +118,9 @@ def run(options: Options) -> list[Arm]:
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = load_domain("code", tokenizer, options.size, options.arch)
     presets = ["observe"] if options.compare and options.preset != "observe" else []
-    return [run_arm(options, preset, base, text, output_dir / preset) for preset in [*presets, options.preset]]
+    return [
+        run_arm(options, preset, base, tokenizer, text, output_dir / preset) for preset in [*presets, options.preset]
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
