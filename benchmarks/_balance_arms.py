@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from chronomoe_hf import ChronoConfig, ChronoSystem
 from chronomoe_hf.coherence import read_clocks
 from chronomoe_hf.config import ControlConfig, LensConfig, VetoConfig
-from chronomoe_hf.router.beta_laws import coherence_law
+from chronomoe_hf.router.laws import coherence_law
 
 SIGN_RATE = 0.1  # tuned: fewest updates to balance on seed 0 of e8 and e32 (results/balance_changed.md)
 BALANCE_0_2 = {"dead_zone": None, "rate": 0.3, "first_layer": "same"}

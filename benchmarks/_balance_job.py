@@ -24,7 +24,7 @@ from _text_job import SIZES, ModelSize, Training, load_domain, pretrain_base
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoSystem
-from chronomoe_hf.lifecycle.split_in_run import split_at_start
+from chronomoe_hf.in_run.split_at_start import split_at_start
 
 VALID = 512  # held-out blocks
 

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.export import export
 from chronomoe_hf.lifecycle import PrunePlan, masked, measure, plan_prune, random_plan, refit, worst_plan
-from chronomoe_hf.lifecycle.live import match_layers
-from chronomoe_hf.lifecycle.masking import mask_experts
+from chronomoe_hf.lifecycle.live.masking import mask_experts
+from chronomoe_hf.lifecycle.live.model import match_layers
 
 CUTS = (0.125, 0.25, 0.5)
 RANKS = ("contribution", "reap", "frequency", "fisher", "phi")

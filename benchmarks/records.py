@@ -23,7 +23,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoSystem
 from chronomoe_hf.telemetry import next_attempt
-from chronomoe_hf.window import Moment
+from chronomoe_hf.window.host import Moment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "records.md"
 COMMAND = [sys.executable, "-c", "from chronomoe_hf.cli.main import main; main()"]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from chronomoe_hf.coherence import CoherenceBuffer, CoherenceState
     from chronomoe_hf.config import ChronoConfig
     from chronomoe_hf.lens.lens import ChronoLens, IdentityLens
-    from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator, PruneDecision
+    from chronomoe_hf.lifecycle.dry_run.coordinator import LifecycleCoordinator, PruneDecision
     from chronomoe_hf.profiling import profile
     from chronomoe_hf.router.forward import ChronoRouter
     from chronomoe_hf.router.state import RouterState

@@ -21,17 +21,17 @@ from chronomoe_hf.controller import ControlDecision, Controller, actuate
 from chronomoe_hf.lens.direction import RouterInputs
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
-from chronomoe_hf.lifecycle.cutting import RunCut
-from chronomoe_hf.lifecycle.drift import RouterDrift
+from chronomoe_hf.lifecycle.evidence.drift import RouterDrift
+from chronomoe_hf.lifecycle.pruning.run_cut import RunCut
 from chronomoe_hf.recording.scope import Switches
 from chronomoe_hf.recording.taking import Taken, take, zero
 from chronomoe_hf.recording.totals import Recorded
 from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.step_state import StepState, check_step
 from chronomoe_hf.telemetry import AlertHistory, SystemSnapshot
-from chronomoe_hf.telemetry.from_state import window_shares
-from chronomoe_hf.telemetry.records import RunRecords
-from chronomoe_hf.window import Moment, WindowHost
+from chronomoe_hf.window.events import window_shares
+from chronomoe_hf.window.host import Moment, WindowHost
+from chronomoe_hf.window.records import RunRecords
 from chronomoe_hf.wrapping.bias_check import restore_fp32_bias
 from chronomoe_hf.wrapping.build import check_layers
 from chronomoe_hf.wrapping.fold import FoldReport, fold_layers

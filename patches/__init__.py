@@ -8,10 +8,10 @@ from __future__ import annotations
 from chronomoe_hf.patches import (
     deepseek,
     mixtral,
+    own_rules,
     phimoe,
     qwen_moe,
     sigmoid_families,
-    singletons,
     softmax_families,
     switch_transformers,
     topk_squash,
@@ -51,10 +51,10 @@ _FAMILY_FILES: tuple[tuple[Adapter, ...], ...] = (
     topk_squash.ADAPTERS,
     switch_transformers.ADAPTERS,
     phimoe.ADAPTERS,
-    singletons.ADAPTERS,
+    own_rules.ADAPTERS,
 )
 for _adapters in _FAMILY_FILES:
     for _adapter in _adapters:
         register(_adapter)
-for (_module, _class_name), _reason in singletons.REFUSED.items():
+for (_module, _class_name), _reason in own_rules.REFUSED.items():
     register_refusal(_module, _class_name, _reason)

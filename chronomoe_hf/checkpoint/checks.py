@@ -16,7 +16,7 @@ from torch import Tensor
 from chronomoe_hf.checkpoint.manifest import SCHEMA_MINOR, WAY_OUT, is_count, short
 from chronomoe_hf.checkpoint.role_tensors import ROLE, check_roles
 from chronomoe_hf.errors import StateCorruptError
-from chronomoe_hf.lifecycle.drift import START
+from chronomoe_hf.lifecycle.evidence.drift import START
 
 _RUN_ID = re.compile(r"[0-9A-Za-z._-]{1,64}")
 # What a tensor may hold, beyond being finite.

@@ -14,7 +14,7 @@ from torch import Tensor
 from chronomoe_hf import distributed
 from chronomoe_hf.checkpoint.manifest import WAY_OUT, short
 from chronomoe_hf.errors import StateCorruptError
-from chronomoe_hf.recording.roles import KEPT, MOMENTS, PAIRS, WINDOW, RoleState
+from chronomoe_hf.recording.role_sums import KEPT, MOMENTS, PAIRS, WINDOW, RoleState
 
 ROLE = re.compile(r"role\.(\d{1,9})\.(\w{1,40})")
 _DTYPES = {"updates_E": torch.int64, "table_EM": torch.float64}

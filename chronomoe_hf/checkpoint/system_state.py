@@ -27,8 +27,8 @@ from chronomoe_hf.controller import Controller
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateError
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator
-from chronomoe_hf.lifecycle.cutting import RunCut
-from chronomoe_hf.lifecycle.drift import START, RouterDrift
+from chronomoe_hf.lifecycle.evidence.drift import START, RouterDrift
+from chronomoe_hf.lifecycle.pruning.run_cut import RunCut
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import AlertHistory
 from chronomoe_hf.wrapping.fold import WARN_ABOVE

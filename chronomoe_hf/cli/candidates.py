@@ -70,7 +70,7 @@ def read(directory: Any, name: str | None) -> tuple[str, list[dict[str, Any]], l
     from chronomoe_hf.telemetry.cases import last_cases
     from chronomoe_hf.telemetry.reader import EFFECTS, read_jsonl, read_last
     from chronomoe_hf.telemetry.role_records import last_proposals
-    from chronomoe_hf.telemetry.windows import plain_text
+    from chronomoe_hf.telemetry.views import plain_text
 
     last = read_last(directory / "snapshots.jsonl", 1, name=name)
     if last.run is None:

@@ -51,7 +51,7 @@ def export(
         raise typer.BadParameter(f"{check!r} is none of auto, logits, shapes", param_hint="--check")
     models.quiet(progress and not as_json)
     from chronomoe_hf import lifecycle
-    from chronomoe_hf.export.model import fresh_target
+    from chronomoe_hf.export.live import fresh_target
 
     made = lifecycle.PrunePlan.load(plan)
     fresh_target(out)

@@ -56,7 +56,7 @@ def print_model(support: ModelSupport, console: Console) -> None:
     from rich.table import Table
 
     from chronomoe_hf.patches.registry import CAPABILITIES
-    from chronomoe_hf.telemetry.windows import plain_text
+    from chronomoe_hf.telemetry.views import plain_text
 
     count = len(support.layers)
     console.print(f"{plain_text(support.model_class)} ({plain_text(support.model_type)}): {count} MoE layers")

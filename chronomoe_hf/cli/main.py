@@ -54,6 +54,6 @@ def main() -> None:
 
 
 def _plain(error: Exception) -> str:
-    from chronomoe_hf.telemetry.windows import plain_text
+    from chronomoe_hf.telemetry.views import plain_text
 
     return "\n".join(plain_text(line) for line in str(error).splitlines())

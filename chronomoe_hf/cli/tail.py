@@ -17,7 +17,7 @@ from chronomoe_hf.errors import TelemetryError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from chronomoe_hf.telemetry.windows import LayerView, Window
+    from chronomoe_hf.telemetry.views import LayerView, Window
 
 SNAPSHOTS = "snapshots.jsonl"
 FEW, MOST = 20, 100  # windows where no number is asked for: as JSON, and as a table that shows what fits
@@ -89,7 +89,7 @@ def read(run_dir: Path, count: int, run: str | None, only: list[int] | None) -> 
         TelemetryError: no record file, no such run, or no such layer.
     """
     from chronomoe_hf.telemetry.reader import read_last
-    from chronomoe_hf.telemetry.windows import Window, plain_text
+    from chronomoe_hf.telemetry.views import Window, plain_text
 
     path = records_directory(run_dir, SNAPSHOTS) / SNAPSHOTS
     last = read_last(path, count, name=run)

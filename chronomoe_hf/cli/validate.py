@@ -28,7 +28,7 @@ def validate(
 ) -> None:
     """Check hashes, schema and every line of a state directory or a run; exits with 3 where something is wrong."""
     from chronomoe_hf.telemetry.check import record_faults
-    from chronomoe_hf.telemetry.windows import plain_text
+    from chronomoe_hf.telemetry.views import plain_text
 
     if not path.is_dir():
         raise ChronoError(f"there is no directory {path}")

@@ -5,7 +5,7 @@ Units are given per field. "interval" everywhere means optimizer steps.
 
 from chronomoe_hf.config.config import ChronoConfig
 from chronomoe_hf.config.files import CONFIG_NAME, CONFIG_SCHEMA
-from chronomoe_hf.config.governance import (
+from chronomoe_hf.config.parts import (
     BalanceRule,
     BasisName,
     BetaConfig,

@@ -15,7 +15,7 @@ from typing import Any
 from chronomoe_hf.config import files
 from chronomoe_hf.config.base import ConfigBase, positive, require, with_parts
 from chronomoe_hf.config.files import CONFIG_NAME, CONFIG_SCHEMA
-from chronomoe_hf.config.governance import BetaConfig, ControlConfig, LensConfig, VetoConfig
+from chronomoe_hf.config.parts import BetaConfig, ControlConfig, LensConfig, VetoConfig
 from chronomoe_hf.config.presets import PRESETS, PresetName, by_keyword
 from chronomoe_hf.config.recording import (
     AlertConfig,

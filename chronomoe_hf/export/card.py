@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chronomoe_hf.lifecycle.plan import PrunePlan
-from chronomoe_hf.lifecycle.records import write_text
+from chronomoe_hf.lifecycle.evidence.spec import write_text
+from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 
 PLAN_FILE = "prune_plan.json"
 CARD_FILE = "README.md"

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from chronomoe_hf.errors import ExportError, PlanMismatchError
 from chronomoe_hf.export.slicing import Shapes
-from chronomoe_hf.lifecycle.live import layer_specs, match_layers
-from chronomoe_hf.lifecycle.plan import PrunePlan
+from chronomoe_hf.lifecycle.live.model import layer_specs, match_layers
+from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.wrapping.discovery import FoundLayer, find_layers
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from chronomoe_hf.config import LifecycleConfig
 from chronomoe_hf.errors import PlanMismatchError
-from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator
-from chronomoe_hf.lifecycle.drift import START
-from chronomoe_hf.lifecycle.plan import PrunePlan
+from chronomoe_hf.lifecycle.dry_run.coordinator import LifecycleCoordinator
+from chronomoe_hf.lifecycle.evidence.drift import START
+from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import AlertHistory
 

@@ -16,7 +16,7 @@ from chronomoe_hf.errors import ExportError
 from chronomoe_hf.export.cut_model import owners_of, shapes_of
 from chronomoe_hf.export.slicing import Piece, Shapes, cut_table
 from chronomoe_hf.export.tensor_files import Stored
-from chronomoe_hf.lifecycle.plan import PrunePlan
+from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.wrapping.discovery import FoundLayer, find_layers
 
 

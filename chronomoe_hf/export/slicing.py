@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from chronomoe_hf.errors import ExportError
-from chronomoe_hf.lifecycle.plan import PlannedLayer, PrunePlan
+from chronomoe_hf.lifecycle.pruning.plan import PlannedLayer, PrunePlan
 
 Shapes = Mapping[str, tuple[int, ...]]
 _NUMBERED = re.compile(r"(.*?)(\d+)")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from chronomoe_hf.errors import ExportError
-from chronomoe_hf.lifecycle.live import Batch, forward_arguments, quiet
-from chronomoe_hf.lifecycle.masking import masked
-from chronomoe_hf.lifecycle.plan import PrunePlan
+from chronomoe_hf.lifecycle.live.masking import masked
+from chronomoe_hf.lifecycle.live.model import Batch, forward_arguments, quiet
+from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.router.state import HANDLE
 
 EXACT = 1e-5  # largest difference of an fp32 logit

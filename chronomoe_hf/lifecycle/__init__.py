@@ -3,26 +3,26 @@
 import importlib
 from typing import Any
 
-from chronomoe_hf.lifecycle.calibrate import calibrate
-from chronomoe_hf.lifecycle.coordinator import LifecycleCoordinator
-from chronomoe_hf.lifecycle.decisions import PruneDecision
+from chronomoe_hf.lifecycle.dry_run.cases import PruneDecision
+from chronomoe_hf.lifecycle.dry_run.coordinator import LifecycleCoordinator
+from chronomoe_hf.lifecycle.dry_run.proposals import Proposal
 from chronomoe_hf.lifecycle.effect import Effect, MaskEffect
-from chronomoe_hf.lifecycle.evidence import Evidence
+from chronomoe_hf.lifecycle.evidence.spec import EvidenceSource, LayerSpec
+from chronomoe_hf.lifecycle.evidence.table import Evidence
 from chronomoe_hf.lifecycle.evidence_layer import LayerEvidence
 from chronomoe_hf.lifecycle.fisher import FisherSums
-from chronomoe_hf.lifecycle.layer_fit import LayerRefit
-from chronomoe_hf.lifecycle.live import layer_specs
-from chronomoe_hf.lifecycle.masking import masked
-from chronomoe_hf.lifecycle.measure import measure
-from chronomoe_hf.lifecycle.plan import PlannedLayer, PrunePlan
-from chronomoe_hf.lifecycle.planner import RANKS, plan_prune, random_plan, worst_plan
+from chronomoe_hf.lifecycle.live.layer_fit import LayerRefit
+from chronomoe_hf.lifecycle.live.masking import masked
+from chronomoe_hf.lifecycle.live.model import layer_specs
 from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
-from chronomoe_hf.lifecycle.proposals import Proposal
-from chronomoe_hf.lifecycle.records import EvidenceSource, LayerSpec
-from chronomoe_hf.lifecycle.refit import RefitReport, refit
-from chronomoe_hf.lifecycle.split import AppliedSplit, apply
-from chronomoe_hf.lifecycle.split_plan import ExpertCopy, LayerSplit, SplitPlan
-from chronomoe_hf.lifecycle.split_planner import plan_split
+from chronomoe_hf.lifecycle.pruning.calibrate import calibrate
+from chronomoe_hf.lifecycle.pruning.measure import measure
+from chronomoe_hf.lifecycle.pruning.plan import PlannedLayer, PrunePlan
+from chronomoe_hf.lifecycle.pruning.plan_prune import RANKS, plan_prune, random_plan, worst_plan
+from chronomoe_hf.lifecycle.pruning.refit import RefitReport, refit
+from chronomoe_hf.splitting.apply import AppliedSplit, apply
+from chronomoe_hf.splitting.plan import ExpertCopy, LayerSplit, SplitPlan
+from chronomoe_hf.splitting.plan_split import plan_split
 
 __all__ = [
     "RANKS",

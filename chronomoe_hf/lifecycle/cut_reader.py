@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.lifecycle.live import Batch
-from chronomoe_hf.lifecycle.masking import mask_experts
-from chronomoe_hf.lifecycle.samples import LayerSamples
-from chronomoe_hf.lifecycle.streams import Stream, StreamTap, run_up_to
+from chronomoe_hf.lifecycle.live.masking import mask_experts
+from chronomoe_hf.lifecycle.live.model import Batch
+from chronomoe_hf.lifecycle.live.samples import LayerSamples
+from chronomoe_hf.lifecycle.live.streams import Stream, StreamTap, run_up_to
 from chronomoe_hf.wrapping.discovery import FoundLayer, root_of
 
 _SAME = 1e-3  # outputs with blocks skipped against those without, relative

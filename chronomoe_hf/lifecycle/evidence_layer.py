@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chronomoe_hf.errors import EvidenceError
-from chronomoe_hf.lifecycle.records import LayerSpec, Scores, score_list
+from chronomoe_hf.lifecycle.evidence.spec import LayerSpec, Scores, score_list
 
 READINGS = ("phi_fast", "phi_mid", "phi_slow", "total_tokens_seen", "router_drift")
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import EvidenceError
-from chronomoe_hf.lifecycle.live import live_layers
-from chronomoe_hf.lifecycle.samples import assignments
+from chronomoe_hf.lifecycle.live.model import live_layers
+from chronomoe_hf.lifecycle.live.samples import assignments
 
 
 class FisherSums:

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.lifecycle.live import Batch
-from chronomoe_hf.lifecycle.measure import checked_batches
-from chronomoe_hf.lifecycle.proposal_edits import Key, ProposalEdits
-from chronomoe_hf.lifecycle.proposals import Proposal
+from chronomoe_hf.in_run.proposals import Key, ProposalEdits
+from chronomoe_hf.lifecycle.dry_run.proposals import Proposal
+from chronomoe_hf.lifecycle.live.model import Batch
+from chronomoe_hf.lifecycle.pruning.measure import checked_batches
 from chronomoe_hf.telemetry.reader import EFFECTS
 
 logger = logging.getLogger("chronomoe_hf")

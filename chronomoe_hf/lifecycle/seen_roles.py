@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from chronomoe_hf.config import LifecycleConfig
-from chronomoe_hf.lifecycle.layer_evidence import layer_coherence
-from chronomoe_hf.lifecycle.roles import (
+from chronomoe_hf.lifecycle.dry_run.role_numbers import (
     DUPLICATES,
     SIZE,
     TWO_ROLES,
@@ -19,8 +18,9 @@ from chronomoe_hf.lifecycle.roles import (
     free_energy,
     two_roles_of,
 )
+from chronomoe_hf.lifecycle.layer_evidence import layer_coherence
 from chronomoe_hf.metrics import nearly_dead_limit
-from chronomoe_hf.recording.roles import RoleReading
+from chronomoe_hf.recording.role_sums import RoleReading
 from chronomoe_hf.telemetry.layers import LayerSnapshot
 
 Kind = Literal["merge", "split", "spawn", "basin"]

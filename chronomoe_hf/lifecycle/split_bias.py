@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from chronomoe_hf.controller import actuate
-from chronomoe_hf.lifecycle.split_plan import LayerSplit
+from chronomoe_hf.splitting.plan import LayerSplit
 
 
 def write_shifts(system: Any, splits: Mapping[int, LayerSplit]) -> Callable[[], None]:

@@ -10,11 +10,11 @@ from torch import nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import ChronoError, LifecycleError
-from chronomoe_hf.lifecycle.live import Batch, quiet, uncompiled
-from chronomoe_hf.lifecycle.records import LayerSpec
-from chronomoe_hf.lifecycle.split_one import plan_bias, plan_one
-from chronomoe_hf.lifecycle.split_plan import LayerSplit
-from chronomoe_hf.lifecycle.split_routing import RouterTap, read_calls
+from chronomoe_hf.lifecycle.evidence.spec import LayerSpec
+from chronomoe_hf.lifecycle.live.model import Batch, quiet, uncompiled
+from chronomoe_hf.splitting.plan import LayerSplit
+from chronomoe_hf.splitting.plan_one import plan_bias, plan_one
+from chronomoe_hf.splitting.router_tap import RouterTap, read_calls
 
 
 class Wanted(NamedTuple):

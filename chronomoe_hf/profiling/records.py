@@ -23,7 +23,7 @@ from chronomoe_hf.metrics import js
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import AlertHistory, SystemSnapshot, TelemetryWriter, run_manifest
-from chronomoe_hf.telemetry.from_state import layer_events
+from chronomoe_hf.window.events import layer_events
 
 SUMMARY = "profile.json"
 PAIRS = "coactivation.safetensors"

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from chronomoe_hf.config import CoherenceConfig, ReaderName
 from chronomoe_hf.lens.direction import SAMPLE, finite_rows, input_sums, sums_width
+from chronomoe_hf.recording.reduce import DISAGREEMENT_SAMPLE, output_sums
 from chronomoe_hf.recording.sampling import TokenSample
 from chronomoe_hf.recording.scope import ForwardScope
-from chronomoe_hf.recording.sums import DISAGREEMENT_SAMPLE, output_sums
 from chronomoe_hf.recording.tape import OutputCall, RoutedCall, output_batch, sums_of
 from chronomoe_hf.recording.totals import Recorded, Sums
 from chronomoe_hf.router.state import Routing

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from chronomoe_hf.recording.padding import DECODER_LABELS, PadToken, real_tokens
+from chronomoe_hf.recording.rows import DECODER_LABELS, PadToken, real_tokens
 from chronomoe_hf.recording.sampling import TokenSample, sample_tokens
 from chronomoe_hf.recording.tape import Tape
 from chronomoe_hf.recording.totals import Sums

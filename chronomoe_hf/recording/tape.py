@@ -19,8 +19,7 @@ from torch import Tensor
 
 from chronomoe_hf.recording.columns import Row
 from chronomoe_hf.recording.inputs import InputTape
-from chronomoe_hf.recording.sampling import TokenSample
-from chronomoe_hf.recording.sums import (
+from chronomoe_hf.recording.reduce import (
     DISAGREEMENT_SAMPLE,
     OutputBatch,
     RouterBatch,
@@ -29,6 +28,7 @@ from chronomoe_hf.recording.sums import (
     output_sums,
     routing_sums,
 )
+from chronomoe_hf.recording.sampling import TokenSample
 from chronomoe_hf.recording.totals import Recorded, Sums
 
 LIMIT = 64 * 2**20

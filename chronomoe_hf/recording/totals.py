@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.recording.columns import Row
-from chronomoe_hf.recording.padding import IGNORED
-from chronomoe_hf.recording.roles import RoleState
-from chronomoe_hf.recording.sums import Reading
+from chronomoe_hf.recording.reduce import Reading
+from chronomoe_hf.recording.role_sums import RoleState
+from chronomoe_hf.recording.rows import IGNORED
 
 Recorded = Literal["train", "eval"]
 

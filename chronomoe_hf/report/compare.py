@@ -10,7 +10,7 @@ from typing import Any
 from chronomoe_hf.report.data import RunData, pick
 from chronomoe_hf.report.figures import Figure, percent, series
 from chronomoe_hf.report.verdict import counted
-from chronomoe_hf.telemetry.windows import LayerView, Window
+from chronomoe_hf.telemetry.views import LayerView, Window
 
 WORTH = 0.02  # a smaller difference is called none
 

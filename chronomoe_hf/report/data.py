@@ -19,7 +19,7 @@ from chronomoe_hf.errors import TelemetryError
 from chronomoe_hf.telemetry.arrays import Array, Frame
 from chronomoe_hf.telemetry.cases import last_cases
 from chronomoe_hf.telemetry.events import COUNTS
-from chronomoe_hf.telemetry.expert_records import read_windows
+from chronomoe_hf.telemetry.per_expert import read_windows
 from chronomoe_hf.telemetry.reader import (
     CUTS,
     DIRECTORY,
@@ -33,7 +33,7 @@ from chronomoe_hf.telemetry.reader import (
 )
 from chronomoe_hf.telemetry.role_records import last_proposals, roles_of
 from chronomoe_hf.telemetry.runs import History, Run
-from chronomoe_hf.telemetry.windows import AlertView, Window, alert_views, number, plain_text, whole
+from chronomoe_hf.telemetry.views import AlertView, Window, alert_views, number, plain_text, whole
 
 MAX_FRAMES = 100  # windows that the page holds in full; of longer runs an even choice, first and last included
 _FIELDS = (COUNTS, "phi_slow", "beta")

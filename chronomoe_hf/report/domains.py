@@ -10,7 +10,7 @@ import numpy as np
 from chronomoe_hf.report.data import RunData
 from chronomoe_hf.report.figures import Figure, percent, quantise
 from chronomoe_hf.report.verdict import counted
-from chronomoe_hf.telemetry.windows import Window, number, plain_text, whole
+from chronomoe_hf.telemetry.views import Window, number, plain_text, whole
 
 MOST_DOMAINS = 60
 MOST_PAIRS = 40

@@ -15,7 +15,7 @@ import numpy as np
 
 from chronomoe_hf.report.data import RunData, relative_load
 from chronomoe_hf.report.verdict import counted, listed, lowest
-from chronomoe_hf.telemetry.windows import LayerView, Window
+from chronomoe_hf.telemetry.views import LayerView, Window
 
 Array = np.ndarray[Any, Any]
 NO_DATA, DEAD, LOW, HIGH = 0, 1, 2, 255  # codes of a cell: the last two are the ends of the scale

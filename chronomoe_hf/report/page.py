@@ -23,7 +23,7 @@ from chronomoe_hf.report.domains import domain_names, domains
 from chronomoe_hf.report.figures import Figure
 from chronomoe_hf.report.verdict import judge
 from chronomoe_hf.telemetry.events import COUNTS
-from chronomoe_hf.telemetry.windows import plain_text
+from chronomoe_hf.telemetry.views import plain_text
 
 METRICS = (
     "n_effective",

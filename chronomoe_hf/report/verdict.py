@@ -9,7 +9,7 @@ from chronomoe_hf.config import LifecycleConfig
 from chronomoe_hf.report.data import RunData, relative_load
 from chronomoe_hf.report.rules import ALERTS, LEVELS, REASONS, STATES, Level, Rule
 from chronomoe_hf.telemetry.arrays import Array
-from chronomoe_hf.telemetry.windows import LayerView
+from chronomoe_hf.telemetry.views import LayerView
 
 NEAR_CEILING = 0.75  # of the largest possible violation E/k - 1
 IDLE = LifecycleConfig().split_idle  # fair shares: what `revive` calls idle

@@ -15,7 +15,8 @@ from torch import Tensor
 from chronomoe_hf.coherence import read_clocks, update_clocks_
 from chronomoe_hf.config import BetaConfig, VetoConfig
 from chronomoe_hf.errors import StepError
-from chronomoe_hf.router.beta_laws import (
+from chronomoe_hf.router.dead_zone import zone_bounds, zone_error
+from chronomoe_hf.router.laws import (
     balance_error,
     balance_step,
     centre_and_clamp,
@@ -23,7 +24,6 @@ from chronomoe_hf.router.beta_laws import (
     next_gain,
     relevance_of,
 )
-from chronomoe_hf.router.dead_zone import zone_bounds, zone_error
 from chronomoe_hf.router.state import LOGIT_STD_ALPHA
 from chronomoe_hf.step_state.storage import StackedState
 

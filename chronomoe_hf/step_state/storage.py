@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chronomoe_hf.coherence import ALPHAS, CoherenceBuffer, read_clocks
 from chronomoe_hf.recording.columns import Row
-from chronomoe_hf.recording.roles import RoleState
+from chronomoe_hf.recording.role_sums import RoleState
 from chronomoe_hf.router.state import LOGIT_STD_ALPHA, RouterState
 
 # Names of the stacked tensors that share one storage, so that one operation or one copy serves all of them.

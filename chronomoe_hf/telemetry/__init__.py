@@ -2,9 +2,9 @@
 
 from chronomoe_hf.telemetry.alerts import Alert, AlertHistory
 from chronomoe_hf.telemetry.events import RoutingEvent
-from chronomoe_hf.telemetry.expert_records import read_events, read_windows
 from chronomoe_hf.telemetry.experts import ExpertState
 from chronomoe_hf.telemetry.manifest import run_manifest
+from chronomoe_hf.telemetry.per_expert import read_events, read_windows
 from chronomoe_hf.telemetry.reader import next_attempt, read_history, read_jsonl, read_last, read_lines, read_manifest
 from chronomoe_hf.telemetry.snapshots import LayerSnapshot, SystemSnapshot
 from chronomoe_hf.telemetry.writer import TelemetryWriter

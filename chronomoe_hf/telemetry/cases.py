@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from chronomoe_hf.telemetry.windows import number, plain_text
+from chronomoe_hf.telemetry.views import number, plain_text
 
 EVIDENCE = ("total_tokens_seen", "share", "phi_slow", "contribution", "contribution_rank", "saliency")
 

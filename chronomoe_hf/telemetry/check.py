@@ -11,7 +11,7 @@ from chronomoe_hf.telemetry.arrays import ARRAYS, read_frames
 from chronomoe_hf.telemetry.events import RECORD_SCHEMA
 from chronomoe_hf.telemetry.reader import ATTEMPTS, KINDS, MANIFEST, parse_line, read_history, read_lines
 from chronomoe_hf.telemetry.runs import History
-from chronomoe_hf.telemetry.windows import Window, plain_text, whole
+from chronomoe_hf.telemetry.views import Window, plain_text, whole
 
 MOST = 50  # faults of one file that are named; the rest is counted
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from chronomoe_hf.telemetry.windows import number, plain_text, whole
+from chronomoe_hf.telemetry.views import number, plain_text, whole
 
 T = TypeVar("T")
 PAIR = ("score", "cosine", "centred", "agreement", "shared")

@@ -16,19 +16,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from chronomoe_hf.checkpoint.state_file import has_state
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError
-from chronomoe_hf.lifecycle.in_run import measure_dry_run
-from chronomoe_hf.lifecycle.split_in_run import split_at_start
+from chronomoe_hf.in_run.dry_run import measure_dry_run
+from chronomoe_hf.in_run.split_at_start import split_at_start
 from chronomoe_hf.recording.scope import SCOPE
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import SystemSnapshot
 from chronomoe_hf.trainer.binding import Binding
 from chronomoe_hf.trainer.evaluation import evaluate_apart
 from chronomoe_hf.trainer.hooks import TrainerHooks, calling_trainer, refuse_data_parallel, require_plain_engine
+from chronomoe_hf.trainer.logs import WindowLog, logs_now
 from chronomoe_hf.trainer.model_card import write_model_card
 from chronomoe_hf.trainer.resume import ResumePath, restore
+from chronomoe_hf.trainer.resume_weights import check_weights
 from chronomoe_hf.trainer.trackers import publish, record_log
-from chronomoe_hf.trainer.weight_repair import check_weights
-from chronomoe_hf.trainer.window_log import WindowLog, logs_now
 from chronomoe_hf.wrapping.save_pretrained import state_saved
 
 logger = logging.getLogger("chronomoe_hf")

@@ -17,9 +17,9 @@ from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import AlreadyWrappedError, NoMoELayersError, UnsupportedArchitectureError, WrapError
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.patches import Adapter, probe
-from chronomoe_hf.recording.padding import PadToken
 from chronomoe_hf.recording.recorder import LayerRecorder
-from chronomoe_hf.recording.roles import RoleState
+from chronomoe_hf.recording.role_sums import RoleState
+from chronomoe_hf.recording.rows import PadToken
 from chronomoe_hf.recording.scope import ForwardScope, Switches, forward_parameters
 from chronomoe_hf.recording.totals import Sums
 from chronomoe_hf.router.state import HANDLE, RouterHandle, RouterState

@@ -22,8 +22,8 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.config import BetaConfig, CoherenceConfig, LifecycleConfig
 from chronomoe_hf.errors import ConfigError, EvidenceError, LifecycleError, PlanError, StateCorruptError
+from chronomoe_hf.in_run.dry_run import measure_dry_run
 from chronomoe_hf.lifecycle import Evidence, PrunePlan, export, export_checkpoint, masked, plan_prune
-from chronomoe_hf.lifecycle.in_run import measure_dry_run
 from chronomoe_hf.report.data import load_run, relative_load
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.telemetry import read_jsonl
@@ -200,7 +200,7 @@ def test_the_state_carries_the_cut_and_what_it_will_be_made_of(tmp_path: Path) -
 
 
 def test_what_was_cut_is_no_idle_expert_to_spawn_into() -> None:
-    from chronomoe_hf.lifecycle.roles import FreeEnergy
+    from chronomoe_hf.lifecycle.dry_run.role_numbers import FreeEnergy
     from chronomoe_hf.lifecycle.seen_roles import SeenRoles
     from chronomoe_hf.telemetry import LayerSnapshot
 

@@ -18,8 +18,8 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig, PruneDecision
 from chronomoe_hf.config import LifecycleConfig
 from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.in_run.dry_run import first_batches, untouched_randomness
 from chronomoe_hf.lifecycle import Evidence, measure, plan_prune
-from chronomoe_hf.lifecycle.in_run import first_batches, untouched_randomness
 from chronomoe_hf.telemetry import read_jsonl
 
 
@@ -134,7 +134,7 @@ def test_leaving_a_loader_early_leaves_no_trace_of_it() -> None:
 
 
 def test_confirmed_cases_are_measured_alone() -> None:
-    from chronomoe_hf.lifecycle.in_run import measure_dry_run
+    from chronomoe_hf.in_run.dry_run import measure_dry_run
 
     model = chronomoe_hf.wrap(
         models.tiny_model("mixtral"), ChronoConfig(interval=1, lifecycle=LifecycleConfig(measure=True, keep=0.75))

@@ -19,8 +19,8 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.errors import LifecycleError, PlanMismatchError
 from chronomoe_hf.lifecycle import layer_specs, masked
-from chronomoe_hf.lifecycle.live import match_layers
-from chronomoe_hf.lifecycle.masking import CutMask, mask_experts
+from chronomoe_hf.lifecycle.live.masking import CutMask, mask_experts
+from chronomoe_hf.lifecycle.live.model import match_layers
 
 KEPT = [[0, 2, 3, 5, 7], [1, 2, 4, 6, 7]]
 REFUSED = {"dbrx", "deepseek_v4", "nllb_moe"}

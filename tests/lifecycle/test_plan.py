@@ -25,7 +25,7 @@ from chronomoe_hf.lifecycle import (
     random_plan,
     worst_plan,
 )
-from chronomoe_hf.lifecycle.planner import find_super_experts, shrink
+from chronomoe_hf.lifecycle.pruning.plan_prune import find_super_experts, shrink
 
 
 def layer(scores: list[float], counts: list[int] | None = None, layer_id: int = 0, **spec_fields: Any) -> LayerEvidence:

@@ -16,8 +16,8 @@ from chronomoe_hf import ChronoConfig
 from chronomoe_hf.errors import LifecycleError, PlanMismatchError
 from chronomoe_hf.lifecycle import layer_specs, masked, measure, refit
 from chronomoe_hf.lifecycle.cut_reader import CutReader
-from chronomoe_hf.lifecycle.live import live_layers
-from chronomoe_hf.lifecycle.streams import find_streams
+from chronomoe_hf.lifecycle.live.model import live_layers
+from chronomoe_hf.lifecycle.live.streams import find_streams
 
 KEPT = [[0, 2, 3, 5, 7], [1, 2, 4, 6, 7]]
 NOT_REFITTED = {

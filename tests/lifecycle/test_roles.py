@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.role_recount import cosine
 
-from chronomoe_hf.lifecycle.roles import (
+from chronomoe_hf.lifecycle.dry_run.role_numbers import (
     BASINS,
     HISTORY,
     MIN_ROWS,
@@ -25,8 +25,8 @@ from chronomoe_hf.lifecycle.roles import (
     load_distance,
     two_roles_of,
 )
-from chronomoe_hf.recording.roles import RoleReading, RoleState
-from chronomoe_hf.recording.sums import Reading
+from chronomoe_hf.recording.reduce import Reading
+from chronomoe_hf.recording.role_sums import RoleReading, RoleState
 
 # ---- two roles ---------------------------------------------------------------------------------------------
 

@@ -17,9 +17,9 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.errors import LifecycleError, PlanMismatchError
 from chronomoe_hf.lifecycle import SplitPlan, apply, plan_split
-from chronomoe_hf.lifecycle.expert_weights import Changes, ExpertWeights
-from chronomoe_hf.lifecycle.live import live_layers
-from chronomoe_hf.lifecycle.projections import expert_outputs
+from chronomoe_hf.lifecycle.live.model import live_layers
+from chronomoe_hf.lifecycle.live.projections import expert_outputs
+from chronomoe_hf.lifecycle.live.weights import Changes, ExpertWeights
 
 
 def batches(count: int = 4, *, padded: bool = True) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
-from chronomoe_hf.recording.padding import DECODER_LABELS, PadToken, real_tokens
+from chronomoe_hf.recording.rows import DECODER_LABELS, PadToken, real_tokens
 
 PAD = PadToken(0)
 IDS = torch.ones(2, 3, dtype=torch.long)

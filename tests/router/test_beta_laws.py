@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from chronomoe_hf import CoherenceBuffer, RouterState
 from chronomoe_hf.config import VetoConfig
-from chronomoe_hf.router.beta_laws import (
+from chronomoe_hf.router.laws import (
     balance_error,
     balance_step,
     centre_and_clamp,

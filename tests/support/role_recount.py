@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from chronomoe_hf.recording.roles import ALPHA
+from chronomoe_hf.recording.role_sums import ALPHA
 
 Rows = list[tuple[list[int], list[list[float]]]]
 """Per real token: the ids of its experts, and their unweighted outputs."""

@@ -13,7 +13,7 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.config import CoherenceConfig, LifecycleConfig
 from chronomoe_hf.lifecycle import Proposal
-from chronomoe_hf.lifecycle.live import live_layers
+from chronomoe_hf.lifecycle.live.model import live_layers
 
 ROLES = {"coherence": CoherenceConfig(roles=True)}
 LAYER, DONOR, IDLE = 1, 3, 6

@@ -15,7 +15,7 @@ from support import models as tiny
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoSystem, metrics
 from chronomoe_hf.errors import ConfigError
-from chronomoe_hf.window import Moment
+from chronomoe_hf.window.host import Moment
 
 CLOCKS = ("phi_fast", "phi_mid", "phi_slow")
 AT = Moment("run", 8, window_steps=4, governed=True, step_ms=1.0)

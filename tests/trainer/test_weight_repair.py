@@ -20,7 +20,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from chronomoe_hf.checkpoint.fingerprint import compare_fingerprints, fingerprint
 from chronomoe_hf.errors import StateCorruptError, StateError, StateMismatchError, StateMissingError
-from chronomoe_hf.trainer.weight_repair import repair_weights
+from chronomoe_hf.trainer.resume_weights import repair_weights
 
 # The families that lose weights, and whether the router is among them (facts of transformers 5.23).
 LOSSY = {"mixtral": True, "qwen3_moe": False, "qwen2_moe": False}

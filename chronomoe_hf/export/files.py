@@ -1,0 +1,150 @@
+"""export_checkpoint: the files of a checkpoint, without the experts that a plan drops; no weight is loaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from chronomoe_hf.checkpoint.fingerprint import UNREADABLE
+from chronomoe_hf.checkpoint.state_file import has_state, read_state, write_state
+from chronomoe_hf.errors import ExportError
+from chronomoe_hf.export.card import ExportReport, write_card, write_plan
+from chronomoe_hf.export.cut_model import check_plan, cut_config, small_on_meta, write_both_names
+from chronomoe_hf.export.cut_state import cut_state
+from chronomoe_hf.export.disk_names import disk_pieces, require_names
+from chronomoe_hf.export.live import details, fresh_target, make_report, reload, staged
+from chronomoe_hf.export.slicing import Piece
+from chronomoe_hf.export.tensor_files import Stored, measure_pieces, read_tables, write_checkpoint
+from chronomoe_hf.export.verify import Comparison, masked_logits, probe_batches, require_close
+from chronomoe_hf.lifecycle.effect import Effect
+from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
+from chronomoe_hf.wrapping.support import build_on_meta, load_config
+
+Check = Literal["auto", "logits", "shapes"]
+_SPARE = 1.5  # times the weights' bytes, for a comparison of logits
+_KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken")
+_NOT_KEPT = ("config.json", "trainer_state.json", "prune_plan.json", "chronomoe.json", "run_manifest.json")
+
+
+def export_checkpoint(
+    directory: str | os.PathLike[str],
+    plan: PrunePlan,
+    out: str | os.PathLike[str],
+    *,
+    check: Check = "auto",
+    drop_unknown: bool = False,
+    effect: Effect | None = None,
+) -> ExportReport:
+    """Copy a checkpoint without the experts that `plan` drops, a buffer at a time: its size does not matter.
+
+    Tokenizer files and the like are copied; a state of chronomoe_hf in the directory is cut along.
+
+    Args:
+        directory: that ``save_pretrained`` wrote in safetensors, whole or sharded.
+        plan: for this model.
+        out: must not exist.
+        check: ``"shapes"`` compares names and shapes of the new files with what Transformers builds for the new
+            config. ``"logits"`` also loads both checkpoints, one after the other, and compares logits. ``"auto"``
+            does so where memory allows (1.5 times the weights) and they are not quantized.
+        drop_unknown: leave out tensors that the model of Transformers does not have (a next-token head with experts of
+            its own); otherwise they are refused.
+        effect: what was measured, for the model card.
+
+    Raises:
+        PlanMismatchError: the plan is for another model.
+        ExportError: files are missing or torn, their names are not those that this Transformers writes, the family
+            cannot be cut, `out` exists, or the copy is not the masked model. Nothing is left behind.
+    """
+    started = time.perf_counter()
+    source = Path(directory)
+    target = fresh_target(out)
+    config = load_config(str(source))
+    stored, metadata = read_tables(source)
+    big = build_on_meta(config)
+    assert isinstance(big, PreTrainedModel)
+    layers = check_plan(big, plan)
+    small_config = cut_config(config, layers, plan)
+    small = small_on_meta(big, small_config, plan)
+    pieces = disk_pieces(big, small, layers, plan, stored, quantized=_is_quantized(config), drop_unknown=drop_unknown)
+    how = _how(check, config, stored)
+    want = _masked_logits(type(big), source, plan) if how == "logits" else None
+    extra = details(effect, None)
+    with staged(target) as folder:
+        written = write_checkpoint(folder, stored, pieces, metadata)
+        _copy_others(source, folder)
+        small_config.save_pretrained(folder)
+        write_both_names(folder / "config.json", small_config)
+        require_names(small, read_tables(folder)[0], quantized=_is_quantized(config))
+        compared = None if want is None else _compare(type(big), folder, want)
+        state = _cut_state_file(source, folder, plan)
+        whole = {name: Piece(name) for name in stored}
+        sizes = (measure_pieces(stored, whole), written)
+        report = make_report(target, plan, sizes, compared, state, started)
+        write_plan(folder, plan, {**extra, "export": report.to_record()})
+        write_card(folder, plan, report, extra)
+    return report
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _is_quantized(config: PreTrainedConfig) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _how(check: Check, config: PreTrainedConfig, stored: Mapping[str, Stored]) -> Check:
+    if check not in get_args(Check):
+        raise ExportError(f"check must be one of {', '.join(get_args(Check))}, got {check!r}")
+    if check != "auto":
+        return check
+    needed = _SPARE * sum(entry.end - entry.begin for entry in stored.values())
+    return "logits" if not _is_quantized(config) and needed < available_memory() else "shapes"
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping; 0 where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+def _masked_logits(model_class: type[PreTrainedModel], source: Path, plan: PrunePlan) -> list[Tensor]:
+    model = reload(model_class, source, leftovers=True)
+    return masked_logits(model, plan, probe_batches(model.config))
+
+
+def _compare(model_class: type[PreTrainedModel], folder: Path, want: list[Tensor]) -> Comparison:
+    model = reload(model_class, folder)
+    return require_close(want, model, probe_batches(model.config), None)
+
+
+# ---- other files ---------------------------------------------------------------------------------------------------
+
+
+def _copy_others(source: Path, folder: Path) -> None:
+    """Tokenizer, generation config, licence, code: what is no weight and not of a training run."""
+    for path in sorted(source.iterdir()):
+        wanted = path.suffix in _KEPT_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and wanted and path.name not in _NOT_KEPT and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _cut_state_file(source: Path, folder: Path, plan: PrunePlan) -> bool:
+    if not has_state(source):
+        return False
+    tensors, meta = read_state(source)
+    tensors, meta = cut_state(tensors, meta, plan)
+    # The weights were never loaded, so there is nothing to take a fingerprint of; this word compares equal to anything.
+    meta["fingerprint"] = dict.fromkeys(meta.get("fingerprint", {}), UNREADABLE)
+    return write_state(folder, tensors, meta, strict=True)

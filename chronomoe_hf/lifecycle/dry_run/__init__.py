@@ -1,0 +1,1 @@
+"""Which experts could go: cases and proposals, decided from numbers alone."""

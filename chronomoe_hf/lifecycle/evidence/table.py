@@ -1,0 +1,233 @@
+"""Evidence: what a run, a live system or a profile knows about every expert. One frozen table.
+
+Shape suffixes: E experts of a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chronomoe_hf.errors import EvidenceError
+from chronomoe_hf.lifecycle.evidence.spec import (
+    EvidenceSource,
+    LayerSpec,
+    parse_json,
+    plain_record,
+    strict_fields,
+    write_text,
+)
+from chronomoe_hf.lifecycle.evidence_layer import FIELDS, VECTORS, LayerEvidence, layer_from_events
+from chronomoe_hf.telemetry import read_jsonl, read_manifest
+from chronomoe_hf.telemetry.reader import DIRECTORY
+
+FORMAT = "chronomoe_hf.evidence"
+SCHEMA = 1
+WINDOWS = 5
+"""Windows that are read by default: the newest, so that the evidence is of the experts as they are now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Everything that is known about the experts of a model, and where it comes from.
+
+    Args:
+        source: run, steps and rows read.
+        layers: one entry per MoE layer, by layer_id.
+    """
+
+    source: EvidenceSource
+    layers: tuple[LayerEvidence, ...]
+
+    def __post_init__(self) -> None:
+        ids = [layer.spec.layer_id for layer in self.layers]
+        if not ids or ids != list(range(len(ids))):
+            raise EvidenceError(f"evidence covers the layers 0, 1, 2, ... of a model, got {ids}")
+
+    @classmethod
+    def from_system(cls, system: Any) -> Evidence:
+        """The last closed window and the open one of a live system.
+
+        Args:
+            system: ``chronomoe_hf.system_of(model)``.
+
+        Raises:
+            EvidenceError: nothing has been recorded yet.
+        """
+        snapshots = [system.last_snapshot, system.snapshot()]
+        seen = [snapshot for snapshot in snapshots if snapshot is not None and any(s.tokens for s in snapshot.layers)]
+        if not seen:
+            raise EvidenceError("the system has recorded no token yet; call system.step(...) after a training step")
+        events = [_plain(layer) | {"step": snapshot.step} for snapshot in seen for layer in snapshot.layers]
+        return assemble(
+            [spec_of(layer.table_row()) for layer in system.layers],
+            events,
+            kind="system",
+            run_id=system.run_id,
+            model_class=type(system.model).__name__,
+            mode=seen[-1].mode,
+            beta_law=system.config.beta.law,
+        )
+
+    @classmethod
+    def from_directory(
+        cls, directory: str | os.PathLike[str], *, windows: int = WINDOWS, mode: str | None = None
+    ) -> Evidence:
+        """The newest records of a run or of a profile.
+
+        Args:
+            directory: what the run wrote to (its ``chronomoe`` folder is read), or that folder itself.
+            windows: how many of the newest windows are summed.
+            mode: ``"TRAIN"``, ``"INFER"`` or ``"EVAL"``; None takes the first of these that was recorded.
+
+        Raises:
+            EvidenceError: there are no records, none of that mode, or they do not describe the model.
+        """
+        root = Path(directory)
+        root = root.parent if root.name == DIRECTORY else root
+        if windows < 1:
+            raise EvidenceError(f"windows must be at least 1, got {windows}")
+        path = root / DIRECTORY / "routing_events.jsonl"
+        records, _ = read_jsonl(path)
+        manifest = read_manifest(root)
+        if not records or manifest is None:
+            missing = "run_manifest.json" if manifest is None else "routing_events.jsonl"
+            raise EvidenceError(
+                f"no evidence in {root}: {DIRECTORY}/{missing} is missing or empty; give the output_dir of a run that "
+                "wrote telemetry (telemetry.jsonl), or the directory of a profile"
+            )
+        modes = {str(record.get("mode")) for record in records}
+        chosen = mode or next((name for name in ("TRAIN", "INFER", "EVAL") if name in modes), "TRAIN")
+        events = [record for record in records if record.get("mode") == chosen]
+        if not events:
+            raise EvidenceError(f"{path} has no records of mode {chosen!r}; it has {', '.join(sorted(modes))}")
+        steps = sorted({int(record["step"]) for record in events})[-windows:]
+        return assemble(
+            [spec_of(row) for row in manifest.get("layers", [])],
+            [record for record in events if record["step"] in steps],
+            kind="run",
+            run_id=str(manifest.get("run_id", "")),
+            model_class=str(manifest.get("model_class", "")),
+            mode=chosen,
+            beta_law=_beta_law(manifest),
+        )
+
+    def with_vectors(self, **vectors: Sequence[Sequence[float | None]]) -> Evidence:
+        """A copy in which per-layer vectors (``fisher=[[...], ...]``) are set.
+
+        Raises:
+            EvidenceError: no such vector, another number of layers or experts.
+        """
+        for name, rows in vectors.items():
+            if name not in VECTORS or len(rows) != len(self.layers):
+                raise EvidenceError(
+                    f"{name} must be one of {', '.join(VECTORS)} with {len(self.layers)} layers, got {len(rows)}"
+                )
+        layers = []
+        for index, layer in enumerate(self.layers):
+            changed: dict[str, Any] = {name: tuple(rows[index]) for name, rows in vectors.items()}
+            layers.append(dataclasses.replace(layer, **changed))
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        layers = [{name: _json(getattr(layer, name)) for name in FIELDS} for layer in self.layers]
+        return {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "source": dataclasses.asdict(self.source),
+            "layers": layers,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Evidence:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            EvidenceError: not evidence, another schema, or malformed values.
+        """
+        record = strict_fields(data, "evidence", ("format", "schema", "source", "layers"), (), EvidenceError)
+        if record["format"] != FORMAT or record["schema"] != SCHEMA or not isinstance(record["layers"], list):
+            raise EvidenceError(
+                f"expected format {FORMAT!r} with schema {SCHEMA}, got {record['format']!r} with {record['schema']!r}"
+            )
+        layers = [strict_fields(layer, "a layer", FIELDS, VECTORS, EvidenceError) for layer in record["layers"]]
+        return cls(
+            source=plain_record(EvidenceSource, record["source"], "the source", EvidenceError),
+            layers=tuple(
+                LayerEvidence(
+                    spec=plain_record(LayerSpec, layer["spec"], "a layer's spec", EvidenceError),
+                    **{name: _tuple(value) for name, value in layer.items() if name != "spec"},
+                )
+                for layer in layers
+            ),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the table as JSON, whole or not at all."""
+        return write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Evidence:
+        """Read what :meth:`save` wrote. Raises EvidenceError where there is none, or it is none."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise EvidenceError(f"no evidence can be read from {path}: {problem}") from None
+        return cls.from_dict(parse_json(text, "evidence", EvidenceError))
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, LayerSpec):
+        return dataclasses.asdict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(layer: Any) -> dict[str, Any]:
+    return {item.name: getattr(layer, item.name) for item in dataclasses.fields(layer)}
+
+
+def spec_of(row: Mapping[str, Any]) -> LayerSpec:
+    """A row of a layer table as a LayerSpec. Raises EvidenceError where it lacks the routing groups."""
+    names = [item.name for item in dataclasses.fields(LayerSpec)]
+    if "num_groups" not in row:
+        raise EvidenceError(
+            "the records do not say how many routing groups a layer has (written by an older version); take the "
+            "evidence from the live model (Evidence.from_system) or from a new run"
+        )
+    return plain_record(LayerSpec, {name: row[name] for name in names if name in row}, "a layer", EvidenceError)
+
+
+def _beta_law(manifest: Mapping[str, Any]) -> str:
+    config = manifest.get("config")
+    beta = config.get("beta") if isinstance(config, Mapping) else None
+    return str(beta.get("law", "none")) if isinstance(beta, Mapping) else "none"
+
+
+def assemble(specs: list[LayerSpec], events: list[dict[str, Any]], **source: Any) -> Evidence:
+    """One LayerEvidence per layer from its events, oldest first."""
+    by_layer: dict[int, list[dict[str, Any]]] = {spec.layer_id: [] for spec in specs}
+    for event in sorted(events, key=lambda event: int(event["step"])):
+        by_layer.get(event["layer_id"], []).append(event)
+    if not specs:
+        raise EvidenceError("the records name no MoE layer; was the run started by chronomoe_hf?")
+    layers = [layer_from_events(spec, by_layer[spec.layer_id]) for spec in specs]
+    steps = [int(event["step"]) for event in events]
+    first = min(int(event["step"]) - max(1, int(event.get("window_steps") or 1)) + 1 for event in events)
+    tokens = [sum(int(event.get("tokens") or 0) for event in group) for group in by_layer.values()]
+    rows = [value for layer in layers for value in layer.rows or () if value is not None]
+    return Evidence(
+        source=EvidenceSource(
+            first_step=max(0, first), last_step=max(steps), tokens=max(tokens), rows_read=round(sum(rows)), **source
+        ),
+        layers=tuple(layers),
+    )

@@ -1,0 +1,1 @@
+"""A live model's experts: read, masked, fitted; every bit comes back."""

@@ -1,0 +1,188 @@
+"""Where the routed output of a layer is added up, found by trying, and what stands there when the model has run.
+
+"There" is the largest module around the experts whose output is their output times a factor, plus the rest: a
+transformer block with its residual stream, or less where a norm follows. Which one that is, is tried out, not assumed.
+
+Shape suffixes: T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.lifecycle.live.model import Batch, forward_arguments
+from chronomoe_hf.lifecycle.live.samples import LayerTap, StopForward
+from chronomoe_hf.lifecycle.real_tokens import real_rows
+from chronomoe_hf.wrapping.discovery import FoundLayer, root_of
+
+_TOLERANCE = 0.02  # of the disturbance; a norm behind the experts is off by more than a half
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where the routed output of a layer is added up.
+
+    Args:
+        name: path of `module`, empty for the experts themselves.
+        module: its output is `factor` times the routed output, plus what does not depend on it.
+        factor: see `module`.
+        block: path of the block of the stack that the layer is in, empty where there is none.
+    """
+
+    name: str
+    module: nn.Module
+    factor: float
+    block: str
+
+
+def find_streams(model: nn.Module, layers: Sequence[FoundLayer], batch: Batch) -> list[Stream]:
+    """The stream of every layer, by disturbing its experts' output in a forward of one batch.
+
+    Args:
+        model: in evaluation mode, without gradients.
+        layers: to look at.
+        batch: a small one is enough.
+
+    Raises:
+        LifecycleError: the experts are not called once in a forward.
+    """
+    modules = dict(root_of(model).named_modules())
+    paths = {module: name for name, module in modules.items()}
+    return [_find(model, layer, _around(layer, paths[layer.parent], modules), batch) for layer in layers]
+
+
+def _around(layer: FoundLayer, path: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The modules around the experts, from the block of the stack inwards to the experts; `path` is the parent's."""
+    words = path.split(".")
+    first = next((at for at, word in enumerate(words) if word.isdigit()), len(words) - 1)
+    names = [".".join(words[: at + 1]) for at in range(first, len(words))]
+    assert layer.experts is not None
+    return [*((name, modules[name]) for name in names), ("", layer.experts)]
+
+
+def _find(model: nn.Module, layer: FoundLayer, around: list[tuple[str, nn.Module]], batch: Batch) -> Stream:
+    plain, count = _outputs(model, layer, around, batch, None)
+    own_TD = plain[-1]
+    if own_TD is None or not bool(torch.isfinite(own_TD).all()):
+        raise LifecycleError(f"{layer.name}: the outputs of its experts are not finite, or are no hidden states")
+    size = next(value for value in plain if value is not None).float().square().mean().sqrt()
+    noise_TD = torch.randn(own_TD.shape, generator=torch.Generator().manual_seed(0)).to(own_TD.device) * size
+    moved, _ = _outputs(model, layer, around, batch, noise_TD)
+    block = around[0][0] if around[0][0].rpartition(".")[2].isdigit() else ""
+    for (name, module), was_TD, is_TD in zip(around, plain, moved, strict=True):
+        if was_TD is None or is_TD is None or was_TD.shape != noise_TD.shape:
+            continue
+        change_TD = is_TD.float() - was_TD.float()
+        factor = float((change_TD * noise_TD).sum() / noise_TD.square().sum())
+        off = float((change_TD - factor * noise_TD).norm()) / max(abs(factor) * float(noise_TD.norm()), 1e-30)
+        if off <= _TOLERANCE:
+            return Stream(name, module, factor, block)
+    raise LifecycleError(
+        f"{layer.name}: what its experts give for {count} tokens cannot be followed to the output of any module around "
+        "them; refit with sequential=False"
+    )
+
+
+def _outputs(
+    model: nn.Module, layer: FoundLayer, around: list[tuple[str, nn.Module]], batch: Batch, noise_TD: Tensor | None
+) -> tuple[list[Tensor | None], int]:
+    """The output rows of the modules around a layer's experts, `noise_TD` added to that of the experts."""
+    assert layer.experts is not None
+    out: dict[nn.Module, Tensor | None] = {}
+    tokens: list[int] = []
+
+    def experts_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = [*args, *kwargs.values()][0]
+        tokens.append(hidden.numel() // hidden.shape[-1])
+        if noise_TD is None or not isinstance(output, Tensor):
+            return None
+        return output + noise_TD.reshape(output.shape).to(output.dtype)
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        out[module] = rows_of(output, tokens[-1]) if tokens else None
+        if module is around[0][1]:
+            raise StopForward
+
+    handles = [layer.experts.register_forward_hook(experts_hook, with_kwargs=True)]
+    handles += [module.register_forward_hook(keep) for _, module in reversed(around)]
+    try:
+        run_up_to(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(tokens) != 1:
+        raise LifecycleError(f"{layer.name}: its experts were called {len(tokens)} times in one forward")
+    return [out.get(module) for _, module in around], tokens[0]
+
+
+def rows_of(output: Any, tokens: int) -> Tensor | None:
+    """The hidden states in a module's output as ``(T, D)``; None where it holds none of so many tokens."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(first, Tensor) or first.dim() < 2 or first.numel() != tokens * first.shape[-1]:
+        return None
+    return first.detach().reshape(tokens, first.shape[-1])
+
+
+def run_up_to(model: nn.Module, batch: Batch) -> None:
+    """Run the model until a hook raises StopForward."""
+    with contextlib.suppress(StopForward):
+        model(**forward_arguments(model, batch, logits=False))
+
+
+@dataclass
+class StreamTap:
+    """One layer's calls and what its stream holds behind it, in one forward."""
+
+    layer: FoundLayer
+    stream: Stream
+    last: bool
+    tap: LayerTap = field(init=False)
+    handle: Any = None
+    rows_TD: Tensor | None = None
+
+    def __enter__(self) -> StreamTap:
+        self.tap = LayerTap(self.layer, None)
+        self.tap.attach()
+        self.handle = self.stream.module.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.tap.detach()
+        self.handle.remove()
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.rows_TD = rows_of(output, self.tap.calls[-1][0].shape[0]) if self.tap.calls else None
+        if self.last:
+            raise StopForward
+
+    def take(self) -> tuple[Tensor, ...]:
+        """Rows of real tokens: hidden, index, gate, stream."""
+        if self.rows_TD is None:
+            raise LifecycleError(f"{self.layer.name}: its experts were not called in a forward")
+        taken = (*self.tap.take(), real_rows(self.rows_TD, self.tap.real.mask_T))
+        self.rows_TD = None
+        return taken
+
+
+def full_streams(
+    model: nn.Module, layers: Sequence[FoundLayer], streams: Sequence[Stream], batches: Sequence[Batch]
+) -> list[Tensor]:
+    """What the streams of the full model hold behind the layers, per layer ``(T, D)`` of real tokens, model's dtype."""
+    rows: list[list[Tensor]] = [[] for _ in layers]
+    with contextlib.ExitStack() as stack:
+        taps = [
+            stack.enter_context(StreamTap(layer, stream, last=layer is layers[-1]))
+            for layer, stream in zip(layers, streams, strict=True)
+        ]
+        for batch in batches:
+            run_up_to(model, batch)
+            for index, tap in enumerate(taps):
+                rows[index].append(tap.take()[-1])
+    return [torch.cat(parts) for parts in rows]
