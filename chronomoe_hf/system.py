@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.checkpoint.store import Savable, StateStore
-from chronomoe_hf.checkpoint.system_state import Parts, Position
 from chronomoe_hf.coherence import CoherenceBuffer
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import ControlDecision, Controller, actuate
@@ -23,6 +22,7 @@ from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
 from chronomoe_hf.lifecycle.evidence.drift import RouterDrift
 from chronomoe_hf.lifecycle.pruning.run_cut import RunCut
+from chronomoe_hf.parts import Parts, Position
 from chronomoe_hf.recording.scope import Switches
 from chronomoe_hf.recording.taking import Taken, take, zero
 from chronomoe_hf.recording.totals import Recorded

@@ -157,7 +157,7 @@ def coherence_row(phi: list[list[float]], weight: list[list[float]], count: list
 def test_the_bank_and_a_buffer_of_its_own_agree_on_clocks_and_beta() -> None:
     """Two layers of different width in one stacked against one plain buffer and one plain router state per layer."""
     from chronomoe_hf import CoherenceBuffer
-    from chronomoe_hf.router.laws import update_beta
+    from chronomoe_hf.router.original import update_beta
 
     draw = random.Random(0)
     stacked = StepState(list(EXPERTS))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chronomoe_hf.checkpoint.manifest import SCHEMA_MINOR, WAY_OUT, is_count, short
 from chronomoe_hf.checkpoint.role_tensors import ROLE, check_roles
-from chronomoe_hf.errors import StateCorruptError
+from chronomoe_hf.errors import StateCorruptError, StateMismatchError
 from chronomoe_hf.lifecycle.evidence.drift import START
 
 _RUN_ID = re.compile(r"[0-9A-Za-z._-]{1,64}")
@@ -221,3 +221,61 @@ def _check_lens(layer: int, parts: Mapping[str, Tensor | None]) -> None:
     _check_tensor(f"lens.{layer}.scale", scale, torch.float64, ())
     if float(scale) < 0.0:
         raise _fault(f"lens.{layer}.scale", float(scale), "at least 0")
+
+
+MAX_ROWS_SHOWN = 20
+
+_LAYER_FIELDS = ("router_class", "num_experts", "top_k")
+
+
+def check_layers(
+    saved: Sequence[Mapping[str, Any]], live: Sequence[Mapping[str, Any]], allow_partial: bool = False
+) -> list[tuple[int, int]]:
+    """Pair the layers of a saved state with those of the live model, by name.
+
+    Args:
+        saved: The manifest's ``layers``: ``{"name", "router_class", "num_experts", "top_k"}`` each.
+        live: The same table of the wrapped model.
+        allow_partial: Return the layers that agree instead of raising when some do not.
+
+    Returns:
+        ``(index in saved, index in live)`` of every layer that agrees in all fields, in the order of `live`.
+
+    Raises:
+        StateMismatchError: With a table of the differences: any without `allow_partial`, or no layer agrees.
+    """
+    saved_index = {layer["name"]: index for index, layer in enumerate(saved)}
+    live_names = {layer["name"] for layer in live}
+    pairs, rows = [], []
+    for index, layer in enumerate(live):
+        position = saved_index.get(layer["name"])
+        if position is None:
+            rows.append((layer["name"], "(absent)", _describe(layer)))
+        elif _describe(saved[position]) != _describe(layer):
+            rows.append((layer["name"], _describe(saved[position]), _describe(layer)))
+        else:
+            pairs.append((position, index))
+    rows += [(layer["name"], _describe(layer), "(absent)") for layer in saved if layer["name"] not in live_names]
+    if rows and not (allow_partial and pairs):
+        hint = "load it into the model it was saved from" + (
+            "" if allow_partial else ", or set CheckpointConfig(allow_partial=True) to load only the layers that agree"
+        )
+        raise StateMismatchError(
+            f"the saved state has {len(saved)} MoE layers, the model has {len(live)}, {len(pairs)} agree; {hint}\n"
+            + _table([("layer", "saved", "model"), *rows[:MAX_ROWS_SHOWN]])
+            + (f"\n... and {len(rows) - MAX_ROWS_SHOWN} more" if len(rows) > MAX_ROWS_SHOWN else "")
+        )
+    return pairs
+
+
+def _describe(layer: Mapping[str, Any]) -> str:
+    return "{} E={} k={}".format(*(layer[key] for key in _LAYER_FIELDS))
+
+
+def _table(rows: list[tuple[str, str, str]]) -> str:
+    # Names come from a file: escape them so that no control character reaches a terminal.
+    clean = [[cell.encode("unicode_escape").decode("ascii")[:120] for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in clean) for column in range(3)]
+    return "\n".join(
+        "  " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in clean
+    )

@@ -12,8 +12,9 @@ from chronomoe_hf import distributed
 from chronomoe_hf.checkpoint.fingerprint import live_fingerprint
 from chronomoe_hf.checkpoint.reading import OnMissing, missing, read_for_all
 from chronomoe_hf.checkpoint.state_file import write_state
-from chronomoe_hf.checkpoint.system_state import Parts, Position, advise_of_disagreement, pack, unloadable, unpack
+from chronomoe_hf.checkpoint.system_state import advise_of_disagreement, pack, unloadable, unpack
 from chronomoe_hf.errors import StateError, StateWriteError
+from chronomoe_hf.parts import Parts, Position
 
 
 class StateStore:

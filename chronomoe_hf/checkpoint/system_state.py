@@ -10,27 +10,22 @@ import copy
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from chronomoe_hf import distributed
-from chronomoe_hf.checkpoint.checks import check_meta, check_tensors
-from chronomoe_hf.checkpoint.fingerprint import check_layers
+from chronomoe_hf.checkpoint.checks import check_layers, check_meta, check_tensors
 from chronomoe_hf.checkpoint.in_force import in_force
 from chronomoe_hf.checkpoint.manifest import WAY_OUT, short
 from chronomoe_hf.checkpoint.role_tensors import load_roles, packed
 from chronomoe_hf.config import ChronoConfig
-from chronomoe_hf.controller import Controller
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateError
 from chronomoe_hf.lens.lens import ChronoLens
-from chronomoe_hf.lifecycle import LifecycleCoordinator
-from chronomoe_hf.lifecycle.evidence.drift import START, RouterDrift
-from chronomoe_hf.lifecycle.pruning.run_cut import RunCut
+from chronomoe_hf.lifecycle.evidence.drift import START
+from chronomoe_hf.parts import Parts, Position
 from chronomoe_hf.step_state import StepState
-from chronomoe_hf.telemetry import AlertHistory
 from chronomoe_hf.wrapping.fold import WARN_ABOVE
 from chronomoe_hf.wrapping.layer import Layer
 
@@ -38,50 +33,6 @@ logger = logging.getLogger("chronomoe_hf")
 
 # Stacked tensors whose expert columns start at 0 and that have one row per layer on their second-to-last axis.
 _PER_LAYER_AXIS = {"ema_CLE": 1}
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The stateful parts of a wrapped model; loading writes into them.
-
-    Args:
-        step_state: stacked device state.
-        layers: the wrapped layers, with their lenses.
-        controller, lifecycle, alerts: host state.
-        cut: experts cut during the run.
-        drift: the router rows that drift is measured from.
-        config: settings in force.
-    """
-
-    step_state: StepState
-    layers: Sequence[Layer]
-    controller: Controller
-    lifecycle: LifecycleCoordinator
-    alerts: AlertHistory
-    cut: RunCut
-    drift: RouterDrift
-    config: ChronoConfig
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: what is saved besides tensors and the parts' own state.
-
-    Args:
-        step: optimizer steps done.
-        window_steps: of these, in the open window.
-        run_id: of the run.
-        attempt: start or resume of the run.
-        governed: something has acted on routing.
-        beta_moved: a law has moved beta.
-    """
-
-    step: int
-    window_steps: int
-    run_id: str
-    attempt: int
-    governed: bool
-    beta_moved: bool
 
 
 def pack(parts: Parts, position: Position) -> tuple[dict[str, Tensor], dict[str, Any]]:

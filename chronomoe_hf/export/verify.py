@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from chronomoe_hf.errors import ExportError
-from chronomoe_hf.lifecycle.live.masking import masked
 from chronomoe_hf.lifecycle.live.model import Batch, forward_arguments, quiet
+from chronomoe_hf.lifecycle.pruning.measure import masked
 from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.router.state import HANDLE
 

@@ -6,20 +6,16 @@ plan that the evidence supports now, random plans of the same size, the worst pl
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.effect import Effect
 from chronomoe_hf.lifecycle.evidence.table import Evidence
-from chronomoe_hf.lifecycle.live.model import Batch
+from chronomoe_hf.lifecycle.live.model import Batch, first_batches, untouched_randomness
 from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
 from chronomoe_hf.lifecycle.pruning.measure import measure
 from chronomoe_hf.lifecycle.pruning.plan_prune import plan_prune
@@ -85,30 +81,3 @@ def _confirmed(decisions: Iterable[Any]) -> list[tuple[int, int]]:
     """Experts with a confirmed case that was not withdrawn since, in order."""
     states = {(item.layer_id, item.expert, item.reason): item.state for item in decisions}
     return sorted({(layer, expert) for (layer, expert, _), state in states.items() if state == "confirmed"})
-
-
-def first_batches(batches: Iterable[Batch], count: int) -> list[Batch]:
-    """The first `count` batches; a loader that is left early is told so (Accelerate keeps a list of the open ones)."""
-    out: list[Batch] = []
-    iterator = iter(batches)
-    for batch in iterator:
-        out.append(dict(batch))
-        if len(out) == count:
-            if hasattr(iterator, "close"):
-                iterator.close()
-            if hasattr(batches, "end"):
-                batches.end()
-            break
-    return out
-
-
-@contextlib.contextmanager
-def untouched_randomness() -> Iterator[None]:
-    """Random states of Python, numpy and torch are given back: a loader draws from them when it starts."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.in_run.dry_run import first_batches, untouched_randomness
 from chronomoe_hf.lifecycle.live.fit_model import StoredProjections
 from chronomoe_hf.lifecycle.live.layer_fit import LayerRefit
-from chronomoe_hf.lifecycle.live.model import Batch, as_batches, live_layers, uncompiled
+from chronomoe_hf.lifecycle.live.model import (
+    Batch,
+    as_batches,
+    first_batches,
+    live_layers,
+    uncompiled,
+    untouched_randomness,
+)
 from chronomoe_hf.lifecycle.live.projections import OutputProjections
 from chronomoe_hf.lifecycle.live.weights import ExpertWeights, slice_of
 from chronomoe_hf.splitting.apply import AppliedSplit, carry_out

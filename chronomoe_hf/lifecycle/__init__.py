@@ -12,11 +12,10 @@ from chronomoe_hf.lifecycle.evidence.table import Evidence
 from chronomoe_hf.lifecycle.evidence_layer import LayerEvidence
 from chronomoe_hf.lifecycle.fisher import FisherSums
 from chronomoe_hf.lifecycle.live.layer_fit import LayerRefit
-from chronomoe_hf.lifecycle.live.masking import masked
 from chronomoe_hf.lifecycle.live.model import layer_specs
 from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
 from chronomoe_hf.lifecycle.pruning.calibrate import calibrate
-from chronomoe_hf.lifecycle.pruning.measure import measure
+from chronomoe_hf.lifecycle.pruning.measure import masked, measure
 from chronomoe_hf.lifecycle.pruning.plan import PlannedLayer, PrunePlan
 from chronomoe_hf.lifecycle.pruning.plan_prune import RANKS, plan_prune, random_plan, worst_plan
 from chronomoe_hf.lifecycle.pruning.refit import RefitReport, refit

@@ -5,14 +5,10 @@ Shape suffixes: L layers (any leading shape), E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from chronomoe_hf.coherence import CoherenceState
 from chronomoe_hf.errors import ConfigError
-from chronomoe_hf.router.state import RouterState
 
 _SWING = 0.3  # a relative error of this size on the other side is a swing, a smaller one the noise of a batch
 _SHRINK, _GROW, _SMALLEST = 0.5, 1.1, 0.1
@@ -36,21 +32,6 @@ def relevance_of(disagreement: Tensor, theta: float) -> Tensor:
     if theta <= 0:
         raise ConfigError(f"the veto's threshold must be positive, got {theta}")
     return (1.0 - (disagreement - theta) / (2.0 * theta)).clamp(0.0, 1.0)
-
-
-def compute_relevance(router_state: RouterState, threshold: float = 0.2) -> float:
-    """Relevance of one router's beta, by the divergence of clean and biased routing. Waits for the device.
-
-    Args:
-        router_state: its `disagreement_js` is read.
-        threshold: nats; relevance is 1 below it and 0 from three times it on.
-
-    Raises:
-        ConfigError: the threshold is not positive.
-    """
-    # The original's loops assign a plain number to this field.
-    js = torch.as_tensor(router_state.disagreement_js, dtype=torch.float64)
-    return float(relevance_of(js, threshold))
 
 
 def centre_and_clamp(beta_LE: Tensor, cap: float, mask_LE: Tensor | None = None) -> Tensor:
@@ -191,42 +172,3 @@ def balance_step(error_LE: Tensor, rule: str = "quadratic", gain_LE: Tensor | No
         raise ConfigError(f"rule must be 'quadratic', 'proportional' or 'sign', got {rule!r}")
     gain: Tensor | float = 1.0 if gain_LE is None else gain_LE.double().abs()
     return gain * error_LE * error_LE.abs()
-
-
-def update_beta(
-    router_state: RouterState,
-    coherence_snapshot: Mapping[int, CoherenceState],
-    eta: float = 0.01,
-    tau: float | str = "layer_mean",
-    centred: bool = True,
-) -> None:
-    """Apply the coherence law to one router, in place.
-
-    Args:
-        router_state: its `beta_coeff`, `beta_full`, `beta_applied` change, and `beta_on` becomes True; nothing else.
-        coherence_snapshot: ``CoherenceBuffer.snapshot(step)``; experts that are not being observed rest.
-        eta: gain per update.
-        tau: a number in [-1, 1] or ``"layer_mean"``.
-        centred: zero-centre beta over the layer; False only clamps, as the original.
-
-    Raises:
-        ConfigError: the snapshot is of another number of experts, or tau is another word.
-    """
-    num = router_state.num_experts
-    if sorted(coherence_snapshot) != list(range(num)):
-        raise ConfigError(f"the snapshot covers experts {sorted(coherence_snapshot)}, the router has {num}")
-    states = [coherence_snapshot[e] for e in range(num)]
-    device = router_state.beta_coeff.device
-    beta_E = coherence_law(
-        router_state.beta_coeff,
-        torch.tensor([s.phi_slow or 0.0 for s in states], dtype=torch.float64, device=device),
-        torch.tensor([s.is_being_observed and s.phi_slow is not None for s in states], device=device),
-        torch.tensor([s.total_tokens_seen for s in states], device=device),
-        eta=eta,
-        tau=tau,
-        k_max=router_state.k_max,
-        centred=centred,
-    )
-    router_state.beta_coeff.copy_(beta_E)
-    router_state.beta_on = True
-    router_state.refresh_()

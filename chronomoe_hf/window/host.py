@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from chronomoe_hf import distributed
-from chronomoe_hf.checkpoint.system_state import Parts
 from chronomoe_hf.controller import ControlDecision
 from chronomoe_hf.errors import ChronoError
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle import PruneDecision
+from chronomoe_hf.parts import Parts
 from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot
 from chronomoe_hf.window.events import layer_events
 from chronomoe_hf.window.records import RunRecords

@@ -11,7 +11,8 @@ from support.models import tiny_model
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
-from chronomoe_hf.checkpoint.fingerprint import SLICE_ELEMENTS, check_layers, compare_fingerprints, fingerprint
+from chronomoe_hf.checkpoint.checks import check_layers
+from chronomoe_hf.checkpoint.fingerprint import SLICE_ELEMENTS, compare_fingerprints, fingerprint
 from chronomoe_hf.errors import StateMismatchError
 
 

@@ -18,8 +18,8 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig, PruneDecision
 from chronomoe_hf.config import LifecycleConfig
 from chronomoe_hf.errors import ConfigError
-from chronomoe_hf.in_run.dry_run import first_batches, untouched_randomness
 from chronomoe_hf.lifecycle import Evidence, measure, plan_prune
+from chronomoe_hf.lifecycle.live.model import first_batches, untouched_randomness
 from chronomoe_hf.telemetry import read_jsonl
 
 

@@ -19,11 +19,10 @@ from chronomoe_hf.router.laws import (
     balance_step,
     centre_and_clamp,
     coherence_law,
-    compute_relevance,
     next_gain,
     relevance_of,
-    update_beta,
 )
+from chronomoe_hf.router.original import compute_relevance, update_beta
 
 K_MAX = 0.3
 

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.lifecycle.live.model import match_layers
-from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.patches import Adapter, find
 from chronomoe_hf.patches.own_rules import GemmaAdapter
 from chronomoe_hf.router.call import RouterCall
@@ -92,29 +90,6 @@ class _Stack(list[ExpertMask]):
                 mask.calls += 1
         dropped_E = self.dropped_on(router, call.logits_TE.device)
         return _choose(router, call, _masked_adapter(find(router), dropped_E), dropped_E)
-
-
-@contextlib.contextmanager
-def masked(model: Model, plan: PrunePlan) -> Iterator[Model]:
-    """Run `model` as if the dropped experts of `plan` were gone; afterwards it is what it was, bit for bit.
-
-    Works on wrapped and on plain models, in training (gradients flow to the survivors) and in evaluation. Contexts may
-    be nested: then the experts that either plan drops are masked.
-
-    Args:
-        model: the model that the plan was made for.
-        plan: what stays.
-
-    Yields:
-        `model`.
-
-    Raises:
-        PlanMismatchError: the plan is for another model.
-        LifecycleError: a router cannot be masked, or nested plans leave too few experts.
-    """
-    layers = match_layers(model, plan.specs)
-    with mask_experts(layers, [layer.dropped for layer in plan.layers]):
-        yield model
 
 
 @contextlib.contextmanager

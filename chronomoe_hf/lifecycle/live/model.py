@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -172,3 +174,30 @@ def logits_of(model: nn.Module, arguments: Batch) -> Tensor:
             "(AutoModelForCausalLM)"
         )
     return logits
+
+
+def first_batches(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """The first `count` batches; a loader that is left early is told so (Accelerate keeps a list of the open ones)."""
+    out: list[Batch] = []
+    iterator = iter(batches)
+    for batch in iterator:
+        out.append(dict(batch))
+        if len(out) == count:
+            if hasattr(iterator, "close"):
+                iterator.close()
+            if hasattr(batches, "end"):
+                batches.end()
+            break
+    return out
+
+
+@contextlib.contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Random states of Python, numpy and torch are given back: a loader draws from them when it starts."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -23,7 +23,7 @@ from chronomoe_hf import distributed
 from chronomoe_hf.errors import LifecycleError, PlanError
 from chronomoe_hf.lifecycle.effect import Effect, MaskEffect
 from chronomoe_hf.lifecycle.evidence.spec import LayerSpec
-from chronomoe_hf.lifecycle.live.masking import ExpertMask, mask_experts
+from chronomoe_hf.lifecycle.live.masking import ExpertMask, Model, mask_experts
 from chronomoe_hf.lifecycle.live.model import (
     Batch,
     as_batches,
@@ -298,3 +298,26 @@ def _ratio_error(value: dict[str, float], mean: float) -> float | None:
         return None
     square = value["nd2"] - 2.0 * mean * value["n2d"] + mean * mean * value["n2"]
     return math.sqrt(max(square, 0.0) * count / (count - 1.0)) / value["n"]
+
+
+@contextlib.contextmanager
+def masked(model: Model, plan: PrunePlan) -> Iterator[Model]:
+    """Run `model` as if the dropped experts of `plan` were gone; afterwards it is what it was, bit for bit.
+
+    Works on wrapped and on plain models, in training (gradients flow to the survivors) and in evaluation. Contexts may
+    be nested: then the experts that either plan drops are masked.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: what stays.
+
+    Yields:
+        `model`.
+
+    Raises:
+        PlanMismatchError: the plan is for another model.
+        LifecycleError: a router cannot be masked, or nested plans leave too few experts.
+    """
+    layers = match_layers(model, plan.specs)
+    with mask_experts(layers, [layer.dropped for layer in plan.layers]):
+        yield model
