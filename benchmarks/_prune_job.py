@@ -24,7 +24,7 @@ from _text_job import SIZES, ModelSize, Training, cache_root, load_domain, pretr
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.lifecycle import Evidence
-from chronomoe_hf.lifecycle.fisher import FisherSums
+from chronomoe_hf.lifecycle.pruning.calibrate import FisherSums
 
 INTERVAL = 10  # optimizer steps in a window
 WINDOWS = 5  # newest windows that evidence is read from

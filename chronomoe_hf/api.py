@@ -12,11 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from chronomoe_hf.checkpoint.unloaded import warn_of_unloaded_state
+from chronomoe_hf.checkpoint.store import warn_of_unloaded_state
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import AlreadyWrappedError, ConfigError, NotWrappedError
-from chronomoe_hf.recording.labels import labelled_models
-from chronomoe_hf.recording.scope import Switches
+from chronomoe_hf.recording.scope import Switches, labelled_models
 from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.router.state import HANDLE
 from chronomoe_hf.system import ChronoSystem

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import Controller
-from chronomoe_hf.lifecycle import LifecycleCoordinator
+from chronomoe_hf.lifecycle.dry_run.coordinator import LifecycleCoordinator
 from chronomoe_hf.lifecycle.evidence.drift import RouterDrift
 from chronomoe_hf.lifecycle.pruning.run_cut import RunCut
 from chronomoe_hf.step_state import StepState

@@ -19,12 +19,13 @@ from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import ControlDecision, Controller, actuate
 from chronomoe_hf.lens.direction import RouterInputs
 from chronomoe_hf.lens.lens import ChronoLens
-from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
+from chronomoe_hf.lifecycle.dry_run.cases import PruneDecision
+from chronomoe_hf.lifecycle.dry_run.coordinator import LifecycleCoordinator
 from chronomoe_hf.lifecycle.evidence.drift import RouterDrift
 from chronomoe_hf.lifecycle.pruning.run_cut import RunCut
 from chronomoe_hf.parts import Parts, Position
+from chronomoe_hf.recording.recorder import Taken, take, zero
 from chronomoe_hf.recording.scope import Switches
-from chronomoe_hf.recording.taking import Taken, take, zero
 from chronomoe_hf.recording.totals import Recorded
 from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.step_state import StepState, check_step
@@ -32,10 +33,10 @@ from chronomoe_hf.telemetry import AlertHistory, SystemSnapshot
 from chronomoe_hf.window.events import window_shares
 from chronomoe_hf.window.host import Moment, WindowHost
 from chronomoe_hf.window.records import RunRecords
-from chronomoe_hf.wrapping.bias_check import restore_fp32_bias
 from chronomoe_hf.wrapping.build import check_layers
 from chronomoe_hf.wrapping.fold import FoldReport, fold_layers
 from chronomoe_hf.wrapping.layer import Layer
+from chronomoe_hf.wrapping.native_bias import restore_fp32_bias
 from chronomoe_hf.wrapping.placement import Placement
 
 logger = logging.getLogger("chronomoe_hf")
@@ -171,7 +172,10 @@ class ChronoSystem(Savable):
             self.governed = self.beta_moved = True
         closing = global_step % self.config.interval == 0 and not repeated
         snapshot = self._close_window(global_step, inputs) if closing else None
-        snapshot = snapshot if repeated else self.cut.at_step(self, snapshot)
+        if not repeated and self.cut.due(global_step):
+            snapshot = snapshot or self.close_window()  # the open window ends before the cut
+            self.cut.make(global_step, self.run_id, type(self.model).__name__)
+            self.cut.record(self.records.writer)
         if self.config.beta.law != "none":
             self.step_state.refresh(self.cap)
         self.step_state.publish()

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from chronomoe_hf.patches import (
     deepseek,
-    mixtral,
     own_rules,
     phimoe,
-    qwen_moe,
     sigmoid_families,
     softmax_families,
     switch_transformers,
@@ -43,8 +41,6 @@ __all__ = [
 ]
 
 _FAMILY_FILES: tuple[tuple[Adapter, ...], ...] = (
-    mixtral.ADAPTERS,
-    qwen_moe.ADAPTERS,
     softmax_families.ADAPTERS,
     deepseek.ADAPTERS,
     sigmoid_families.ADAPTERS,

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from chronomoe_hf.errors import ContractError
 from chronomoe_hf.patches.registry import Adapter, ObserveOnly, module_of
 from chronomoe_hf.patches.rules import Renorm, ScoreTopK
-from chronomoe_hf.router.call import RouterCall, input_of
-from chronomoe_hf.router.state import Routing
+from chronomoe_hf.router.state import RouterCall, Routing, input_of
 
 TOP_K = "_chrono_top_k"
 """Plain attribute of a DBRX router that holds the k of its parent."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from chronomoe_hf.errors import ContractError
 from chronomoe_hf.patches.registry import Adapter, module_of
 from chronomoe_hf.patches.scores import softmax_distribution
-from chronomoe_hf.router.call import RouterCall, input_of, lensed_logits
+from chronomoe_hf.router.state import RouterCall, input_of, lensed_logits
 
 RNG_STATE = "_chrono_rng_state"
 """Plain attribute of the router that holds the random state from before its last training forward."""

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import UnsupportedArchitectureError
 from chronomoe_hf.patches.rules import Rule, ScoreTopK, Setting, setting
-from chronomoe_hf.router.call import RouterCall
-from chronomoe_hf.router.state import Routing
+from chronomoe_hf.router.state import RouterCall, Routing
 
 CAPABILITIES = ("observe", "beta", "lens", "coherence", "fold")
 

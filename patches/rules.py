@@ -28,7 +28,7 @@ from chronomoe_hf.patches.scores import (
     softmax_distribution,
     steered_scores,
 )
-from chronomoe_hf.router.call import RouterCall, lensed_logits
+from chronomoe_hf.router.state import RouterCall, lensed_logits
 
 Setting: TypeAlias = str | int | float | bool | None
 """A constant, or (str) the dotted path of the router attribute that holds the value."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chronomoe_hf.router.call import RouterCall, lensed_logits
+from chronomoe_hf.router.state import RouterCall, lensed_logits
 
 ScoreFn: TypeAlias = Callable[[Tensor], Tensor]
 

@@ -1,7 +1,8 @@
-"""Families that score with a softmax over all experts, besides Mixtral, Qwen and DeepSeek-V2.
+"""Families that score with a softmax over all experts, besides DeepSeek-V2.
 
-OLMoE, FlexOlmo, Mellum (flag), Jamba (never renormalised), Hunyuan (fp32 linear), Mistral 4 (native-dtype softmax,
-groups), Mistral Large 4 (fp32, groups), LongCat (native bias, identity experts), ERNIE 4.5 (native bias, clamped sum).
+Mixtral and MiniMax (fp32, always renormalised, weights stay fp32), Qwen (fp32, renormalised by flag or always), OLMoE,
+FlexOlmo, Mellum (flag), Jamba (never renormalised), Hunyuan (fp32 linear), Mistral 4 (native-dtype softmax, groups),
+Mistral Large 4 (fp32, groups), LongCat (native bias, identity experts), ERNIE 4.5 (native bias, clamped sum).
 """
 
 from __future__ import annotations
@@ -10,11 +11,31 @@ from chronomoe_hf.patches.registry import Adapter, module_of
 from chronomoe_hf.patches.rules import EPS20, EPS20_BY_FLAG, SOFTMAX_BY_FLAG, GroupLimit, Renorm, ScoreTopK
 
 GROUPS = GroupLimit(reduce="top2", fill=0.0)
+ALWAYS = ScoreTopK(score="softmax32", renorm=Renorm("sum"))
+
+# Of one plain rule each: family, router class, rule.
+_PLAIN = (
+    ("mixtral", "MixtralTopKRouter", ALWAYS),
+    ("minimax", "MiniMaxTopKRouter", ALWAYS),
+    ("qwen2_moe", "Qwen2MoeTopKRouter", SOFTMAX_BY_FLAG),
+    ("qwen3_moe", "Qwen3MoeTopKRouter", SOFTMAX_BY_FLAG),
+    ("qwen3_next", "Qwen3NextTopKRouter", SOFTMAX_BY_FLAG),
+    ("qwen4_exp", "Qwen4ExpTextTopKRouter", SOFTMAX_BY_FLAG),
+    ("qwen3_omni_moe", "Qwen3OmniMoeThinkerTextTopKRouter", SOFTMAX_BY_FLAG),
+    ("qwen3_omni_moe", "Qwen3OmniMoeTalkerTextTopKRouter", SOFTMAX_BY_FLAG),
+    ("qwen3_omni_moe", "Qwen3OmniMoeTextTopKRouter", ALWAYS),
+    ("qwen3_5_moe", "Qwen3_5MoeTopKRouter", ALWAYS),
+    ("qwen3_vl_moe", "Qwen3VLMoeTextTopKRouter", ALWAYS),
+    ("olmoe", "OlmoeTopKRouter", SOFTMAX_BY_FLAG),
+    ("flex_olmo", "FlexOlmoTopKRouter", SOFTMAX_BY_FLAG),
+    ("mellum", "MellumTopKRouter", SOFTMAX_BY_FLAG),
+)
 
 ADAPTERS = (
-    Adapter(family="olmoe", module=module_of("olmoe"), router_class="OlmoeTopKRouter", rule=SOFTMAX_BY_FLAG),
-    Adapter(family="flex_olmo", module=module_of("flex_olmo"), router_class="FlexOlmoTopKRouter", rule=SOFTMAX_BY_FLAG),
-    Adapter(family="mellum", module=module_of("mellum"), router_class="MellumTopKRouter", rule=SOFTMAX_BY_FLAG),
+    *(
+        Adapter(family=family, module=module_of(family), router_class=router_class, rule=rule)
+        for family, router_class, rule in _PLAIN
+    ),
     Adapter(
         family="jamba", module=module_of("jamba"), router_class="JambaTopKRouter", rule=ScoreTopK(score="softmax32")
     ),

@@ -16,8 +16,7 @@ from torch import Tensor
 from chronomoe_hf.patches.registry import Adapter, module_of
 from chronomoe_hf.patches.rules import ScoreTopK
 from chronomoe_hf.patches.scores import steered_scores
-from chronomoe_hf.router.call import RouterCall, lensed_logits
-from chronomoe_hf.router.state import Routing
+from chronomoe_hf.router.state import RouterCall, Routing, lensed_logits
 
 
 @dataclass(frozen=True, kw_only=True)

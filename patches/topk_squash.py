@@ -14,8 +14,7 @@ from torch import nn
 
 from chronomoe_hf.patches.registry import Adapter, module_of
 from chronomoe_hf.patches.rules import Renorm, TopKSquash
-from chronomoe_hf.router.call import RouterCall, lensed_logits
-from chronomoe_hf.router.state import Routing
+from chronomoe_hf.router.state import RouterCall, Routing, lensed_logits
 
 SOFTMAX = TopKSquash("softmax")
 

@@ -55,13 +55,14 @@ from chronomoe_hf.checkpoint.manifest import (
     TENSOR_FILE,
     WAY_OUT,
     Meta,
+    Tensors,
     header_table,
     manifest_problem,
+    migrate,
     parse_manifest,
     render_manifest,
     short,
 )
-from chronomoe_hf.checkpoint.migrations import Tensors, migrate
 from chronomoe_hf.errors import StateCorruptError, StateError, StateWriteError
 
 logger = logging.getLogger(__name__)

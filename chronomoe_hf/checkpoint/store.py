@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.checkpoint.fingerprint import live_fingerprint
-from chronomoe_hf.checkpoint.reading import OnMissing, missing, read_for_all
-from chronomoe_hf.checkpoint.state_file import write_state
+from chronomoe_hf.checkpoint.manifest import MANIFEST_FILE, OLD_MANIFEST_FILE, short
+from chronomoe_hf.checkpoint.state_file import STATE_FOLDER, has_state, read_manifest, read_state, write_state
 from chronomoe_hf.checkpoint.system_state import advise_of_disagreement, pack, unloadable, unpack
-from chronomoe_hf.errors import StateError, StateWriteError
+from chronomoe_hf.errors import StateError, StateMissingError, StateWriteError
 from chronomoe_hf.parts import Parts, Position
+
+# Finding the state of a directory for every rank, and what to do where there is none.
+
+OnMissing = Literal["auto", "fresh", "raise"]
+
+
+def read_for_all(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The state in `directory`, read by the main process and given to every rank; None where there is none. Collective.
+
+    Raises:
+        StateError: torn, foreign, or of another schema; the message names the file and the way out.
+    """
+    found: Any = None
+    if distributed.is_main():
+        try:
+            found = read_state(directory) if has_state(directory) else None
+        except StateError as error:
+            found = error
+    found = distributed.broadcast_object(found)
+    if isinstance(found, StateError):
+        raise found
+    return None if found is None else (found[0], found[1])
+
+
+def missing(directory: str | Path, on_missing: OnMissing, acted: bool) -> None:
+    """There is no state in `directory`: warn, or raise.
+
+    Args:
+        directory: where the state was looked for.
+        on_missing: as in ``CheckpointConfig``.
+        acted: the live run has been governed.
+
+    Raises:
+        StateMissingError: `on_missing` is ``"raise"``, or ``"auto"`` and the run has been governed.
+    """
+    if on_missing == "raise" or (on_missing == "auto" and acted):
+        raise StateMissingError(
+            f"no chronomoe state in {directory} (neither {STATE_FOLDER}/{MANIFEST_FILE} nor {OLD_MANIFEST_FILE})"
+            f"{', although this run has been governed: routing would change silently' if acted else ''}; pass the "
+            "directory of a checkpoint that was saved with chronomoe_hf, or on_missing='fresh' (in CheckpointConfig "
+            "for a Trainer) to start with beta = 0"
+        )
+    warnings.warn(f"no chronomoe state in {directory}: starting with fresh statistics and beta = 0", stacklevel=4)
 
 
 class StateStore:
@@ -193,3 +237,33 @@ class Savable:
 
         accelerator.register_save_state_pre_hook(saving)
         accelerator.register_load_state_pre_hook(loading)
+
+
+# Weights whose routing was governed, loaded without the state that goes with them.
+
+
+def warn_of_unloaded_state(model: nn.Module) -> None:
+    """Warn if `model` came from a local directory whose state steers: without it the same weights route otherwise.
+
+    A state that steers nothing in the forward (``observe``, or ``balance`` on a family's own correction bias, which is
+    part of the weights) is not warned of.
+
+    Args:
+        model: As ``from_pretrained`` returned it; its ``name_or_path`` says where it came from.
+    """
+    source = getattr(model, "name_or_path", None)
+    if not isinstance(source, str) or not source or not distributed.is_main() or not has_state(source):
+        return
+    try:
+        manifest = read_manifest(source)
+    except StateError:
+        return  # loading it says what is wrong with it
+    steering = manifest.get("steering")
+    beta = isinstance(steering, list) and any(steering)
+    if manifest.get("governed") is True and (beta or any(name.startswith("lens.") for name in manifest["tensors"])):
+        warnings.warn(
+            f"the weights of this model come from {short(source)}, where their routing was governed, and without the "
+            "state there they route otherwise: load it with wrap(model, config, state=directory), or resume the "
+            "Trainer from that checkpoint",
+            stacklevel=3,
+        )

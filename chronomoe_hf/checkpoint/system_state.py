@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf import distributed
-from chronomoe_hf.checkpoint.checks import check_layers, check_meta, check_tensors
+from chronomoe_hf.checkpoint.checks import check_layers, check_meta, check_tensors, load_roles, packed
 from chronomoe_hf.checkpoint.in_force import in_force
 from chronomoe_hf.checkpoint.manifest import WAY_OUT, short
-from chronomoe_hf.checkpoint.role_tensors import load_roles, packed
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateError
 from chronomoe_hf.lens.lens import ChronoLens

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chronomoe_hf.cli.output import JsonOption, console, print_json
-from chronomoe_hf.cli.records import RunDirectory, records_directory
+from chronomoe_hf.cli.output import JsonOption, RunDirectory, console, print_json, records_directory
 from chronomoe_hf.errors import TelemetryError
 
 DECISIONS = "lifecycle_decisions.jsonl"
@@ -67,10 +66,8 @@ def read(directory: Any, name: str | None) -> tuple[str, list[dict[str, Any]], l
     Raises:
         TelemetryError: no such run.
     """
-    from chronomoe_hf.telemetry.cases import last_cases
     from chronomoe_hf.telemetry.reader import EFFECTS, read_jsonl, read_last
-    from chronomoe_hf.telemetry.role_records import last_proposals
-    from chronomoe_hf.telemetry.views import plain_text
+    from chronomoe_hf.telemetry.views import last_cases, last_proposals, plain_text
 
     last = read_last(directory / "snapshots.jsonl", 1, name=name)
     if last.run is None:

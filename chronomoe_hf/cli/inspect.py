@@ -1,4 +1,4 @@
-"""``chronomoe inspect``: what chronomoe_hf can do with a model, layer by layer, from its config alone."""
+"""``chronomoe inspect``: what can be done with a model, from its config alone; ``chronomoe support``: all families."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ READING = {
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add ``inspect`` and ``support``."""
     app.command()(inspect)
+    app.command()(support)
 
 
 def inspect(
@@ -109,3 +110,14 @@ def span(names: list[str]) -> str:
         return f"{names[0]} .. {names[-1]}"
     (at,) = differing
     return "".join([*parts[0][:at], ranges([int(part[at]) for part in parts]), *parts[0][at + 1 :]])
+
+
+def support(as_json: JsonOption = False) -> None:
+    """The Markdown table of all supported families."""
+    quiet()
+    from chronomoe_hf.wrapping.support import support_rows, support_table
+
+    if as_json:
+        print_json(support_rows())
+    else:
+        print(support_table(), end="")

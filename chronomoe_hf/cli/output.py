@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from chronomoe_hf.errors import TelemetryError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,3 +70,25 @@ def ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+# Finding the records of a run on disk.
+
+RunDirectory = Annotated[Path, typer.Argument(help="A run's output_dir, or the chronomoe directory inside it.")]
+
+
+def records_directory(run_dir: Path, name: str = "snapshots.jsonl") -> Path:
+    """The directory that holds the record file `name`: `run_dir` itself or ``chronomoe`` in it.
+
+    Raises:
+        TelemetryError: neither has it.
+    """
+    for directory in (run_dir / "chronomoe", run_dir):
+        if (directory / name).is_file():
+            return directory
+    if not run_dir.exists():
+        raise TelemetryError(f"there is no directory {run_dir}")
+    raise TelemetryError(
+        f"no {name} in {run_dir} or {run_dir / 'chronomoe'}; a run writes one there when its first window closes "
+        "(TelemetryConfig.jsonl)"
+    )

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from chronomoe_hf.cli.output import JsonOption, print_json
-from chronomoe_hf.cli.records import RunDirectory
+from chronomoe_hf.cli.output import JsonOption, RunDirectory, print_json
 
 
 def register(app: typer.Typer) -> None:

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chronomoe_hf.cli.output import FOUND, JsonOption, bars, console, print_json, sparkline
-from chronomoe_hf.cli.records import RunDirectory, records_directory
+from chronomoe_hf.cli.output import (
+    FOUND,
+    JsonOption,
+    RunDirectory,
+    bars,
+    console,
+    print_json,
+    records_directory,
+    sparkline,
+)
 from chronomoe_hf.errors import TelemetryError
 
 if TYPE_CHECKING:

@@ -3,25 +3,22 @@
 Units are given per field. "interval" everywhere means optimizer steps.
 """
 
-from chronomoe_hf.config.config import ChronoConfig
+from chronomoe_hf.config.config import PRESETS, ChronoConfig, PresetName
 from chronomoe_hf.config.files import CONFIG_NAME, CONFIG_SCHEMA
 from chronomoe_hf.config.parts import (
+    AlertConfig,
     BalanceRule,
     BasisName,
     BetaConfig,
+    CheckpointConfig,
+    CoherenceConfig,
     ControlConfig,
     HarmGuardConfig,
     LensConfig,
-    ReaderName,
-    VetoConfig,
-)
-from chronomoe_hf.config.presets import PRESETS, PresetName
-from chronomoe_hf.config.recording import (
-    AlertConfig,
-    CheckpointConfig,
-    CoherenceConfig,
     LifecycleConfig,
+    ReaderName,
     TelemetryConfig,
+    VetoConfig,
 )
 
 __all__ = [

@@ -23,7 +23,7 @@ from chronomoe_hf.export.live import details, fresh_target, make_report, reload,
 from chronomoe_hf.export.slicing import Piece
 from chronomoe_hf.export.tensor_files import Stored, measure_pieces, read_tables, write_checkpoint
 from chronomoe_hf.export.verify import Comparison, masked_logits, probe_batches, require_close
-from chronomoe_hf.lifecycle.effect import Effect
+from chronomoe_hf.lifecycle.pruning.measure import Effect
 from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.wrapping.support import build_on_meta, load_config
 

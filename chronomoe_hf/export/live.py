@@ -37,8 +37,8 @@ from chronomoe_hf.export.cut_model import (
 from chronomoe_hf.export.cut_state import cut_state
 from chronomoe_hf.export.slicing import Piece, cut_table
 from chronomoe_hf.export.verify import Comparison, masked_logits, probe_batches, require_close, require_same_weights
-from chronomoe_hf.lifecycle.effect import Effect
 from chronomoe_hf.lifecycle.live.model import Batch, input_device
+from chronomoe_hf.lifecycle.pruning.measure import Effect
 from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.lifecycle.pruning.refit import RefitReport
 from chronomoe_hf.wrapping.discovery import find_layers, root_of

@@ -13,11 +13,10 @@ from typing import Any
 from torch import nn
 
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.lifecycle.effect import Effect
+from chronomoe_hf.in_run.proposals import measure_proposals
 from chronomoe_hf.lifecycle.evidence.table import Evidence
 from chronomoe_hf.lifecycle.live.model import Batch, first_batches, untouched_randomness
-from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
-from chronomoe_hf.lifecycle.pruning.measure import measure
+from chronomoe_hf.lifecycle.pruning.measure import Effect, measure
 from chronomoe_hf.lifecycle.pruning.plan_prune import plan_prune
 from chronomoe_hf.telemetry.reader import EFFECTS
 

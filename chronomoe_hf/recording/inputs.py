@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chronomoe_hf.config import ReaderName
 from chronomoe_hf.lens.direction import Folds, reader_sums, sum_real
-from chronomoe_hf.recording.sampling import TokenSample
+from chronomoe_hf.recording.rows import TokenSample
 
 
 class InputLayer(Protocol):

@@ -28,7 +28,7 @@ from chronomoe_hf.recording.reduce import (
     output_sums,
     routing_sums,
 )
-from chronomoe_hf.recording.sampling import TokenSample
+from chronomoe_hf.recording.rows import TokenSample
 from chronomoe_hf.recording.totals import Recorded, Sums
 
 LIMIT = 64 * 2**20

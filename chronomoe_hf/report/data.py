@@ -17,7 +17,6 @@ import numpy as np
 
 from chronomoe_hf.errors import TelemetryError
 from chronomoe_hf.telemetry.arrays import Array, Frame
-from chronomoe_hf.telemetry.cases import last_cases
 from chronomoe_hf.telemetry.events import COUNTS
 from chronomoe_hf.telemetry.per_expert import read_windows
 from chronomoe_hf.telemetry.reader import (
@@ -31,9 +30,18 @@ from chronomoe_hf.telemetry.reader import (
     read_lines,
     read_manifest,
 )
-from chronomoe_hf.telemetry.role_records import last_proposals, roles_of
 from chronomoe_hf.telemetry.runs import History, Run
-from chronomoe_hf.telemetry.views import AlertView, Window, alert_views, number, plain_text, whole
+from chronomoe_hf.telemetry.views import (
+    AlertView,
+    Window,
+    alert_views,
+    last_cases,
+    last_proposals,
+    number,
+    plain_text,
+    roles_of,
+    whole,
+)
 
 MAX_FRAMES = 100  # windows that the page holds in full; of longer runs an even choice, first and last included
 _FIELDS = (COUNTS, "phi_slow", "beta")

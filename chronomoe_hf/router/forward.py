@@ -10,8 +10,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from chronomoe_hf.router.call import RouterCall, input_of
-from chronomoe_hf.router.state import HANDLE, MASKS, RouterHandle, RouterMask, RouterRule, RouterState
+from chronomoe_hf.router.state import (
+    HANDLE,
+    MASKS,
+    RouterCall,
+    RouterHandle,
+    RouterMask,
+    RouterRule,
+    RouterState,
+    input_of,
+)
 
 
 class ChronoRouter(nn.Module):

@@ -5,16 +5,86 @@ Shape suffixes: L layers, E experts, T tokens, K experts per token, D router inp
 
 from __future__ import annotations
 
+import copy
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.lens.lens import ChronoLens
-from chronomoe_hf.router.call import RouterCall, Scope
-from chronomoe_hf.router.shared import SharedInParts
+
+# What a router points to is copied with the whole model, and shared when only a part of the model is copied.
+
+
+class SharedInParts:
+    """Base of what wrapped modules point to.
+
+    A library that deep-copies a wrapped *part* of a model (PEFT's ``modules_to_save``) runs the copy in the place of
+    the original, so the copy must be recorded and governed as that one. A deep copy of the *whole* model is another
+    model and gets its own.
+    """
+
+    root: weakref.ReferenceType[nn.Module] | None = None
+    """The model that owns the system; None = always copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        root = None if self.root is None else self.root()
+        if root is not None and id(root) not in memo:
+            return self
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in self.__getstate__().items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        twin.root = None if root is None else weakref.ref(memo[id(root)])
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "root"}  # its layer sets it again
+
+
+# One call of a router, as its adapter gets it to choose again.
+#
+# Shape suffixes: T tokens, E router classes (experts).
+
+Scope: TypeAlias = Literal["routing", "selection"]
+
+
+class RouterCall(NamedTuple):
+    """What the native forward was given and returned, and what is added to its logits.
+
+    Args:
+        output: what the native forward returned for the clean input.
+        logits_TE: its clean logits, 2-D, in their own dtype.
+        beta_E: fp32 ``[E]`` in logit units, may be zeros.
+        scope: ``"routing"`` (beta moves the choice and the weights) or ``"selection"`` (the choice alone).
+        args: positional arguments of the native forward (without ``self``).
+        kwargs: keyword arguments of the native forward.
+        shift_TE: fp32 ``[T, E]``, what an open lens adds to the logits (choice and weights in both scopes), or None.
+    """
+
+    output: Any
+    logits_TE: Tensor
+    beta_E: Tensor
+    scope: Scope = "routing"
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+    shift_TE: Tensor | None = None
+
+
+def lensed_logits(call: RouterCall) -> Tensor:
+    """The logits with the lens and without beta, fp32 ``[T, E]``."""
+    z_TE = call.logits_TE.float()
+    return z_TE if call.shift_TE is None else z_TE + call.shift_TE
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
+    """The router's input: its first argument, also where the block passes it by `name`."""
+    hidden: Tensor = args[0] if args else kwargs[name]
+    return hidden
+
 
 HANDLE = "_chrono_handle"
 """Name of the plain attribute through which a wrapped module finds its layer. Never a registered buffer."""

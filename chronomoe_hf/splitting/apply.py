@@ -9,23 +9,57 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from chronomoe_hf import distributed
+from chronomoe_hf.controller import actuate
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.live.fit_model import StoredProjections
 from chronomoe_hf.lifecycle.live.layer_fit import LayerRefit
 from chronomoe_hf.lifecycle.live.model import Batch, as_batches, match_layers, uncompiled
 from chronomoe_hf.lifecycle.live.weights import Changes, ExpertWeights, check_optimizer, copy_moments
-from chronomoe_hf.lifecycle.split_bias import write_shifts
 from chronomoe_hf.splitting.plan import LayerSplit, SplitPlan
 from chronomoe_hf.splitting.refit import fit_split
 from chronomoe_hf.wrapping.discovery import FoundLayer
 from chronomoe_hf.wrapping.owner import find_system
+
+# The bias of a split: into beta of the wrapped model, or into the model's own correction biases.
+
+
+def write_shifts(system: Any, splits: Mapping[int, LayerSplit]) -> Callable[[], None]:
+    """Let the shifts of the plan's logits act from the next forward on.
+
+    Args:
+        system: of the wrapped model.
+        splits: layers with a shift, by layer_id.
+
+    Returns:
+        A function that gives every bit back.
+    """
+    shifts = {index: split.shift_E for index, split in splits.items() if split.shift_E is not None}
+    stds = {index: split.logit_std for index, split in splits.items()}
+    governed, moved = system.governed, system.beta_moved
+    restore = actuate.shift_biases(system.step_state, system.layers, shifts, stds)
+    system.governed = True
+    _act(system, True)
+
+    def undo() -> None:
+        restore()
+        system.governed = governed
+        _act(system, moved)
+
+    return undo
+
+
+def _act(system: Any, moved: bool) -> None:
+    system.step_state.refresh(system.cap)
+    system.step_state.publish()
+    system.switch_beta_on(moved)
+
 
 logger = logging.getLogger("chronomoe_hf")
 

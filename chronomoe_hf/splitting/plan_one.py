@@ -6,18 +6,19 @@ Shape suffixes: T tokens, K experts per token, E experts, D router input width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from chronomoe_hf import distributed
 from chronomoe_hf.distributed import is_sharded
-from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.errors import ChronoError, LifecycleError
 from chronomoe_hf.lifecycle.evidence.spec import LayerSpec
+from chronomoe_hf.lifecycle.live.model import Batch, RealTokens, quiet, real_rows, uncompiled
 from chronomoe_hf.lifecycle.live.weights import Changes, ExpertWeights
-from chronomoe_hf.lifecycle.real_tokens import RealTokens, real_rows
 from chronomoe_hf.splitting.apply import rewrite
 from chronomoe_hf.splitting.plan import ExpertCopy, LayerSplit
 from chronomoe_hf.splitting.plan_split import (
@@ -28,7 +29,7 @@ from chronomoe_hf.splitting.plan_split import (
     solve_bias,
     splitting_direction,
 )
-from chronomoe_hf.splitting.router_tap import RouterTap
+from chronomoe_hf.splitting.router_tap import RouterTap, read_calls
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 
@@ -187,3 +188,73 @@ class LoadCount:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+# Planning the splits that proposals name, on held-out text that is not measured. The same plan on every rank.
+
+
+class Wanted(NamedTuple):
+    """A split to be planned.
+
+    Args:
+        layer_id: MoE layer.
+        donor: expert to be split; None = no expert is copied, a bias alone evens the layer's load.
+        target: expert to be overwritten; None = the idlest.
+    """
+
+    layer_id: int
+    donor: int | None = None
+    target: int | None = None
+
+
+def plan_wanted(
+    model: nn.Module,
+    taps: Mapping[int, RouterTap],
+    specs: Sequence[LayerSpec],
+    wanted: Sequence[Wanted],
+    batches: Sequence[Batch],
+    idle: float,
+) -> tuple[dict[Wanted, LayerSplit | str], int]:
+    """Plan on the main process's batches. Collective: every rank runs as many forwards, and gets the same plan.
+
+    Args:
+        model: what to run; it is not changed.
+        taps: by layer_id, of every layer that is named.
+        specs: the model's layer table.
+        wanted: the splits; each is planned as if it were the only one.
+        batches: what to read.
+        idle: fair shares below which an expert may be overwritten where none is named.
+
+    Returns:
+        Per split its plan, or why there is none; and the tokens that the main process read.
+    """
+    found: dict[Wanted, LayerSplit | str] = {}
+    tokens = 0
+    try:
+        with quiet(model):
+            read_calls(uncompiled(model), list(taps.values()), batches)
+            if distributed.is_main():
+                tokens = max(len(tap.choose()) for tap in taps.values())
+                found = {one: _planned(taps[one.layer_id], specs[one.layer_id], one, idle) for one in wanted}
+    except LifecycleError as error:  # of reading: it holds for every split
+        found = {one: str(error) for one in wanted}
+    finally:
+        for tap in taps.values():
+            tap.calls.clear()
+    if distributed.active():
+        found, tokens = distributed.broadcast_object((found, tokens))  # type: ignore[misc]
+    return found, tokens
+
+
+def _planned(tap: RouterTap, spec: LayerSpec, one: Wanted, idle: float) -> LayerSplit | str:
+    """The plan with its vectors on the CPU, as it travels to other ranks; or the reason why there is none."""
+    try:
+        split = plan_bias(tap, spec) if one.donor is None else plan_one(tap, spec, one.donor, one.target, idle)
+    except ChronoError as error:
+        return str(error)
+    except Exception as error:  # whatever it is, the other ranks must not wait for a plan
+        if not distributed.active():
+            raise
+        return f"{type(error).__name__}: {error}"
+    shift_E = None if split.shift_E is None else split.shift_E.cpu()
+    return replace(split, rows={expert: row_D.cpu() for expert, row_D in split.rows.items()}, shift_E=shift_E)

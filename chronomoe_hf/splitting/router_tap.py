@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.lifecycle.live.model import Batch, forward_arguments
-from chronomoe_hf.lifecycle.real_tokens import RealTokens, real_rows
+from chronomoe_hf.lifecycle.live.model import Batch, RealTokens, forward_arguments, real_rows
 from chronomoe_hf.recording.scope import forward_parameters
-from chronomoe_hf.router.call import input_of
-from chronomoe_hf.router.state import HANDLE, RouterHandle
+from chronomoe_hf.router.state import HANDLE, RouterHandle, input_of
 from chronomoe_hf.wrapping.discovery import FoundLayer
 from chronomoe_hf.wrapping.layer import Layer
 

@@ -1,13 +1,11 @@
 """Telemetry records: events, snapshots with alerts, JSONL."""
 
 from chronomoe_hf.telemetry.alerts import Alert, AlertHistory
-from chronomoe_hf.telemetry.events import RoutingEvent
-from chronomoe_hf.telemetry.experts import ExpertState
-from chronomoe_hf.telemetry.manifest import run_manifest
+from chronomoe_hf.telemetry.events import ExpertState, RoutingEvent
 from chronomoe_hf.telemetry.per_expert import read_events, read_windows
 from chronomoe_hf.telemetry.reader import next_attempt, read_history, read_jsonl, read_last, read_lines, read_manifest
 from chronomoe_hf.telemetry.snapshots import LayerSnapshot, SystemSnapshot
-from chronomoe_hf.telemetry.writer import TelemetryWriter
+from chronomoe_hf.telemetry.writer import TelemetryWriter, run_manifest
 
 __all__ = [
     "Alert",

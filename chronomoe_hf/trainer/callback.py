@@ -24,11 +24,9 @@ from chronomoe_hf.telemetry import SystemSnapshot
 from chronomoe_hf.trainer.binding import Binding
 from chronomoe_hf.trainer.evaluation import evaluate_apart
 from chronomoe_hf.trainer.hooks import TrainerHooks, calling_trainer, refuse_data_parallel, require_plain_engine
-from chronomoe_hf.trainer.logs import WindowLog, logs_now
+from chronomoe_hf.trainer.logs import WindowLog, logs_now, publish, record_log
 from chronomoe_hf.trainer.model_card import write_model_card
-from chronomoe_hf.trainer.resume import ResumePath, restore
-from chronomoe_hf.trainer.resume_weights import check_weights
-from chronomoe_hf.trainer.trackers import publish, record_log
+from chronomoe_hf.trainer.resume_weights import ResumePath, check_weights, restore
 from chronomoe_hf.wrapping.save_pretrained import state_saved
 
 logger = logging.getLogger("chronomoe_hf")
@@ -158,7 +156,7 @@ class ChronoCallback(TrainerCallback):
             require_plain_engine(self.hooks.trainer if self.hooks is not None else None)
             split_at_start(system, kwargs["model"], kwargs.get("optimizer"), kwargs["train_dataloader"])
         if resumed:
-            system.cut.record(system.records)
+            system.cut.record(system.records.writer)
         if resumed:  # after the records are open, so that a mismatch is among them
             check_weights(system, kwargs["model"], directory, saved, state.global_step)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+import numpy as np
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from chronomoe_hf.system import ChronoSystem
-from chronomoe_hf.telemetry import SystemSnapshot
+from chronomoe_hf.telemetry import Alert, SystemSnapshot
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -70,3 +73,145 @@ def logs_now(args: TrainingArguments, state: TrainerState) -> bool:
         return True
     by_steps = args.logging_strategy == IntervalStrategy.STEPS and state.logging_steps
     return bool(by_steps) and state.global_step % state.logging_steps == 0
+
+
+# A window as pictures and alerts in the trackers that Trainer reports to: TensorBoard, Weights & Biases, trackio.
+#
+# Numbers reach every tracker through Trainer's own log entries; what those cannot carry goes here: a heatmap of who
+# does the work, a histogram of the load, and alerts when they are raised or cleared.
+#
+# Shape suffixes: L layers, E experts (the largest layer).
+
+
+HEATMAP, HISTOGRAM, ALERTS = "moe/load_heatmap", "moe/load_histogram", "moe/alerts"
+CAPTION = "load of every expert (column) in every layer (row): blue below, red above the fair share; black: no token"
+LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm")
+_STOPS = ((5, 48, 97), (33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 165, 130), (178, 24, 43), (103, 0, 31))
+_TITLE = 63  # W&B takes alert titles of fewer than 64 characters
+
+Array = np.ndarray[Any, Any]
+_failed: set[str] = set()
+
+
+def publish(callbacks: Iterable[TrainerCallback], system: ChronoSystem, snapshot: SystemSnapshot) -> None:
+    """Show a closed window in every tracker among a Trainer's callbacks; one that fails is logged once, never raised.
+
+    Args:
+        callbacks: of the Trainer (``trainer.callback_handler.callbacks``).
+        system: whose window it is; ``telemetry.scalars=False`` shows nothing.
+        snapshot: the window.
+    """
+    if not system.config.telemetry.scalars:
+        return
+    for callback in callbacks:
+        show = _SHOW.get(type(callback).__name__)
+        if show is None or type(callback).__name__ in _failed:
+            continue
+        try:
+            show(callback, snapshot)
+        except Exception:
+            _failed.add(type(callback).__name__)
+            logger.exception("%s takes no pictures of the routing; training goes on", type(callback).__name__)
+
+
+def record_log(system: ChronoSystem, state: TrainerState, logs: dict[str, Any]) -> None:
+    """Keep the losses of a log entry beside the routing records (``logs.jsonl``), for the report."""
+    kept = {name: logs[name] for name in LOGGED if isinstance(logs.get(name), int | float)}
+    if kept:
+        system.records.log(state.global_step, kept)
+
+
+# ---- what is shown -------------------------------------------------------------------------------------------------
+
+
+def relative_load(snapshot: SystemSnapshot) -> Array:
+    """``share * E`` of every expert, ``[L, E]`` float64; NaN beyond a layer's experts, where cut, without a token."""
+    size = max((layer.n_experts for layer in snapshot.layers), default=0)
+    load_LE = np.full((len(snapshot.layers), size), math.nan)
+    for at, layer in enumerate(snapshot.layers):
+        if layer.shares is not None:
+            load_LE[at, : layer.n_experts] = np.array(layer.shares) * layer.num_choices
+            load_LE[at, layer.cut] = math.nan
+    return load_LE
+
+
+def heatmap(snapshot: SystemSnapshot, least: int = 240) -> Array:
+    """The load as a picture, ``[height, width, 3]`` uint8, on a scale from 1/8 to 8 times the fair share."""
+    load_LE = relative_load(snapshot)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        part_LE = np.clip((np.log2(load_LE) + 3.0) / 6.0, 0.0, 1.0)
+    stops = np.array(_STOPS, dtype=np.float64)
+    at = np.linspace(0.0, 1.0, len(_STOPS))
+    known_LE = np.where(np.isnan(part_LE), 0.0, part_LE)
+    rgb_LE = np.stack([np.interp(known_LE, at, stops[:, i]) for i in range(3)], axis=-1).round().astype(np.uint8)
+    rgb_LE[np.isnan(load_LE)] = 225
+    rgb_LE[load_LE == 0] = 0
+    cell = max(4, math.ceil(least / max(1, *load_LE.shape)))
+    return rgb_LE.repeat(cell, axis=0).repeat(cell, axis=1)
+
+
+def _known(load_LE: Array) -> Array:
+    return load_LE[np.isfinite(load_LE)]
+
+
+def _text(alert: Alert) -> str:
+    return str(alert)[:2000]
+
+
+def _title(alert: Alert) -> str:
+    where = "model" if alert.layer_id is None else f"layer {alert.layer_id}"
+    return f"{alert.kind} {alert.state} ({where})"[:_TITLE]
+
+
+# ---- trackers ------------------------------------------------------------------------------------------------------
+
+
+def _tensorboard(callback: Any, snapshot: SystemSnapshot) -> None:
+    writer = callback.tb_writer
+    if writer is None:
+        return
+    load_E = _known(relative_load(snapshot))
+    if load_E.size:
+        writer.add_image(f"train/{HEATMAP}", heatmap(snapshot), snapshot.step, dataformats="HWC")
+        writer.add_histogram(f"train/{HISTOGRAM}", load_E, snapshot.step)
+    if snapshot.alerts:
+        writer.add_text(f"train/{ALERTS}", "\n\n".join(map(_text, snapshot.alerts)), snapshot.step)
+
+
+def _wandb(callback: Any, snapshot: SystemSnapshot) -> None:
+    wandb = callback._wandb
+    if wandb is None or wandb.run is None:
+        return
+    load_E = _known(relative_load(snapshot))
+    if load_E.size:
+        pictures = {
+            f"train/{HEATMAP}": wandb.Image(heatmap(snapshot), caption=CAPTION),
+            f"train/{HISTOGRAM}": wandb.Histogram(load_E.tolist()),
+        }
+        wandb.log({**pictures, "train/global_step": snapshot.step})
+    for alert in snapshot.alerts:
+        level = wandb.AlertLevel.WARN if alert.state == "raised" else wandb.AlertLevel.INFO
+        wandb.run.alert(title=_title(alert), text=_text(alert), level=level)
+
+
+def _trackio(callback: Any, snapshot: SystemSnapshot) -> None:
+    trackio = callback._trackio
+    if trackio is None or not callback._initialized:
+        return
+    load_E = _known(relative_load(snapshot))
+    if load_E.size:
+        pictures = {
+            f"train/{HEATMAP}": trackio.Image(heatmap(snapshot), caption=CAPTION),
+            f"train/{HISTOGRAM}": trackio.Histogram(load_E.tolist()),
+        }
+        trackio.log({**pictures, "train/global_step": snapshot.step})
+    for alert in snapshot.alerts:
+        level = trackio.AlertLevel.WARN if alert.state == "raised" else trackio.AlertLevel.INFO
+        trackio.alert(title=_title(alert), text=_text(alert), level=level)
+
+
+_SHOW: dict[str, Callable[[Any, SystemSnapshot], None]] = {
+    "TensorBoardCallback": _tensorboard,
+    "WandbCallback": _wandb,
+    "TrackioCallback": _trackio,
+}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 
 from chronomoe_hf import distributed
 from chronomoe_hf.checkpoint.fingerprint import UNREADABLE, compare_fingerprints
@@ -202,3 +204,36 @@ def _load_reference(
                 f"the weights in {directory} cannot be loaded into {type(model).__name__}: {error}; {_REBUILD}"
             ) from error
     return reference, set(info["missing_keys"])
+
+
+# Saving and resuming under Trainer: where state is written, and how it is found again.
+
+
+class ResumePath:
+    """Directory that the running ``train()`` resumes from, if it is known."""
+
+    def __init__(self) -> None:
+        self.directory: Path | None = None
+
+    def set(self, given: str | os.PathLike[str] | bool | None, output_dir: str | None) -> None:
+        """Note what was passed to ``train``; True means the last checkpoint of `output_dir`."""
+        found = get_last_checkpoint(output_dir) if given is True and output_dir is not None else given
+        self.directory = Path(found) if isinstance(found, str | os.PathLike) else None
+
+    def at(self, output_dir: str | None, global_step: int) -> Path:
+        """The noted directory, or Trainer's default name for that step."""
+        return self.directory or Path(output_dir or ".") / f"checkpoint-{global_step}"
+
+
+def restore(system: ChronoSystem, directory: Path, step: int) -> dict[str, str] | None:
+    """Restore state from a checkpoint. Collective.
+
+    Returns:
+        The fingerprint of the checkpoint's weights, for :func:`check_weights`; None where there is none.
+
+    Raises:
+        StateMissingError, StateCorruptError, StateMismatchError, StateSchemaError: see ``ChronoSystem.load``.
+        StateError: the state there is of another step.
+    """
+    manifest = system.load(directory, on_missing=system.config.checkpoint.on_missing, step=step)
+    return None if manifest is None else manifest.get("fingerprint")

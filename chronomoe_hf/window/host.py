@@ -13,7 +13,7 @@ from chronomoe_hf import distributed
 from chronomoe_hf.controller import ControlDecision
 from chronomoe_hf.errors import ChronoError
 from chronomoe_hf.lens.lens import ChronoLens
-from chronomoe_hf.lifecycle import PruneDecision
+from chronomoe_hf.lifecycle.dry_run.cases import PruneDecision
 from chronomoe_hf.parts import Parts
 from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot
 from chronomoe_hf.window.events import layer_events

@@ -10,10 +10,9 @@ from chronomoe_hf import distributed
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.telemetry.alerts import Alert
 from chronomoe_hf.telemetry.events import RoutingEvent
-from chronomoe_hf.telemetry.manifest import run_manifest
 from chronomoe_hf.telemetry.reader import next_attempt
 from chronomoe_hf.telemetry.snapshots import SystemSnapshot
-from chronomoe_hf.telemetry.writer import TelemetryWriter
+from chronomoe_hf.telemetry.writer import TelemetryWriter, run_manifest
 from chronomoe_hf.wrapping.layer import Layer
 
 

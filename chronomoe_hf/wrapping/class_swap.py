@@ -18,15 +18,18 @@ from chronomoe_hf import distributed
 from chronomoe_hf.errors import WrapError
 from chronomoe_hf.patches import Adapter, match_class
 from chronomoe_hf.recording.experts import experts_mixin
-from chronomoe_hf.recording.labels import LABELS, Labelled, hide_labels, show_labels
 from chronomoe_hf.recording.scope import (
     DECODER,
+    LABELS,
     SCOPE,
     ForwardScope,
+    Labelled,
     close_decoder,
     close_scope,
+    hide_labels,
     open_decoder,
     open_scope,
+    show_labels,
 )
 from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.router.state import HANDLE, RouterHandle

@@ -15,8 +15,8 @@ from support.models import tiny_model
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, TelemetryWriter
+from chronomoe_hf.checkpoint import manifest as migrations
 from chronomoe_hf.checkpoint import manifest as state_format
-from chronomoe_hf.checkpoint import migrations
 from chronomoe_hf.checkpoint.state_file import (
     MANIFEST_FILE,
     OLD_MANIFEST_FILE,

@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from chronomoe_hf.cli.main import app
 from chronomoe_hf.telemetry import read_jsonl
-from chronomoe_hf.telemetry.cases import last_cases
-from chronomoe_hf.telemetry.role_records import last_proposals
+from chronomoe_hf.telemetry.views import last_cases, last_proposals
 
 
 def test_the_cases_of_a_real_run(tmp_path: Path) -> None:

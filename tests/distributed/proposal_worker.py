@@ -13,7 +13,7 @@ from support.plans import digest
 from support.ranks import on_ranks
 from support.split_proposals import DONOR, EDITS, held_out, one_idle, propose, watch
 
-from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
+from chronomoe_hf.in_run.proposals import measure_proposals
 
 
 def main(output_dir: str, engine: str, k: str) -> None:

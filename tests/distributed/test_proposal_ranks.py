@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.split_proposals import DONOR, EDITS, held_out, one_idle, propose, watch
 
-from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
+from chronomoe_hf.in_run.proposals import measure_proposals
 
 WORKER = Path(__file__).parent / "proposal_worker.py"
 pytestmark = pytest.mark.slow

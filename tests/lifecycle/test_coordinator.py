@@ -12,7 +12,7 @@ import pytest
 from chronomoe_hf.config import LifecycleConfig
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
 from chronomoe_hf.lifecycle import LifecycleCoordinator, PruneDecision
-from chronomoe_hf.lifecycle.layer_evidence import layer_coherence, prune_threshold
+from chronomoe_hf.lifecycle.dry_run.cases import layer_coherence, prune_threshold
 from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot
 
 E = 8

@@ -200,8 +200,8 @@ def test_the_state_carries_the_cut_and_what_it_will_be_made_of(tmp_path: Path) -
 
 
 def test_what_was_cut_is_no_idle_expert_to_spawn_into() -> None:
+    from chronomoe_hf.lifecycle.dry_run.proposals import SeenRoles
     from chronomoe_hf.lifecycle.dry_run.role_numbers import FreeEnergy
-    from chronomoe_hf.lifecycle.seen_roles import SeenRoles
     from chronomoe_hf.telemetry import LayerSnapshot
 
     counts = [60, 0, 20, 20, 0, 0, 0, 0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.lifecycle.least_squares import Block, solve_blocks
+from chronomoe_hf.lifecycle.live.layer_fit import Block, solve_blocks
 
 TOKENS, FIT, WIDE = 120, 90, 5
 

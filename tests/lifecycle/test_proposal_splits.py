@@ -16,9 +16,9 @@ from support.split_proposals import DONOR, EDITS, IDLE, LAYER, ROLES, held_out, 
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
+from chronomoe_hf.in_run.proposals import measure_proposals
 from chronomoe_hf.lifecycle import LayerSplit, SplitPlan, apply, layer_specs, plan_split
 from chronomoe_hf.lifecycle.live.model import live_layers, quiet
-from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
 from chronomoe_hf.splitting.plan_one import plan_one
 from chronomoe_hf.splitting.router_tap import RouterTap, read_calls
 from chronomoe_hf.telemetry import read_jsonl

@@ -19,15 +19,14 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.config import CoherenceConfig, LifecycleConfig
 from chronomoe_hf.errors import LifecycleError, StateCorruptError
-from chronomoe_hf.in_run.proposals import merged
+from chronomoe_hf.in_run.proposals import measure_proposals, merged
 from chronomoe_hf.lifecycle import LifecycleCoordinator, layer_specs, measure
+from chronomoe_hf.lifecycle.dry_run.proposals import SeenRoles, competing_edits
 from chronomoe_hf.lifecycle.dry_run.role_numbers import DUPLICATES, SIZE, TWO_ROLES, Pair, TwoRoles, free_energy
 from chronomoe_hf.lifecycle.live.masking import mask_experts
 from chronomoe_hf.lifecycle.live.model import live_layers
 from chronomoe_hf.lifecycle.live.weights import ExpertWeights, slice_of
-from chronomoe_hf.lifecycle.proposal_effects import measure_proposals
 from chronomoe_hf.lifecycle.pruning.measure import Edit, measure_edits
-from chronomoe_hf.lifecycle.seen_roles import SeenRoles, competing_edits
 from chronomoe_hf.telemetry import read_jsonl
 
 INTERVAL = 2

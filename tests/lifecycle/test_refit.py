@@ -15,7 +15,7 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.errors import LifecycleError, PlanMismatchError
 from chronomoe_hf.lifecycle import layer_specs, masked, measure, refit
-from chronomoe_hf.lifecycle.cut_reader import CutReader
+from chronomoe_hf.lifecycle.live.fit_model import CutReader
 from chronomoe_hf.lifecycle.live.model import live_layers
 from chronomoe_hf.lifecycle.live.streams import find_streams
 

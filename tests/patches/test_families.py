@@ -18,7 +18,7 @@ from torch import Tensor
 
 from chronomoe_hf import patches
 from chronomoe_hf.errors import UnsupportedArchitectureError
-from chronomoe_hf.router.call import RouterCall
+from chronomoe_hf.router.state import RouterCall
 
 SCOPES = ("routing", "selection")
 

@@ -16,7 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from chronomoe_hf import patches
 from chronomoe_hf.errors import ContractError, UnsupportedArchitectureError
-from chronomoe_hf.router.call import RouterCall
+from chronomoe_hf.router.state import RouterCall
 from chronomoe_hf.wrapping.class_swap import router_class
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf import patches
 from chronomoe_hf.patches.registry import Adapter, module_of
-from chronomoe_hf.router.call import RouterCall
+from chronomoe_hf.router.state import RouterCall
 
 TOKENS, WIDTH, SEEDS = 16, 24, range(6)
 

@@ -10,7 +10,7 @@ import torch
 
 from chronomoe_hf.lens.direction import finite_rows, input_sums, sums_width
 from chronomoe_hf.recording.inputs import InputTape
-from chronomoe_hf.recording.sampling import sample_tokens
+from chronomoe_hf.recording.rows import sample_tokens
 
 WIDTH, TOKENS = 6, 41
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from support.oracles import Recount, naive_phi, train_step
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.config import CoherenceConfig
-from chronomoe_hf.recording.sampling import sample_tokens
+from chronomoe_hf.recording.rows import sample_tokens
 
 FIRST_CLASS = sorted(tiny.FAMILIES)
 EXACT = CoherenceConfig(max_tokens=None)

@@ -12,7 +12,7 @@ from support.split_proposals import train_with_an_idle_expert
 from chronomoe_hf.report.data import load_run
 from chronomoe_hf.report.page import render, sections
 from chronomoe_hf.telemetry import read_jsonl
-from chronomoe_hf.telemetry.role_records import roles_of
+from chronomoe_hf.telemetry.views import roles_of
 
 KEYS = ("duplicates", "roles", "proposals")
 

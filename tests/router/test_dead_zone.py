@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from chronomoe_hf.config import BetaConfig, ChronoConfig
-from chronomoe_hf.router.dead_zone import zone_bounds, zone_error
-from chronomoe_hf.router.laws import balance_error, balance_step, next_gain
+from chronomoe_hf.router.laws import balance_error, balance_step, next_gain, zone_bounds, zone_error
 from chronomoe_hf.step_state import StepState
 
 ZONE = (0.7, 2.0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from chronomoe_hf.telemetry import read_jsonl
-from chronomoe_hf.telemetry.old_records import upgraded
+from chronomoe_hf.telemetry.reader import upgraded
 
 GOLDEN = Path(__file__).parents[1] / "data" / "records_v1" / "chronomoe"
 """Six steps of a tiny Mixtral, windows of two, written by the version before the names changed."""

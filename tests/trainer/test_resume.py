@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoSystem
-from chronomoe_hf.checkpoint import migrations
+from chronomoe_hf.checkpoint import manifest as migrations
 from chronomoe_hf.checkpoint.state_file import read_state
 from chronomoe_hf.errors import (
     ConfigError,

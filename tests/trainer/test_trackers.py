@@ -19,7 +19,7 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.report.data import load_run
 from chronomoe_hf.telemetry import LayerSnapshot, SystemSnapshot, read_jsonl
-from chronomoe_hf.trainer import trackers
+from chronomoe_hf.trainer import logs as trackers
 from chronomoe_hf.trainer.model_card import END, START, model_card_section, write_model_card
 
 # Under these every window raises an alert.

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from chronomoe_hf.coherence import CoherenceState
+from chronomoe_hf.config import LifecycleConfig
+from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.metrics import expert_of
+from chronomoe_hf.router.state import RouterState
+from chronomoe_hf.telemetry.snapshots import LayerSnapshot
 
 Reason = Literal["low_observability", "low_coherence"]
 State = Literal["candidate", "confirmed", "withdrawn"]
@@ -92,3 +99,119 @@ def log_line(decision: PruneDecision) -> str:
         f"contribution rank {seen['contribution_rank'] or 'unknown'} of {seen['n_experts']}"
         f"{', layer starving' if seen['layer_starving'] else ''})"
     )
+
+
+# What one layer shows about its experts at one evaluation, and the thresholds that follow from it.
+
+Known = Sequence[float | None] | None
+AUTO_DEVIATIONS = 2.0  # prune threshold "auto": layer mean minus this many standard deviations
+
+
+class LayerEvaluation(NamedTuple):
+    """What is known about one layer's experts at one evaluation; per-expert lists of length `n_experts` or None."""
+
+    layer_id: int
+    n_experts: int
+    phi_fast: Known
+    phi_mid: Known
+    phi_slow: Known
+    total_tokens_seen: Known
+    shares: Known = None
+    contribution: Known = None
+    saliency: Known = None
+    sufficient: bool = True
+    cut: Sequence[int] = ()
+
+    @classmethod
+    def from_snapshot(cls, layer: LayerSnapshot) -> LayerEvaluation:
+        """Of a closed window."""
+        return cls(**{name: getattr(layer, name) for name in cls._fields})
+
+    @classmethod
+    def from_states(cls, states: Mapping[int, CoherenceState], router: RouterState) -> LayerEvaluation:
+        """Of a layer's coherence alone; raises ConfigError where it does not fit the router."""
+        if sorted(states) != list(range(router.num_experts)):
+            raise ConfigError(
+                f"the snapshot covers experts {sorted(states)}, the router of layer {router.layer_id} has "
+                f"{router.num_experts}; pass CoherenceBuffer.snapshot(step) of the same layer"
+            )
+        ordered = [states[expert] for expert in range(router.num_experts)]
+        if any(state.layer_id != router.layer_id for state in ordered):
+            raise ConfigError(
+                f"the snapshot is of layer {ordered[0].layer_id}, the router of layer {router.layer_id}; "
+                "both must be of one layer"
+            )
+        return cls(
+            layer_id=router.layer_id,
+            n_experts=router.num_experts,
+            phi_fast=[state.phi_fast for state in ordered],
+            phi_mid=[state.phi_mid for state in ordered],
+            phi_slow=[state.phi_slow for state in ordered],
+            total_tokens_seen=[state.total_tokens_seen for state in ordered],
+        )
+
+
+def layer_coherence(
+    phi_slow: Sequence[float | None] | None, total_tokens_seen: Sequence[float | None] | None
+) -> float | None:
+    """Token-weighted mean Phi_slow of a layer, over experts with evidence; None without any."""
+    pairs = _known(phi_slow, total_tokens_seen)
+    weight = math.fsum(tokens for _, tokens in pairs)
+    return math.fsum(phi * tokens for phi, tokens in pairs) / weight if weight > 0.0 else None
+
+
+def prune_threshold(
+    phi_slow: Sequence[float | None] | None, total_tokens_seen: Sequence[float | None] | None, config: LifecycleConfig
+) -> float | None:
+    """Phi_slow below which an expert is incoherent.
+
+    ``"auto"``: mean - 2 population standard deviations over the experts that may be judged (more than
+    `coherence_tokens` tokens), each counting once. One expert among n deviates by at most sqrt(n - 1) standard
+    deviations, so with fewer than six judged experts "auto" accuses nobody; use a number there. None without two
+    experts to compare.
+    """
+    if isinstance(config.prune_threshold, float):
+        return config.prune_threshold
+    values = [phi for phi, tokens in _known(phi_slow, total_tokens_seen) if tokens > config.coherence_tokens]
+    if len(values) < 2:
+        return None
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
+    return mean - AUTO_DEVIATIONS * math.sqrt(variance)
+
+
+def _known(
+    phi_slow: Sequence[float | None] | None, total_tokens_seen: Sequence[float | None] | None
+) -> list[tuple[float, float]]:
+    if phi_slow is None or total_tokens_seen is None:
+        return []
+    both = zip(phi_slow, total_tokens_seen, strict=True)
+    return [(phi, tokens) for phi, tokens in both if phi is not None and tokens is not None]
+
+
+def at(values: Sequence[float | None] | None, expert: int) -> float | None:
+    """An expert's value, None where it is unknown."""
+    return None if values is None else values[expert]
+
+
+def evidence_of(layer: LayerEvaluation, expert: int, layer_phi: float | None, starving: bool) -> dict[str, Any]:
+    """What speaks for and against one expert; what was not measured is None."""
+    fast, slow = at(layer.phi_fast, expert), at(layer.phi_slow, expert)
+    own = at(layer.contribution, expert)
+    rank = None
+    if own is not None and layer.contribution is not None:
+        rank = 1 + sum(1 for other in layer.contribution if other is not None and other > own)
+    return {
+        "phi_fast": fast,
+        "phi_mid": at(layer.phi_mid, expert),
+        "phi_slow": slow,
+        "phi_delta": None if fast is None or slow is None else fast - slow,
+        "total_tokens_seen": at(layer.total_tokens_seen, expert),
+        "share": at(layer.shares, expert),
+        "contribution": own,
+        "saliency": at(layer.saliency, expert),
+        "contribution_rank": rank,
+        "n_experts": layer.n_experts,
+        "layer_phi": layer_phi,
+        "layer_starving": starving,
+    }

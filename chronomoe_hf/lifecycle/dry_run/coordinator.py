@@ -25,9 +25,19 @@ from typing import Any, overload
 from chronomoe_hf.coherence import CoherenceState
 from chronomoe_hf.config import ChronoConfig, LifecycleConfig
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
-from chronomoe_hf.lifecycle.dry_run.cases import REASONS, PruneDecision, Reason, State, log_line
+from chronomoe_hf.lifecycle.dry_run.cases import (
+    REASONS,
+    LayerEvaluation,
+    PruneDecision,
+    Reason,
+    State,
+    at,
+    evidence_of,
+    layer_coherence,
+    log_line,
+    prune_threshold,
+)
 from chronomoe_hf.lifecycle.dry_run.proposals import RoleObserver
-from chronomoe_hf.lifecycle.layer_evidence import LayerEvaluation, at, evidence_of, layer_coherence, prune_threshold
 from chronomoe_hf.metrics import expert_name
 from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.telemetry.snapshots import SystemSnapshot

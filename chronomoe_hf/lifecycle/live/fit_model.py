@@ -5,19 +5,154 @@ Shape suffixes: T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from chronomoe_hf.lifecycle.cut_reader import CutReader
+from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.live.layer_fit import LayerRefit, fit_layer, routed_output
+from chronomoe_hf.lifecycle.live.masking import mask_experts
 from chronomoe_hf.lifecycle.live.model import Batch
 from chronomoe_hf.lifecycle.live.projections import OutputProjections
 from chronomoe_hf.lifecycle.live.samples import LayerSamples, collect_samples, sample_bytes, under_mask
-from chronomoe_hf.lifecycle.live.streams import find_streams, full_streams
+from chronomoe_hf.lifecycle.live.streams import Stream, StreamTap, find_streams, full_streams, run_up_to
 from chronomoe_hf.lifecycle.live.weights import Changes
-from chronomoe_hf.wrapping.discovery import FoundLayer
+from chronomoe_hf.wrapping.discovery import FoundLayer, root_of
+
+# Reading a model layer by layer, the layers before it cut already: the samples of a sequential refit.
+#
+# What a cut layer loses reaches every layer behind it. A sequential refit fits a layer on what reaches it in the *cut*
+# model, towards what the full model has behind it, so that it also makes up for what the layers before it could not.
+#
+# Shape suffixes: T tokens, D hidden size.
+
+_SAME = 1e-3  # outputs with blocks skipped against those without, relative
+
+
+class CutReader:
+    """Reads the cut model up to one layer after the other.
+
+    From the third layer on, the blocks that were read before are not run again: they hand on what the last of them
+    gave. Whether that gives the same is checked once; where it does not, everything is run.
+
+    Args:
+        model: in evaluation mode, without gradients.
+        layers: all layers of the model.
+        drops: ids of the experts that every layer loses.
+        fit, check: batches whose tokens come first, and batches held out.
+
+    Attributes:
+        skips: whether blocks are skipped.
+    """
+
+    skips = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[FoundLayer],
+        drops: Sequence[tuple[int, ...]],
+        fit: Sequence[Batch],
+        check: Sequence[Batch],
+    ) -> None:
+        self.model, self.layers, self.drops = model, layers, drops
+        self.fit, self.check = fit, check
+        self._modules = dict(root_of(model).named_modules())
+        self._held: dict[str, list[Any]] = {}  # block -> its output, by batch
+        self._before = ""  # block of the layer that was read before
+        self._checked = False
+
+    def read(self, index: int, stream: Stream) -> tuple[LayerSamples, Tensor]:
+        """What the layer's experts read with it and all layers before it cut, and its stream ``(T, D)``.
+
+        Args:
+            index: the layer; those before it have been fitted.
+            stream: its stream.
+        """
+        layers = self.layers[: index + 1]
+        rows: list[tuple[Tensor, ...]] = []
+        counts, outputs = 0, []
+        block = self._modules[self._before] if self._before else None
+        with mask_experts(layers, self.drops[: index + 1]):
+            for number, batch in enumerate([*self.fit, *self.check]):
+                taken, output = self._one(index, stream, block, number, batch)
+                rows.append(taken)
+                outputs.append(output)
+                counts += taken[0].shape[0] if number < len(self.fit) else 0
+        if block is not None and all(output is not None for output in outputs):
+            stack = self._before.rpartition(".")[0]
+            self._held = {name: held for name, held in self._held.items() if name.rpartition(".")[0] != stack}
+            self._held[self._before] = outputs
+        self._before = stream.block
+        hidden_TD, index_TK, gate_TK, stream_TD = (torch.cat(column) for column in zip(*rows, strict=True))
+        return LayerSamples(hidden_TD, counts, index_TK, gate_TK, index_TK, gate_TK), stream_TD
+
+    def _one(
+        self, index: int, stream: Stream, block: nn.Module | None, number: int, batch: Batch
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """One batch: the rows of the layer, and the output of `block`."""
+        if not self.skips or not self._held:
+            return self._forward(index, stream, block, batch)
+        if self._checked:
+            with self._skipping(number):
+                return self._forward(index, stream, block, batch)
+        self._checked = True
+        whole = self._forward(index, stream, block, batch)
+        try:
+            with self._skipping(number):
+                short = self._forward(index, stream, block, batch)
+            same = all(_close(a, b) for a, b in zip(whole[0], short[0], strict=True))
+        except (LifecycleError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+            same = False  # whatever the model's trunk does with a block's output, the whole forward is right
+        self.skips = same
+        return whole
+
+    def _forward(
+        self, index: int, stream: Stream, block: nn.Module | None, batch: Batch
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        given: list[Any] = []
+        handle = None
+        if block is not None:
+            handle = block.register_forward_hook(lambda module, args, output: given.append(output))
+        try:
+            with StreamTap(self.layers[index], stream, last=True) as tap:
+                run_up_to(self.model, batch)
+                return tap.take(), given[0] if len(given) == 1 else None
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def _skipping(self, number: int) -> Iterator[None]:
+        """Blocks up to the one whose output is held hand that output on and run nothing."""
+        put: list[tuple[nn.Module, Any]] = []
+        try:
+            for last, held in self._held.items():
+                stack, _, at = last.rpartition(".")
+                for place in range(int(at) + 1):
+                    block = self._modules[f"{stack}.{place}"]
+                    put.append((block, block.__dict__.get("forward")))
+                    block.__dict__["forward"] = lambda *args, held=held[number], **kwargs: held
+            yield
+        finally:
+            for block, forward in put:
+                if forward is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.__dict__["forward"] = forward
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    if not one.is_floating_point():
+        return bool((one == other).float().mean() > 1.0 - _SAME)
+    size = float(one.float().norm())
+    return float((one.float() - other.float()).norm()) <= _SAME * max(size, 1e-30)
 
 
 @dataclass

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.patches import Adapter, find
 from chronomoe_hf.patches.own_rules import GemmaAdapter
-from chronomoe_hf.router.call import RouterCall
 from chronomoe_hf.router.forward import ChronoRouter
-from chronomoe_hf.router.state import HANDLE, MASKS, RouterHandle
+from chronomoe_hf.router.state import HANDLE, MASKS, RouterCall, RouterHandle
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import LifecycleError, NoMoELayersError, PlanMismatchError
 from chronomoe_hf.lifecycle.evidence.spec import LayerSpec
+from chronomoe_hf.recording.scope import real_tokens_of
 from chronomoe_hf.wrapping.discovery import FoundLayer, find_layers, root_of
 from chronomoe_hf.wrapping.owner import find_system
 
@@ -201,3 +203,33 @@ def untouched_randomness() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+# Which tokens of a forward are real, for the hooks that read a model beside its recording.
+#
+# Shape suffixes: T router rows (tokens).
+
+
+@dataclass
+class RealTokens:
+    """Remembers of the forward that runs which of its rows are real tokens.
+
+    Args:
+        mask_T: bool, of the last forward of the owner; None where its inputs do not say.
+    """
+
+    mask_T: Tensor | None = None
+
+    def listen(self, owner: nn.Module) -> Any:
+        """Put the hook on the model that gets the attention mask, before its other hooks, and return its handle."""
+        return owner.register_forward_pre_hook(self._remember, with_kwargs=True, prepend=True)
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.mask_T = real_tokens_of(module, args, kwargs)
+
+
+def real_rows(rows: Tensor, real_T: Tensor | None) -> Tensor:
+    """Rows of real tokens, detached; all of them where `real_T` is None or of another length."""
+    if real_T is None or real_T.shape[0] != rows.shape[0]:
+        return rows.detach()
+    return rows.detach()[real_T.to(rows.device)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.lifecycle.writable import UNREACHABLE, require_writable
+from chronomoe_hf.lifecycle.live.weights import UNREACHABLE, require_writable
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 _REFUSED = UNREACHABLE | {

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.live.masking import mask_experts
-from chronomoe_hf.lifecycle.live.model import Batch, forward_arguments
-from chronomoe_hf.lifecycle.real_tokens import RealTokens, real_rows
+from chronomoe_hf.lifecycle.live.model import Batch, RealTokens, forward_arguments, real_rows
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.lifecycle.live.model import Batch, forward_arguments
+from chronomoe_hf.lifecycle.live.model import Batch, forward_arguments, real_rows
 from chronomoe_hf.lifecycle.live.samples import LayerTap, StopForward
-from chronomoe_hf.lifecycle.real_tokens import real_rows
 from chronomoe_hf.wrapping.discovery import FoundLayer, root_of
 
 _TOLERANCE = 0.02  # of the disturbance; a norm behind the experts is off by more than a half

@@ -15,8 +15,7 @@ from typing import Literal, TypeAlias, get_args
 from chronomoe_hf.errors import EvidenceError, PlanError
 from chronomoe_hf.lifecycle.dry_run.cases import PruneDecision
 from chronomoe_hf.lifecycle.evidence.spec import LayerSpec, Scores
-from chronomoe_hf.lifecycle.evidence.table import Evidence
-from chronomoe_hf.lifecycle.evidence_layer import LayerEvidence
+from chronomoe_hf.lifecycle.evidence.table import Evidence, LayerEvidence
 from chronomoe_hf.lifecycle.pruning.plan import PlannedLayer, PrunePlan, check_survivors
 
 Rank: TypeAlias = Literal["contribution", "reap", "frequency", "mean_norm", "fisher", "phi", "random"]

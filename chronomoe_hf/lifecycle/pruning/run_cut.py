@@ -22,9 +22,8 @@ from chronomoe_hf.lifecycle.live.masking import CutMask
 from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.lifecycle.pruning.plan_prune import plan_prune, survivors_per_group
 from chronomoe_hf.step_state import StepState
-from chronomoe_hf.telemetry import AlertHistory, SystemSnapshot
+from chronomoe_hf.telemetry import AlertHistory, SystemSnapshot, TelemetryWriter
 from chronomoe_hf.telemetry.reader import CUTS
-from chronomoe_hf.window.records import RunRecords
 from chronomoe_hf.wrapping.layer import Layer
 
 logger = logging.getLogger("chronomoe_hf")
@@ -134,26 +133,13 @@ class RunCut:
             kept = [{name: getattr(layer, name) for name in _KEPT} for layer in snapshot.layers]
             self._windows.append([{**layer, "step": snapshot.step} for layer in kept])
 
-    def at_step(self, system: Any, snapshot: SystemSnapshot | None) -> SystemSnapshot | None:
-        """Make the cut if it is due after this step; the open window ends before it. Collective.
-
-        Args:
-            system: whose step it is.
-            snapshot: of the window that the step has closed.
-
-        Returns:
-            The snapshot of the window that has ended.
-        """
-        if self.due(system.global_step):
-            snapshot = snapshot or system.close_window()
-            self.make(system)
-        return snapshot
-
-    def make(self, system: Any) -> PrunePlan:
+    def make(self, step: int, run_id: str, model_class: str) -> PrunePlan:
         """Make the plan from the last windows and put it in force. Collective: all ranks take the main process's plan.
 
         Args:
-            system: whose run it is, its open window closed.
+            step: optimizer steps done; the window that ended there was given to :meth:`observe`.
+            run_id: of the run.
+            model_class: class name of the model.
 
         Raises:
             LifecycleError: there is no such plan; on every rank.
@@ -161,14 +147,14 @@ class RunCut:
         made: object = None
         if distributed.is_main():
             try:
-                made = self._plan(system).to_dict()
+                made = self._plan(run_id, model_class).to_dict()
             except LifecycleError as error:
                 made = str(error)
         made = distributed.broadcast_object(made)
         if isinstance(made, str):
-            raise LifecycleError(f"step {system.global_step}: the run cannot be cut: {made}")
+            raise LifecycleError(f"step {step}: the run cannot be cut: {made}")
         plan = PrunePlan.from_dict(made)
-        self.put(plan, system.global_step)
+        self.put(plan, step)
         self.alerts.restart()
         if distributed.is_main():
             logger.warning(
@@ -181,10 +167,9 @@ class RunCut:
                 plan.num_kept,
                 plan.layers[0].spec.num_experts,
             )
-        self.record(system.records)
         return plan
 
-    def _plan(self, system: Any) -> PrunePlan:
+    def _plan(self, run_id: str, model_class: str) -> PrunePlan:
         events = [layer for window in self._windows for layer in window]
         if not any(layer["tokens"] for layer in events):
             raise EvidenceError("no token was recorded before the cut")
@@ -192,8 +177,8 @@ class RunCut:
             self.specs,
             events,
             kind="system",
-            run_id=system.run_id,
-            model_class=type(system.model).__name__,
+            run_id=run_id,
+            model_class=model_class,
             mode="TRAIN",
             beta_law=self.config.beta.law,
         )
@@ -214,11 +199,11 @@ class RunCut:
         self.step_state.cut(dropped)
         self._windows.clear()
 
-    def record(self, records: RunRecords) -> None:
+    def record(self, writer: TelemetryWriter | None) -> None:
         """Write the plan in force beside the records, and one line about it; a disk that is full does not end a run."""
-        if self.plan is None or records.writer is None:
+        if self.plan is None or writer is None:
             return
-        target = records.writer.directory / PLAN_FILE
+        target = writer.directory / PLAN_FILE
         try:
             self.plan.save(target)
         except OSError as error:
@@ -226,7 +211,7 @@ class RunCut:
         kept = [list(layer.kept) for layer in self.plan.layers]
         source = dataclasses.asdict(self.plan.source)
         line = {"step": self.step, "dry_run": False, "rank": self.plan.rank, "num_kept": self.plan.num_kept}
-        records.writer.write(CUTS, {**line, "source": source, "kept": kept, "plan": PLAN_FILE})
+        writer.write(CUTS, {**line, "source": source, "kept": kept, "plan": PLAN_FILE})
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
