@@ -21,7 +21,7 @@ from chronomoe_hf.recording.role_sums import KEPT, MOMENTS, PAIRS, WINDOW, RoleS
 
 # The roles of experts in a saved state: tensors ``role.<layer>.<name>``, which states without roles lack.
 #
-# Shape suffixes: E experts, D width of an output, M columns and P sums of ``recording.roles``.
+# Shape suffixes: E experts, D width of an output, M columns and P sums of ``recording.role_sums``.
 
 ROLE = re.compile(r"role\.(\d{1,9})\.(\w{1,40})")
 _DTYPES = {"updates_E": torch.int64, "table_EM": torch.float64}

@@ -26,7 +26,7 @@ from chronomoe_hf.recording.rows import TokenSample
 
 # What every expert's rows of a reading add up to: as matrix products on a device, in order on a CPU.
 #
-# Arguments of both, and what is left out of them, are worked out by ``sums.output_sums``: `gain_GSK` makes a row an
+# Arguments of both, and what is left out of them, are worked out by :func:`output_sums`: `gain_GSK` makes a row an
 # unweighted output (None: it is one), `own_GSK` makes it the expert's weighted part (None: it is that), `alone` asks
 # for the leave-one-out reference. `value_VGSK` holds numbers of every slot that are added up beside its row.
 #

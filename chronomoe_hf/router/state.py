@@ -127,7 +127,7 @@ MASKS = "_chrono_masks"
 
 
 class RouterMask(Protocol):
-    """Experts that no token may choose; implemented in ``lifecycle.masking``."""
+    """Experts that no token may choose; implemented in ``lifecycle.live.masking``."""
 
     @property
     def dropped(self) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What a layer's roles show: near-duplicates, experts with two roles, basins of routing, free energy. Numbers only.
 
-Shape suffixes: E experts, M and P columns of ``recording.roles``.
+Shape suffixes: E experts, M and P columns of ``recording.role_sums``.
 """
 
 from __future__ import annotations
