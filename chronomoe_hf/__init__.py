@@ -52,7 +52,7 @@ _HOMES = {
     "chronomoe_hf.coherence": ("CoherenceBuffer", "CoherenceState"),
     "chronomoe_hf.config": ("ChronoConfig",),
     "chronomoe_hf.lens.lens": ("ChronoLens", "IdentityLens"),
-    "chronomoe_hf.lifecycle.coordinator": ("LifecycleCoordinator", "PruneDecision"),
+    "chronomoe_hf.lifecycle.dry_run.coordinator": ("LifecycleCoordinator", "PruneDecision"),
     "chronomoe_hf.profiling": ("profile",),
     "chronomoe_hf.router.forward": ("ChronoRouter",),
     "chronomoe_hf.router.state": ("RouterState",),
