@@ -3,18 +3,27 @@
 A measured number carries a comment that a reader does not see, right before it, and never at the start of a line
 (Markdown would end the paragraph there):
 
-    <!-- results: overhead.json results[shape=d512-e32-k4,preset=observe].ratio_median .3f -->1.011
+    <!-- n:overhead_observe -->2 %
 
-file, expression, format. An expression is arithmetic over paths into the JSON, with min, max, mean, sum, len, abs and
-floor and ceil to a number of decimals:
+The name stands in `numbers.toml` with its table, an expression and a format:
+
+    [[numbers]]
+    table = "overhead.json"
+    overhead_observe = ["100*(max(results[graph=eager,preset=observe].ratio_median)-1)", ".0f"]
+
+An expression is arithmetic over paths into the JSON, with min, max, mean, sum, len, abs and floor and ceil to a number
+of decimals:
 
     runs[setting=e8,arm=balance].valid_loss     rows of a list by their fields; several rows give several values
     runs[-1]['T 1024, E 16'].rows[0:2]          positions in a list or in a mapping; any key in quotes
     mean(runs[arm=balance].valid_loss) - mean(runs[arm=none].valid_loss)
     100 * (results[preset=observe].ratio_median - 1)
 
-The format is Python's (`.3f`, `,d`, `+.1f`). A number with a unit or with decimals that has no such comment must be
-listed in `allowed_numbers.txt`, with why it is no measurement. Whole numbers without a unit are not looked for.
+The format is Python's (`.3f`, `,d`, `+.1f`). `each.arm = ["none", "balance"]` makes one number of each for a name with
+`{arm}` in it; `each.arm = { full = "'balance 0.2'" }` says what stands in the expression where the name says `full`.
+
+A number with a unit or with decimals that has no such comment must be listed in `allowed_numbers.txt`, with why it is
+no measurement. Whole numbers without a unit are not looked for.
 
     python benchmarks/claims.py            # every claim and what is wrong; status 1 if something is
     python benchmarks/claims.py --write    # put the numbers of the tables into the pages
@@ -24,12 +33,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
+import itertools
 import json
 import math
 import operator
 import re
 import statistics
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +50,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ALLOWED = ROOT / "benchmarks" / "allowed_numbers.txt"
+NUMBERS = ROOT / "benchmarks" / "numbers.toml"
 MADE = {"index.md", "changelog.md", "results.md"}  # written by `make docs`
 
 NUMBER = r"[+\-\u2212]?(?:\d[\d,]*\d|\d)(?:\.\d+)?"
-MARKER = re.compile(rf"<!-- results: (\S+\.json) (.+?) (\S+) -->({NUMBER})?")
+MARKER = re.compile(rf"<!-- n:([a-z]\w*) -->({NUMBER})?")
 UNIT = r"(?:x|times|%|us|ms|s|seconds?|minutes?|hours?|nats?|launch(?:es)?|[KMG]?B|bytes|KiB|MiB|GiB|tokens/s)"
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", flags=re.M | re.S)
 MEASURE = re.compile(rf"(?<![\w.,\-])({NUMBER})(?:\s?{UNIT}(?!\w)|(?<=\d\.\d)|(?<=\.\d\d)|(?<=\.\d\d\d))(?![\d.]*\d)")
@@ -83,12 +96,22 @@ class ClaimError(ValueError):
 
 
 @dataclass(frozen=True)
+class Formula:
+    """What `numbers.toml` says about a name; `line` is the name as it stands there, with its braces."""
+
+    line: str
+    table: str
+    expression: str
+    form: str
+
+
+@dataclass(frozen=True)
 class Claim:
-    """One marked number: where it stands, what it names, what is written and what the table says."""
+    """One marked number: where it stands, its name, what is written and what the table says."""
 
     page: str
     line: int
-    source: str
+    name: str
     written: str | None
     wanted: str
     span: tuple[int, int]
@@ -201,24 +224,74 @@ def render(value: Any, form: str) -> str:
         raise ClaimError(str(error)) from None
 
 
-def claims_of(text: str, page: str, results: Path = RESULTS) -> Iterator[Claim]:
+def formulas(path: Path = NUMBERS) -> dict[str, Formula]:
+    """Every name of `numbers.toml`.
+
+    Raises:
+        ClaimError: a group without a table, a formula of another shape, or a name that stands there twice.
+    """
+    found: dict[str, Formula] = {}
+    for group in tomllib.loads(path.read_text(encoding="utf-8"))["numbers"]:
+        words = {word: _words(choices) for word, choices in group.pop("each", {}).items()}
+        table = group.pop("table", None)
+        for line, said in group.items():
+            if table is None or not (isinstance(said, list) and [type(each) for each in said] == [str, str]):
+                raise ClaimError(f"{path.name}: {line} needs a table above it and [expression, format]")
+            for name, expression in _expanded(line, said[0], words):
+                if name in found:
+                    raise ClaimError(f"{path.name}: {name} stands there twice")
+                found[name] = Formula(line, table, expression, said[1])
+    return found
+
+
+def _words(choices: list[str] | dict[str, str]) -> dict[str, str]:
+    return choices if isinstance(choices, dict) else {each: each for each in choices}
+
+
+def _expanded(name: str, expression: str, words: dict[str, dict[str, str]]) -> Iterator[tuple[str, str]]:
+    used = [word for word in words if f"{{{word}}}" in name]
+    for keys in itertools.product(*(words[word] for word in used)):
+        made, meant = name, expression
+        for word, key in zip(used, keys, strict=True):
+            made, meant = made.replace(f"{{{word}}}", key), meant.replace(f"{{{word}}}", words[word][key])
+        yield made, meant
+
+
+@functools.cache
+def _table(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def value_of(formula: Formula, results: Path = RESULTS) -> str:
+    """The number as a page has to write it.
+
+    Raises:
+        ClaimError: the expression cannot be read, or a path leads nowhere.
+    """
+    try:
+        return render(evaluate(formula.expression, _table(results / formula.table)), formula.form)
+    except (ClaimError, OSError) as error:
+        raise ClaimError(f"{formula.table} {formula.expression}: {error}") from None
+
+
+def claims_of(text: str, page: str, known: dict[str, Formula] | None = None) -> Iterator[Claim]:
     """Every marked number of a page.
 
     Raises:
         ClaimError: a marker that cannot be read, naming page and line.
     """
-    files: dict[str, Any] = {}
+    known = formulas() if known is None else known
     for match in MARKER.finditer(text):
-        file, expression, form, written = match.groups()
+        name, written = match.groups()
         line = _line(text, match.start())
+        if name not in known:
+            raise ClaimError(f"{page}:{line}: {NUMBERS.name} has no {name}")
         try:
-            if file not in files:
-                files[file] = json.loads((results / file).read_text(encoding="utf-8"))
-            wanted = render(evaluate(expression, files[file]), form)
-        except (ClaimError, OSError) as error:
-            raise ClaimError(f"{page}:{line}: {file} {expression}: {error}") from None
+            wanted = value_of(known[name])
+        except ClaimError as error:
+            raise ClaimError(f"{page}:{line}: {name}: {error}") from None
         end = match.end()
-        yield Claim(page, line, f"{file} {expression}", written, wanted, (end - len(written or ""), end))
+        yield Claim(page, line, name, written, wanted, (end - len(written or ""), end))
 
 
 def unmarked(text: str) -> list[tuple[int, str]]:
@@ -252,14 +325,14 @@ def allowing(page: str, number: str, known: dict[tuple[str, str], str]) -> tuple
 def faults_of(text: str, page: str, known: dict[tuple[str, str], str]) -> list[str]:
     """What is wrong on a page, as sentences."""
     wrong = []
-    if text.count("<!-- results:") != len(MARKER.findall(text)):
+    if text.count("<!-- n:") + text.count("<!-- results:") != len(MARKER.findall(text)):
         wrong.append(f"{page}: a marker cannot be read; see benchmarks/claims.py")
-    for match in re.finditer(r"^[ \t>*-]*<!-- results:", text, flags=re.M):
+    for match in re.finditer(r"^[ \t>*-]*<!-- n:", text, flags=re.M):
         wrong.append(f"{page}:{_line(text, match.start())}: a marker may not begin a line: it would end the paragraph")
     try:
         for claim in claims_of(text, page):
             if not claim.holds:
-                wrong.append(f"{page}:{claim.line}: says {claim.written}, {claim.source} says {claim.wanted}")
+                wrong.append(f"{page}:{claim.line}: says {claim.written}, {claim.name} is {claim.wanted}")
     except ClaimError as error:
         wrong.append(str(error))
     for line, number in unmarked(text):
@@ -277,6 +350,10 @@ def faults() -> list[str]:
         wrong += faults_of(text, page, known)
         used |= {allowing(page, number, known) for _, number in unmarked(text)}
     wrong += [f"{ALLOWED.name}: {page} no longer says {number!r}" for page, number in sorted(known.keys() - used)]
+    named = {name for path in pages() for name, _ in MARKER.findall(path.read_text(encoding="utf-8"))}
+    defined = formulas()
+    unused = {formula.line for formula in defined.values()} - {defined[name].line for name in named & defined.keys()}
+    wrong += [f"{NUMBERS.name}: no page has {line}" for line in sorted(unused)]
     return wrong
 
 
@@ -298,7 +375,7 @@ def main() -> int:
     total = 0
     for path in pages():
         for claim in claims_of(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))):
-            print(f"{claim.page}:{claim.line}: {claim.written} = {claim.source}")
+            print(f"{claim.page}:{claim.line}: {claim.written} = {claim.name}")
             total += 1
     print("\n".join([*found, f"{total} claims, {len(found)} faults"]))
     return int(bool(found))

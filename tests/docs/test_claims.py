@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -90,8 +91,8 @@ def test_several_rows_are_no_number(claims: ModuleType) -> None:
         ("It took 3 % longer, 0.015 nats more, at 12 launches and 2.5x.", ["3 %", "0.015 nats", "12 launches", "2.5x"]),
         ("Over 300 steps with 8 experts, in release 5.13.1, `0.5` and k = 2.", []),
         ("```\n0.25 ms\n```\n\nand 1,024 bytes", ["1,024 bytes"]),
-        ("<!-- results: a.json b.c .1f -->1.5 ms, then 1.5 ms", ["1.5 ms"]),
-        ("<!-- results: a.json b.c .1f -->about 1.5 ms", ["1.5 ms"]),
+        ("<!-- n:time -->1.5 ms, then 1.5 ms", ["1.5 ms"]),
+        ("<!-- n:time -->about 1.5 ms", ["1.5 ms"]),
         ("<!-- a note: 3 % -->", []),
     ],
 )
@@ -107,8 +108,58 @@ def test_a_page_of_settings_allows_no_unit(claims: ModuleType) -> None:
 
 
 def test_a_marker_that_breaks_the_page_is_found(claims: ModuleType) -> None:
-    assert "may not begin a line" in claims.faults_of("a\n  <!-- results: launches.json x d -->1", "p.md", {})[0]
-    assert "cannot be read" in claims.faults_of("a <!-- results: launches.json -->1", "p.md", {})[0]
+    assert "may not begin a line" in claims.faults_of("a\n  <!-- n:overhead_observe -->1", "p.md", {})[0]
+    for unread in ("a <!-- n:Over head -->1", "a <!-- results: launches.json x d -->1"):
+        assert "cannot be read" in claims.faults_of(unread, "p.md", {})[0]
+
+
+def named(claims: ModuleType, tmp_path: Path, text: str) -> dict[str, Any]:
+    path = tmp_path / "numbers.toml"
+    path.write_text(text, encoding="utf-8")
+    found: dict[str, Any] = claims.formulas(path)
+    return found
+
+
+def test_a_line_with_braces_is_a_number_of_each(claims: ModuleType, tmp_path: Path) -> None:
+    text = """
+    [[numbers]]
+    table = "a.json"
+    each.arm = { a = "a", wide = "'b, wide'" }
+    each.seed = ["0", "1"]
+    "{arm}_loss{seed}" = ["rows[arm={arm},seed={seed}].loss", ".2f"]
+    "{arm}_count" = ["len(rows[arm={arm}].loss)", "d"]
+    alone = ["one", ".1f"]
+    """
+    found = named(claims, tmp_path, text)
+    assert set(found) == {"a_loss0", "a_loss1", "wide_loss0", "wide_loss1", "a_count", "wide_count", "alone"}
+    assert (found["wide_loss1"].line, found["wide_loss1"].table) == ("{arm}_loss{seed}", "a.json")
+    (tmp_path / "a.json").write_text(json.dumps(DATA), encoding="utf-8")
+    values = {name: claims.value_of(found[name], tmp_path) for name in found if name != "wide_loss1"}
+    assert values == {
+        "a_loss0": "1.50", "a_loss1": "2.50", "wide_loss0": "1.25", "a_count": "2", "wide_count": "1", "alone": "0.5"
+    }  # fmt: skip
+    with pytest.raises(claims.ClaimError, match="no row"):
+        claims.value_of(found["wide_loss1"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[numbers]]\ntable = "a.json"\nx = ["one", "d"]\n[[numbers]]\ntable = "b.json"\nx = ["one", "d"]', "twice"),
+        ('[[numbers]]\nx = ["one", "d"]', "needs a table"),
+        ('[[numbers]]\ntable = "a.json"\nx = "one"', "needs a table above it and"),
+    ],
+)
+def test_a_name_has_one_formula_and_a_table(claims: ModuleType, tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(claims.ClaimError, match=message):
+        named(claims, tmp_path, text)
+
+
+def test_a_name_that_is_missing_or_unused_is_found(claims: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "numbers.toml has no nonsense" in claims.faults_of("a <!-- n:nonsense -->1", "p.md", {})[0]
+    known = claims.formulas()
+    monkeypatch.setattr(claims, "formulas", lambda: known | {"extra": claims.Formula("extra", "a.json", "one", "d")})
+    assert claims.faults() == ["numbers.toml: no page has extra"]
 
 
 def test_pages_look_the_same_without_markers(claims: ModuleType) -> None:
@@ -117,7 +168,7 @@ def test_pages_look_the_same_without_markers(claims: ModuleType) -> None:
     seen = 0
     for path in claims.pages():
         text = path.read_text("utf-8")
-        bare, removed = re.subn(r"<!-- results: .*? -->", "", text)
+        bare, removed = re.subn(r"<!-- n:.*? -->", "", text)
         seen += removed
-        assert re.sub(r"<!-- results: .*? -->", "", reader.render(text)) == reader.render(bare), path.name
+        assert re.sub(r"<!-- n:.*? -->", "", reader.render(text)) == reader.render(bare), path.name
     assert seen >= 15
