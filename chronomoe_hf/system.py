@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from chronomoe_hf import distributed
-from chronomoe_hf.checkpoint.store import Savable, StateStore
+from chronomoe_hf.checkpoint.fingerprint import live_fingerprint
+from chronomoe_hf.checkpoint.store import OnMissing, StateStore
 from chronomoe_hf.coherence import CoherenceBuffer
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import ControlDecision, Controller, actuate
@@ -22,6 +23,7 @@ from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle.dry_run.cases import PruneDecision
 from chronomoe_hf.lifecycle.dry_run.coordinator import LifecycleCoordinator
 from chronomoe_hf.lifecycle.evidence.drift import RouterDrift
+from chronomoe_hf.lifecycle.evidence.table import Evidence, from_snapshots, spec_of
 from chronomoe_hf.lifecycle.pruning.run_cut import RunCut
 from chronomoe_hf.parts import Parts, Position
 from chronomoe_hf.recording.recorder import Taken, take, zero
@@ -42,7 +44,7 @@ from chronomoe_hf.wrapping.placement import Placement
 logger = logging.getLogger("chronomoe_hf")
 
 
-class ChronoSystem(Savable):
+class ChronoSystem:
     """State and control of one wrapped model; made by ``wrap``, found by ``system_of``.
 
     Args:
@@ -256,6 +258,20 @@ class ChronoSystem(Savable):
         at, host = self._moment(), self._read()
         return self.host.summarise(at, self.host.events(at, host), host, self.alerts.copy())
 
+    def evidence(self) -> Evidence:
+        """What the last closed window and the open one say about every expert.
+
+        Raises:
+            EvidenceError: nothing has been recorded yet.
+        """
+        return from_snapshots(
+            [self.last_snapshot, self.snapshot()],
+            [spec_of(layer.table_row()) for layer in self.layers],
+            run_id=self.run_id,
+            model_class=type(self.model).__name__,
+            beta_law=self.config.beta.law,
+        )
+
     def _read(self) -> dict[str, Any]:
         """Everything that a window's events are made of, on the host."""
         host = self.step_state.host()
@@ -345,6 +361,72 @@ class ChronoSystem(Savable):
         self.step_state.publish()
         self.discard()
         self._set_switches()
+
+    def require_saved(self) -> None:
+        """Raise StateWriteError on every rank if a state could not be written; see ``StateStore.require_saved``."""
+        self.store.require_saved()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Saved state: ``{"tensors": {name: CPU tensor}, "meta": JSON-ready mapping}``."""
+        return self.store.pack(self._position())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`, all or nothing; raises StateMismatchError for another model's state."""
+        self._adopt(self.store.unpack(state))
+
+    def fingerprint(self) -> dict[str, str]:
+        """One line per router parameter and expert tensor as it is now; see ``checkpoint.fingerprint``."""
+        return live_fingerprint(self.layers)
+
+    def save(self, directory: str | Path) -> bool:
+        """Write the state into `directory` (main process only, no collective); see ``checkpoint.state_file``.
+
+        Returns:
+            Whether it was written (always True on the other ranks).
+        """
+        return self.store.save(directory, self._position())
+
+    def load(
+        self, directory: str | Path, *, on_missing: OnMissing = "raise", step: int | None = None
+    ) -> dict[str, Any] | None:
+        """Restore the state in `directory` on every rank, all of it or nothing. Collective.
+
+        Args:
+            directory: a checkpoint, or any directory that ``save_pretrained`` or :meth:`save` wrote to.
+            on_missing: ``"raise"``, or as in ``CheckpointConfig`` (which says what a Trainer's resume does).
+            step: optimizer step that the state must be of; None = any.
+
+        Returns:
+            The manifest (step, fingerprint, ...); None where there is no state and `on_missing` allows a fresh start.
+
+        Raises:
+            StateMissingError: nothing there, and `on_missing` does not allow that.
+            StateError: torn, foreign, of another schema or step; the message names the file and the way out.
+        """
+        state = self.store.read(directory, self.governed, on_missing, step)
+        if state is None:
+            return None
+        self.load_state_dict(state)
+        return dict(state["meta"])
+
+    def register(self, accelerator: Any) -> None:
+        """Save and load with ``accelerator.save_state`` and ``load_state`` (plain Accelerate loops).
+
+        Args:
+            accelerator: an ``accelerate.Accelerator``. Its state hooks are used, not its checkpoint registry, which
+                pickles and refuses older checkpoints.
+        """
+
+        def saving(models: Any, weights: Any, directory: str) -> None:
+            self.save(directory)
+
+        def loading(models: Any, directory: str) -> None:
+            self.load(directory, on_missing=self.config.checkpoint.on_missing)
+
+        accelerator.register_save_state_pre_hook(saving)
+        accelerator.register_load_state_pre_hook(loading)
+
+    # ---- records -----------------------------------------------------------------------------------------------
 
     def open_telemetry(self, output_dir: str | Path, *, resume_step: int | None = None) -> None:
         """Write records below ``<output_dir>/chronomoe`` from now on (main process only).

@@ -1,4 +1,4 @@
-"""Saving and loading the state of one wrapped model, on all ranks, with everything that can go wrong on the way."""
+"""Saving and loading the state of one wrapped model, on all ranks; a failure is the same error on every rank."""
 
 from __future__ import annotations
 
@@ -161,82 +161,6 @@ class StateStore:
                 f"chronomoe state could not be saved ({self._failed or 'by the main process'}), and strict_save "
                 "is set; free space or fix permissions and resume from the last checkpoint"
             )
-
-
-class Savable:
-    """The file half of a system: it has a :class:`StateStore`, says where it stands, and adopts where a state stood."""
-
-    store: StateStore
-
-    def _position(self) -> Position:
-        raise NotImplementedError
-
-    def _adopt(self, position: Position) -> None:
-        raise NotImplementedError
-
-    def require_saved(self) -> None:
-        """Raise StateWriteError on every rank if a state could not be written; see ``StateStore.require_saved``."""
-        self.store.require_saved()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Saved state: ``{"tensors": {name: CPU tensor}, "meta": JSON-ready mapping}``."""
-        return self.store.pack(self._position())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`, all or nothing; raises StateMismatchError for another model's state."""
-        self._adopt(self.store.unpack(state))
-
-    def fingerprint(self) -> dict[str, str]:
-        """One line per router parameter and expert tensor as it is now; see ``checkpoint.fingerprint``."""
-        return live_fingerprint(self.store.parts.layers)
-
-    def save(self, directory: str | Path) -> bool:
-        """Write the state into `directory` (main process only, no collective); see ``checkpoint.state_file``.
-
-        Returns:
-            Whether it was written (always True on the other ranks).
-        """
-        return self.store.save(directory, self._position())
-
-    def load(
-        self, directory: str | Path, *, on_missing: OnMissing = "raise", step: int | None = None
-    ) -> dict[str, Any] | None:
-        """Restore the state in `directory` on every rank, all of it or nothing. Collective.
-
-        Args:
-            directory: a checkpoint, or any directory that ``save_pretrained`` or :meth:`save` wrote to.
-            on_missing: ``"raise"``, or as in ``CheckpointConfig`` (which says what a Trainer's resume does).
-            step: optimizer step that the state must be of; None = any.
-
-        Returns:
-            The manifest (step, fingerprint, ...); None where there is no state and `on_missing` allows a fresh start.
-
-        Raises:
-            StateMissingError: nothing there, and `on_missing` does not allow that.
-            StateError: torn, foreign, of another schema or step; the message names the file and the way out.
-        """
-        state = self.store.read(directory, self._position().governed, on_missing, step)
-        if state is None:
-            return None
-        self.load_state_dict(state)
-        return dict(state["meta"])
-
-    def register(self, accelerator: Any) -> None:
-        """Save and load with ``accelerator.save_state`` and ``load_state`` (plain Accelerate loops).
-
-        Args:
-            accelerator: an ``accelerate.Accelerator``. Its state hooks are used, not its checkpoint registry, which
-                pickles and refuses older checkpoints.
-        """
-
-        def saving(models: Any, weights: Any, directory: str) -> None:
-            self.save(directory)
-
-        def loading(models: Any, directory: str) -> None:
-            self.load(directory, on_missing=self.store.parts.config.checkpoint.on_missing)
-
-        accelerator.register_save_state_pre_hook(saving)
-        accelerator.register_load_state_pre_hook(loading)
 
 
 # Weights whose routing was governed, loaded without the state that goes with them.

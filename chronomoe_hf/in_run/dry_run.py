@@ -14,17 +14,17 @@ from torch import nn
 
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.in_run.proposals import measure_proposals
-from chronomoe_hf.lifecycle.evidence.table import Evidence
 from chronomoe_hf.lifecycle.live.model import Batch, first_batches, untouched_randomness
 from chronomoe_hf.lifecycle.pruning.measure import Effect, measure
 from chronomoe_hf.lifecycle.pruning.plan_prune import plan_prune
+from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry.reader import EFFECTS
 
 logger = logging.getLogger("chronomoe_hf")
 MAX_CASES = 8  # confirmed cases measured alone, one forward each
 
 
-def measure_dry_run(system: Any, model: nn.Module, batches: Iterable[Batch]) -> Effect | None:
+def measure_dry_run(system: ChronoSystem, model: nn.Module, batches: Iterable[Batch]) -> Effect | None:
     """Measure the plan that a live system's evidence supports now, log it and record it. Collective.
 
     Args:
@@ -39,7 +39,7 @@ def measure_dry_run(system: Any, model: nn.Module, batches: Iterable[Batch]) -> 
     if system.cut.plan is not None:
         return None  # decided: the evaluation itself is of the model that was cut
     try:
-        known = Evidence.from_system(system)
+        known = system.evidence()
         plan = plan_prune(
             known,
             keep=config.keep,

@@ -29,6 +29,7 @@ from chronomoe_hf.lifecycle.pruning.measure import Edit, MaskEffect, checked_bat
 from chronomoe_hf.splitting.plan import LayerSplit
 from chronomoe_hf.splitting.plan_one import LoadCount, Wanted, in_force, plan_wanted, require_bias, require_splittable
 from chronomoe_hf.splitting.router_tap import RouterTap
+from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry.reader import EFFECTS
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
@@ -46,7 +47,7 @@ class ProposalEdits:
         planned_tokens: read by the main process to plan splits; 0 where none was planned.
     """
 
-    def __init__(self, system: Any, model: nn.Module) -> None:
+    def __init__(self, system: ChronoSystem, model: nn.Module) -> None:
         self.model = model
         self.layers, self.specs = live_layers(model), layer_specs(model)
         self.planned_tokens = 0
@@ -235,7 +236,7 @@ logger = logging.getLogger("chronomoe_hf")
 MAX_PROPOSALS = 4  # measured at one evaluation, five forwards each at most
 
 
-def measure_proposals(system: Any, model: nn.Module, batches: Iterable[Batch]) -> list[dict[str, Any]]:
+def measure_proposals(system: ChronoSystem, model: nn.Module, batches: Iterable[Batch]) -> list[dict[str, Any]]:
     """Measure the standing merge, split and spawn proposals of a live system, log and record them. Collective.
 
     A split or a spawn has to be planned first: along which direction its tokens are told apart, or by which bias. That

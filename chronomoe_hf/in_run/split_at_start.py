@@ -29,12 +29,13 @@ from chronomoe_hf.splitting.apply import AppliedSplit, carry_out
 from chronomoe_hf.splitting.plan import SplitPlan
 from chronomoe_hf.splitting.plan_split import plan_split
 from chronomoe_hf.splitting.refit import fit_split
+from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry.reader import SPLITS
 
 logger = logging.getLogger("chronomoe_hf")
 
 
-def split_at_start(system: Any, model: nn.Module, optimizer: Any, batches: Iterable[Batch]) -> AppliedSplit:
+def split_at_start(system: ChronoSystem, model: nn.Module, optimizer: Any, batches: Iterable[Batch]) -> AppliedSplit:
     """Rewrite the idle experts of the model that is about to be trained, log it and record it. Collective.
 
     The main process reads `split_batches` batches of its own training data, without drawing a random number that

@@ -24,13 +24,14 @@ from chronomoe_hf.lifecycle.live.model import Batch, as_batches, match_layers, u
 from chronomoe_hf.lifecycle.live.weights import Changes, ExpertWeights, check_optimizer, copy_moments
 from chronomoe_hf.splitting.plan import LayerSplit, SplitPlan
 from chronomoe_hf.splitting.refit import fit_split
+from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.wrapping.discovery import FoundLayer
 from chronomoe_hf.wrapping.owner import find_system
 
 # The bias of a split: into beta of the wrapped model, or into the model's own correction biases.
 
 
-def write_shifts(system: Any, splits: Mapping[int, LayerSplit]) -> Callable[[], None]:
+def write_shifts(system: ChronoSystem, splits: Mapping[int, LayerSplit]) -> Callable[[], None]:
     """Let the shifts of the plan's logits act from the next forward on.
 
     Args:
@@ -55,7 +56,7 @@ def write_shifts(system: Any, splits: Mapping[int, LayerSplit]) -> Callable[[], 
     return undo
 
 
-def _act(system: Any, moved: bool) -> None:
+def _act(system: ChronoSystem, moved: bool) -> None:
     system.step_state.refresh(system.cap)
     system.step_state.publish()
     system.switch_beta_on(moved)
@@ -199,7 +200,7 @@ def carry_out(
     )
 
 
-def check_split(layers: Sequence[FoundLayer], plan: SplitPlan, optimizer: Any, system: Any) -> None:
+def check_split(layers: Sequence[FoundLayer], plan: SplitPlan, optimizer: Any, system: ChronoSystem | None) -> None:
     """Raise LifecycleError where a plan cannot be carried out: experts, the optimizer's state, no wrapped model."""
     for layer, split in zip(layers, plan.layers, strict=True):
         if split.changes:

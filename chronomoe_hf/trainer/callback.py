@@ -24,7 +24,7 @@ from chronomoe_hf.telemetry import SystemSnapshot
 from chronomoe_hf.trainer.binding import Binding
 from chronomoe_hf.trainer.evaluation import evaluate_apart
 from chronomoe_hf.trainer.hooks import TrainerHooks, calling_trainer, refuse_data_parallel, require_plain_engine
-from chronomoe_hf.trainer.logs import WindowLog, logs_now, publish, record_log
+from chronomoe_hf.trainer.logs import WindowLog, logs_now, record_log
 from chronomoe_hf.trainer.model_card import write_model_card
 from chronomoe_hf.trainer.resume_weights import ResumePath, check_weights, restore
 from chronomoe_hf.wrapping.save_pretrained import state_saved
@@ -297,7 +297,9 @@ class ChronoCallback(TrainerCallback):
 
     def _window_closed(self, system: ChronoSystem, snapshot: SystemSnapshot) -> None:
         self._log.closed(system, snapshot)
-        publish(self.hooks.trainer.callback_handler.callbacks if self.hooks is not None else (), system, snapshot)
+        self._log.publish(
+            self.hooks.trainer.callback_handler.callbacks if self.hooks is not None else (), system, snapshot
+        )
 
     def _log_alone(self, control: TrainerControl) -> None:
         if self.system is not None and self.hooks is not None:

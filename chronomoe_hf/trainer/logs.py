@@ -23,6 +23,28 @@ class WindowLog:
     def __init__(self) -> None:
         self.pending: SystemSnapshot | None = None
         self._unfit: set[int] = set()  # layers already named
+        self._failed: set[str] = set()  # trackers that failed in this run
+
+    def publish(self, callbacks: Iterable[TrainerCallback], system: ChronoSystem, snapshot: SystemSnapshot) -> None:
+        """Show a closed window in every tracker of a Trainer; one that fails is logged once a run, never raised.
+
+        Args:
+            callbacks: of the Trainer (``trainer.callback_handler.callbacks``).
+            system: whose window it is; ``telemetry.scalars=False`` shows nothing.
+            snapshot: the window.
+        """
+        if not system.config.telemetry.scalars:
+            return
+        for callback in callbacks:
+            name = type(callback).__name__
+            show = _SHOW.get(name)
+            if show is None or name in self._failed:
+                continue
+            try:
+                show(callback, snapshot)
+            except Exception:
+                self._failed.add(name)
+                logger.exception("%s takes no pictures of the routing; training goes on", name)
 
     def closed(self, system: ChronoSystem, snapshot: SystemSnapshot) -> None:
         """Take a window that has just been closed; its alerts go to the log of the process."""
@@ -90,28 +112,6 @@ _STOPS = ((5, 48, 97), (33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 1
 _TITLE = 63  # W&B takes alert titles of fewer than 64 characters
 
 Array = np.ndarray[Any, Any]
-_failed: set[str] = set()
-
-
-def publish(callbacks: Iterable[TrainerCallback], system: ChronoSystem, snapshot: SystemSnapshot) -> None:
-    """Show a closed window in every tracker among a Trainer's callbacks; one that fails is logged once, never raised.
-
-    Args:
-        callbacks: of the Trainer (``trainer.callback_handler.callbacks``).
-        system: whose window it is; ``telemetry.scalars=False`` shows nothing.
-        snapshot: the window.
-    """
-    if not system.config.telemetry.scalars:
-        return
-    for callback in callbacks:
-        show = _SHOW.get(type(callback).__name__)
-        if show is None or type(callback).__name__ in _failed:
-            continue
-        try:
-            show(callback, snapshot)
-        except Exception:
-            _failed.add(type(callback).__name__)
-            logger.exception("%s takes no pictures of the routing; training goes on", type(callback).__name__)
 
 
 def record_log(system: ChronoSystem, state: TrainerState, logs: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from chronomoe_hf.errors import EvidenceError
 from chronomoe_hf.lifecycle.evidence.spec import (
@@ -24,7 +24,7 @@ from chronomoe_hf.lifecycle.evidence.spec import (
     strict_fields,
     write_text,
 )
-from chronomoe_hf.telemetry import read_jsonl, read_manifest
+from chronomoe_hf.telemetry import SystemSnapshot, read_jsonl, read_manifest
 from chronomoe_hf.telemetry.reader import DIRECTORY
 
 # What is known about the experts of one layer, and how it is put together from the layer's routing events.
@@ -160,6 +160,13 @@ WINDOWS = 5
 """Windows that are read by default: the newest, so that the evidence is of the experts as they are now."""
 
 
+class HasEvidence(Protocol):
+    """What knows of experts: ``ChronoSystem``, which lies in a room to the right."""
+
+    def evidence(self) -> Evidence:
+        """Of its last closed window and the open one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Everything that is known about the experts of a model, and where it comes from.
@@ -178,7 +185,7 @@ class Evidence:
             raise EvidenceError(f"evidence covers the layers 0, 1, 2, ... of a model, got {ids}")
 
     @classmethod
-    def from_system(cls, system: Any) -> Evidence:
+    def from_system(cls, system: HasEvidence) -> Evidence:
         """The last closed window and the open one of a live system.
 
         Args:
@@ -187,20 +194,7 @@ class Evidence:
         Raises:
             EvidenceError: nothing has been recorded yet.
         """
-        snapshots = [system.last_snapshot, system.snapshot()]
-        seen = [snapshot for snapshot in snapshots if snapshot is not None and any(s.tokens for s in snapshot.layers)]
-        if not seen:
-            raise EvidenceError("the system has recorded no token yet; call system.step(...) after a training step")
-        events = [_plain(layer) | {"step": snapshot.step} for snapshot in seen for layer in snapshot.layers]
-        return assemble(
-            [spec_of(layer.table_row()) for layer in system.layers],
-            events,
-            kind="system",
-            run_id=system.run_id,
-            model_class=type(system.model).__name__,
-            mode=seen[-1].mode,
-            beta_law=system.config.beta.law,
-        )
+        return system.evidence()
 
     @classmethod
     def from_directory(
@@ -320,10 +314,6 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _plain(layer: Any) -> dict[str, Any]:
-    return {item.name: getattr(layer, item.name) for item in dataclasses.fields(layer)}
-
-
 def spec_of(row: Mapping[str, Any]) -> LayerSpec:
     """A row of a layer table as a LayerSpec. Raises EvidenceError where it lacks the routing groups."""
     names = [item.name for item in dataclasses.fields(LayerSpec)]
@@ -339,6 +329,26 @@ def _beta_law(manifest: Mapping[str, Any]) -> str:
     config = manifest.get("config")
     beta = config.get("beta") if isinstance(config, Mapping) else None
     return str(beta.get("law", "none")) if isinstance(beta, Mapping) else "none"
+
+
+def from_snapshots(
+    snapshots: Sequence[SystemSnapshot | None], specs: list[LayerSpec], *, run_id: str, model_class: str, beta_law: str
+) -> Evidence:
+    """What the windows of a live system say, oldest first; those without a token say nothing.
+
+    Raises:
+        EvidenceError: no window has a token.
+    """
+    seen = [snapshot for snapshot in snapshots if snapshot is not None and any(s.tokens for s in snapshot.layers)]
+    if not seen:
+        raise EvidenceError("the system has recorded no token yet; call system.step(...) after a training step")
+    events = [
+        {item.name: getattr(layer, item.name) for item in dataclasses.fields(layer)} | {"step": snapshot.step}
+        for snapshot in seen
+        for layer in snapshot.layers
+    ]
+    source = {"run_id": run_id, "model_class": model_class, "mode": seen[-1].mode, "beta_law": beta_law}
+    return assemble(specs, events, kind="system", **source)
 
 
 def assemble(specs: list[LayerSpec], events: list[dict[str, Any]], **source: Any) -> Evidence:
