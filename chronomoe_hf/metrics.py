@@ -66,8 +66,27 @@ def _entropy(share_E: np.ndarray[Any, Any]) -> float:
     return max(0.0, -float((used * np.log(used)).sum()))
 
 
-def compute_n_effective(shares: Values) -> float | None:
-    """Effective number of experts ``exp(H)``, in ``[1, E]``; None when nothing was counted."""
+def compute_n_effective(entropy: float | None) -> float | None:
+    """Effective number of experts ``exp(H)`` of an entropy, as in the original documents.
+
+    Args:
+        entropy: Shannon entropy in nats, at least 0; None (nothing was counted) stays None.
+
+    Raises:
+        ConfigError: not a finite number of at least 0. For shares or counts there is :func:`effective_experts`.
+    """
+    if entropy is None:
+        return None
+    if isinstance(entropy, bool) or not isinstance(entropy, int | float | np.number) or not 0.0 <= entropy < math.inf:
+        raise ConfigError(
+            f"compute_n_effective takes an entropy in nats, a finite number of at least 0, got {shown(entropy)}; for "
+            "shares or counts use effective_experts(shares)"
+        )
+    return math.exp(entropy)
+
+
+def effective_experts(shares: Values) -> float | None:
+    """Effective number of experts ``exp(H)`` of shares or counts, in ``[1, E]``; None when nothing was counted."""
     entropy = compute_entropy(shares)
     return None if entropy is None else min(float(len(shares)), math.exp(entropy))
 

@@ -17,7 +17,7 @@ from chronomoe_hf.errors import ChronoError, ConfigError
 counts_strategy = st.lists(st.integers(0, 10**6), min_size=1, max_size=40)
 HOST = (
     metrics.compute_entropy,
-    metrics.compute_n_effective,
+    metrics.effective_experts,
     metrics.top2_share,
     metrics.dead_experts,
     metrics.nearly_dead_count,
@@ -34,7 +34,7 @@ def naive(counts: list[int]) -> dict[str, float]:
     entropy = -sum(share * math.log(share) for share in shares if share > 0)
     return {
         "compute_entropy": entropy,
-        "compute_n_effective": math.exp(entropy),
+        "effective_experts": math.exp(entropy),
         "top2_share": sum(sorted(shares, reverse=True)[:2]),
         "dead_experts": sum(count == 0 for count in counts),
         "nearly_dead_count": sum(0 < share < min(0.01, 0.1 / size) for share in shares),
@@ -47,7 +47,7 @@ def naive(counts: list[int]) -> dict[str, float]:
 def test_values_worked_out_by_hand():
     counts = [4, 2, 1, 1]  # shares 1/2 1/4 1/8 1/8
     assert metrics.compute_entropy(counts) == pytest.approx(1.75 * math.log(2))
-    assert metrics.compute_n_effective(counts) == pytest.approx(2**1.75)
+    assert metrics.effective_experts(counts) == pytest.approx(2**1.75)
     assert metrics.top2_share(counts) == 0.75
     assert metrics.max_violation(counts) == 1.0  # 4 / 2 - 1
     assert metrics.gini(counts) == pytest.approx(10 / 32)  # pairs differ by 2 3 3 1 1 0 = 10 (of 8); * 2 / (2 * 4 * 8)
@@ -62,7 +62,7 @@ def test_total_collapse_reaches_the_ceilings(size, k):
     counts = [0] * size
     for expert in range(k):
         counts[(expert * 5 + 1) % size] = 1000
-    assert metrics.compute_n_effective(counts) == pytest.approx(k, rel=1e-12)
+    assert metrics.effective_experts(counts) == pytest.approx(k, rel=1e-12)
     assert metrics.top2_share(counts) == pytest.approx(min(1.0, 2 / k))
     assert metrics.relative_top2(metrics.top2_share(counts), k) == pytest.approx(1.0)
     assert metrics.max_violation(counts) == pytest.approx(metrics.max_violation_ceiling(size, k))
@@ -74,8 +74,8 @@ def test_total_collapse_reaches_the_ceilings(size, k):
 def test_balance(size):
     counts = [37] * size
     assert metrics.compute_entropy(counts) == pytest.approx(math.log(size))
-    assert metrics.compute_n_effective(counts) == pytest.approx(size)
-    assert metrics.compute_n_effective(counts) <= size
+    assert metrics.effective_experts(counts) == pytest.approx(size)
+    assert metrics.effective_experts(counts) <= size
     assert metrics.max_violation(counts) == 0.0
     assert metrics.gini(counts) == pytest.approx(0.0, abs=1e-12)
     assert metrics.load_cv(counts) == 0.0
@@ -85,7 +85,7 @@ def test_balance(size):
 def test_one_expert_takes_everything_exactly():
     counts = [0, 0, 12345, 0, 0, 0, 0, 0]
     assert metrics.compute_entropy(counts) == 0.0
-    assert metrics.compute_n_effective(counts) == 1.0
+    assert metrics.effective_experts(counts) == 1.0
     assert metrics.top2_share(counts) == 1.0
     assert metrics.max_violation(counts) == 7.0
     assert metrics.gini(counts) == pytest.approx(1 - 1 / 8)
@@ -146,7 +146,7 @@ def test_ranges_hold_whatever_the_counts(counts):
         return
     size = len(counts)
     assert 0.0 <= metrics.compute_entropy(counts) <= math.log(size) + 1e-12
-    assert 1.0 <= metrics.compute_n_effective(counts) <= size
+    assert 1.0 <= metrics.effective_experts(counts) <= size
     assert 0.0 < metrics.top2_share(counts) <= 1.0
     assert -1e-12 <= metrics.max_violation(counts) <= size - 1 + 1e-9
     assert 0.0 <= metrics.gini(counts) <= 1 - 1 / size + 1e-9
@@ -225,3 +225,11 @@ def test_overlap_only_is_the_moved_mass():
     assert metrics.overlap_only(biased_TE, clean_TE).tolist() == pytest.approx([0.2, 0.0, 1.0], abs=1e-6)
     p_TE, q_TE = rows(20, 8, 3), rows(20, 8, 4)
     torch.testing.assert_close(metrics.overlap_only(p_TE, q_TE), 0.5 * (p_TE - q_TE).abs().sum(-1))
+
+
+def test_n_effective_takes_an_entropy_as_in_the_original() -> None:
+    assert metrics.compute_n_effective(0.0) == 1.0 and metrics.compute_n_effective(None) is None
+    assert metrics.compute_n_effective(math.log(8.0)) == pytest.approx(8.0)
+    for wrong in ([0.5, 0.5], -0.1, math.nan, math.inf, True, "1"):
+        with pytest.raises(ConfigError, match="effective_experts"):
+            metrics.compute_n_effective(wrong)  # type: ignore[arg-type]

@@ -60,7 +60,8 @@ def test_healthy_routing_is_quiet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = run(torch.full((8,), 512), {})
     assert names["compute_entropy"](names["event"].shares) == pytest.approx(2.0794415)
-    assert names["compute_n_effective"](names["event"].shares) == pytest.approx(8.0)
+    entropy = names["compute_entropy"](names["event"].shares)
+    assert names["compute_n_effective"](entropy) == pytest.approx(8.0)
     assert len(names["snapshot"].layers) == 4 and names["snapshot"].train_loss == 2.5
     assert names["snapshot"].alerts == [] and capsys.readouterr().out == ""
     assert (tmp_path / "outputs" / "chronomoe").is_dir()

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from chronomoe_hf import CoherenceBuffer
 from chronomoe_hf.config import BetaConfig, VetoConfig
+from chronomoe_hf.original import compute_relevance, update_beta
 from chronomoe_hf.recording.columns import META, PER_EXPERT, PER_LAYER, Row
 from chronomoe_hf.recording.reduce import RouterBatch, routing_sums
 from chronomoe_hf.router.state import RouterState
@@ -154,31 +156,55 @@ def coherence_row(phi: list[list[float]], weight: list[list[float]], count: list
     return out
 
 
-def test_the_bank_and_a_buffer_of_its_own_agree_on_clocks_and_beta() -> None:
-    """Two layers of different width in one stacked against one plain buffer and one plain router state per layer."""
-    from chronomoe_hf import CoherenceBuffer
-    from chronomoe_hf.router.original import update_beta
-
-    draw = random.Random(0)
-    stacked = StepState(list(EXPERTS))
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("tau", "centred"), [("layer_mean", True), ("layer_mean", False), (0.5, True), (0.5, False)])
+def test_the_originals_loop_and_the_stacked_state_give_the_same_numbers(seed: int, tau: Any, centred: bool) -> None:
+    """Two layers of different width, stacked, against one buffer and one router state a layer, every constant drawn."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    stacked, forward = StepState(list(EXPERTS)), Forward()
+    beta = BetaConfig(
+        eta=draw.uniform(0.05, 0.4),
+        tau=tau,
+        k_max=draw.uniform(0.1, 0.5),
+        centred=centred,
+        stale_after=draw.choice([2, 1000]),
+    )
+    veto = VetoConfig(theta=draw.uniform(0.05, 0.3))
     buffers = [CoherenceBuffer(num, layer) for layer, num in enumerate(EXPERTS)]
-    states = [RouterState(layer, num) for layer, num in enumerate(EXPERTS)]
-    config = BetaConfig(eta=0.2)
-    for step in range(1, 8):
+    states = [RouterState(layer, num, k_max=beta.k_max) for layer, num in enumerate(EXPERTS)]
+    relevances = []
+    for step in range(1, 9):
         phi = [[draw.uniform(-1, 1) for _ in range(num)] for num in EXPERTS]
         count = [[draw.choice([0, 5, 9]) for _ in range(num)] for num in EXPERTS]
-        stacked.update(coherence_row(phi, [[float(n) for n in layer] for layer in count], count), step, VetoConfig())
-        stacked.apply_coherence(step, config)
-        for layer, buffer in enumerate(buffers):
-            active = [e for e, n in enumerate(count[layer]) if n]
+        logits = [torch.randn(7, num, generator=generator) * draw.uniform(0.5, 3.0) for num in EXPERTS]
+        js = [torch.rand(7, generator=generator) * veto.threshold * draw.uniform(1.0, 7.0) for _ in EXPERTS]
+        for layer, z in enumerate(logits):
+            forward.call(layer, z, disagreement=(js[layer], torch.zeros(7), torch.zeros(7)))
+        row = forward.row()
+        stacked.row.count(row)[:] = 0.0  # of the calls: what the law reads is drawn
+        stacked.update(
+            row + coherence_row(phi, [[float(n) for n in layer] for layer in count], count), step, veto, compared=True
+        )
+        stacked.apply_coherence(step, beta)
+        stacked.refresh(beta.k_max)
+        for layer, (buffer, state) in enumerate(zip(buffers, states, strict=True)):
+            active = [expert for expert, n in enumerate(count[layer]) if n]
             buffer.update(torch.tensor(phi[layer], dtype=torch.float64), active, step, torch.tensor(count[layer]))
-            update_beta(states[layer], buffer.snapshot(step), eta=0.2)
-    for layer, num in enumerate(EXPERTS):
-        want = buffers[layer].snapshot(7)
-        for expert, state in stacked.coherence(layer).snapshot(7).items():
+            state.update_logit_std(logits[layer])
+            state.disagreement_js = js[layer].double().mean()
+            state.relevance.fill_(compute_relevance(state, veto.threshold))
+            update_beta(state, buffer.snapshot(step, beta.stale_after), eta=beta.eta, tau=tau, centred=centred)
+            relevances.append(float(state.relevance))
+            assert float(stacked.logit_std_L[layer]) == pytest.approx(float(state.logit_std_ema), rel=1e-6)
+            assert float(stacked.relevance_L[layer]) == pytest.approx(float(state.relevance), abs=1e-6)
+            for mine, theirs in ((stacked.beta_LE, state.beta_coeff), (stacked.beta_applied_LE, state.beta_applied)):
+                assert mine[layer, : EXPERTS[layer]].tolist() == pytest.approx(theirs.tolist(), abs=1e-6)
+    for layer, buffer in enumerate(buffers):
+        want = buffer.snapshot(8, beta.stale_after)
+        for expert, state in stacked.coherence(layer).snapshot(8, beta.stale_after).items():
             assert astuple(state) == pytest.approx(astuple(want[expert]), abs=1e-12)
-        assert float(states[layer].beta_coeff.abs().max()) > 0.1, "bad test setup"
-        assert stacked.beta_LE[layer, :num].tolist() == pytest.approx(states[layer].beta_coeff.tolist(), abs=1e-6)
+    assert any(0.0 < value < 1.0 for value in relevances), "bad test setup: the veto never acted in part"
+    assert all(float(state.beta_coeff.abs().max()) > 0.05 for state in states), "bad test setup: beta hardly moved"
     assert stacked.beta_LE[0, EXPERTS[0] :].eq(0).all()
 
 

@@ -88,13 +88,13 @@ def named(data: list[str], domain: list[str]) -> dict[str, str]:
 
 def print_report(report: ProfileReport, screen: Console) -> None:
     """A line per domain, their distances, and what to do next."""
-    from chronomoe_hf.metrics import compute_n_effective
+    from chronomoe_hf.metrics import effective_experts
 
     width = max(6, *(len(name) for name in report.domains))
     width = min(width, 24)
     screen.print(f"{'domain':<{width}}  {'tokens':>10} {'loss':>8} {'Neff/E':>7} {'dead':>6}", soft_wrap=True)
     for name, found in report.domains.items():
-        used = [n / len(row) for row in found.counts if (n := compute_n_effective(row)) is not None]
+        used = [n / len(row) for row in found.counts if (n := effective_experts(row)) is not None]
         dead = sum(count == 0 for row in found.counts for count in row)
         loss = "-" if found.loss is None else f"{found.loss:.4f}"
         mean = f"{sum(used) / len(used):.2f}" if used else "-"

@@ -27,7 +27,7 @@ class BetaConfig(ConfigBase):
         centred: coherence law, zero-centre beta over the layer before the cap; False only clamps, as the original.
         stale_after: optimizer steps without a token after which an expert's beta rests.
         rule: balance law: ``"quadratic"``, ``"proportional"`` or ``"sign"`` (the published loss-free rule), see
-            :func:`chronomoe_hf.router.beta_laws.balance_step`.
+            :func:`chronomoe_hf.router.laws.balance_step`.
         rate: balance law, largest bias per step. The quadratic rule moves by the square of the relative error times
             this, so it is gentle near balance at a rate at which the sign rule would swing.
         balance_cap: balance law, cap on \\|beta_coeff\\|.

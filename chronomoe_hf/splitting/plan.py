@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chronomoe_hf.lifecycle.evidence.spec import LayerSpec
 from chronomoe_hf.lifecycle.live.model import Batch
-from chronomoe_hf.metrics import compute_n_effective
+from chronomoe_hf.metrics import effective_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,5 +125,5 @@ class SplitPlan:
 
 def neff_fraction(share_E: tuple[float, ...]) -> float:
     """exp(entropy) / E of shares in fair shares."""
-    effective = compute_n_effective(share_E) if share_E else None
+    effective = effective_experts(share_E) if share_E else None
     return 0.0 if effective is None else round(effective / len(share_E), 4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from chronomoe_hf.config import ControlConfig
 from chronomoe_hf.controller import policy
 from chronomoe_hf.lens.basis import steering_target
-from chronomoe_hf.metrics import compute_n_effective, dead_experts, top2_share
+from chronomoe_hf.metrics import dead_experts, effective_experts, top2_share
 
 SIZES = st.tuples(st.sampled_from([1, 2, 3, 4, 8, 16, 64]), st.integers(1, 8)).filter(lambda size: size[1] <= size[0])
 GATES = st.sampled_from([ControlConfig(), ControlConfig(gate="pressure"), ControlConfig(c2=1.0, scale_max=0.8)])
@@ -28,7 +28,7 @@ def windows(draw: st.DrawFn) -> tuple[list[int], int]:
 
 
 def observe(counts: list[int], top_k: int) -> tuple[policy.Debt, float]:
-    neff, top2, idle = compute_n_effective(counts), top2_share(counts), dead_experts(counts)
+    neff, top2, idle = effective_experts(counts), top2_share(counts), dead_experts(counts)
     assert neff is not None and top2 is not None and idle is not None
     debt = policy.topology_debt(
         n_effective=neff, top2_share=top2, dead_experts=idle, n_experts=len(counts), top_k=top_k

@@ -54,7 +54,7 @@ def test_the_data_block_equals_the_metrics_of_the_recorded_counts(trained: Path)
         at, layer = data["steps"].index(event["step"]), event["layer_id"]
         counts = event["expert_token_counts"]
         expected = {
-            "n_effective": metrics.compute_n_effective(counts),
+            "n_effective": metrics.effective_experts(counts),
             "top2_share": metrics.top2_share(counts),
             "max_violation": metrics.max_violation(counts),
             "gini": metrics.gini(counts),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from chronomoe_hf import CoherenceBuffer, RouterState
 from chronomoe_hf.config import VetoConfig
+from chronomoe_hf.original import compute_relevance, update_beta
 from chronomoe_hf.router.laws import (
     balance_error,
     balance_step,
@@ -22,7 +23,6 @@ from chronomoe_hf.router.laws import (
     next_gain,
     relevance_of,
 )
-from chronomoe_hf.router.original import compute_relevance, update_beta
 
 K_MAX = 0.3
 

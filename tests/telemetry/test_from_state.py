@@ -101,7 +101,7 @@ def test_all_metrics_at_once_are_the_functions_one_by_one(counts: list[int], k: 
     top2 = metrics.top2_share(counts)
     assert metrics.load_metrics(np.array(counts), k)._asdict() == {
         "entropy": metrics.compute_entropy(counts),
-        "n_effective": metrics.compute_n_effective(counts),
+        "n_effective": metrics.effective_experts(counts),
         "top2_share": top2,
         "top2_relative": None if top2 is None else metrics.relative_top2(top2, k),
         "dead_experts": metrics.dead_experts(counts),
