@@ -7,7 +7,7 @@ by a table of token ids and make no choice.
 
 from __future__ import annotations
 
-from chronomoe_hf.patches.registry import Adapter, ObserveOnly, module_of
+from chronomoe_hf.patches.registry import Adapter, ObserveOnly
 from chronomoe_hf.patches.rules import EPS20, EPS20_BY_FLAG, GroupLimit, ScoreTopK
 
 V2 = ScoreTopK(
@@ -49,14 +49,13 @@ _HASH_REASON = (
 )
 
 ADAPTERS = (
-    *(Adapter(family=family, module=module_of(family), router_class=name, rule=V2) for family, name in _V2_ROUTERS),
+    *(Adapter(family=family, router_class=name, rule=V2) for family, name in _V2_ROUTERS),
     *(
-        Adapter(family=family, module=module_of(family), router_class=name, rule=V3, bias_at="e_score_correction_bias")
+        Adapter(family=family, router_class=name, rule=V3, bias_at="e_score_correction_bias")
         for family, name in _V3_ROUTERS
     ),
     Adapter(
         family="axk2",
-        module=module_of("axk2"),
         router_class="AXK2TopkRouter",
         rule=ScoreTopK(
             score="sigmoid", sort=False, renorm=EPS20_BY_FLAG, group=GroupLimit(fill=0.0), scale="routed_scaling_factor"
@@ -65,7 +64,6 @@ ADAPTERS = (
     ),
     Adapter(
         family="beam",
-        module=module_of("beam"),
         router_class="BeamTopKRouter",
         rule=ScoreTopK(score="sigmoid", renorm=EPS20_BY_FLAG, group=GroupLimit()),
         bias_at="e_score_correction_bias",
@@ -73,14 +71,12 @@ ADAPTERS = (
     ),
     Adapter(
         family="deepseek_v4",
-        module=module_of("deepseek_v4"),
         router_class="DeepseekV4TopKRouter",
         rule=V4,
         bias_at="e_score_correction_bias",
     ),
     ObserveOnly(
         family="deepseek_v4",
-        module=module_of("deepseek_v4"),
         router_class="DeepseekV4HashRouter",
         rule=V4,
         refuse={"beta": _HASH_REASON, "lens": _HASH_REASON, "fold": _HASH_REASON},

@@ -84,6 +84,12 @@ class GemmaAdapter(Adapter):
         prob_TE, _, index_TK = output
         return Routing(prob_TE.clamp_min(torch.finfo(prob_TE.dtype).tiny).log(), index_TK, None)
 
+    def masked(self, output: Any, dropped_E: Tensor) -> tuple[Any, float]:
+        """The probabilities among the other experts: the family hands those on, and steers by their change."""
+        prob_TE = output[0].masked_fill(dropped_E, 0.0)
+        total_T1 = prob_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(prob_TE.dtype).tiny)
+        return (prob_TE / total_T1, *output[1:]), 0.0
+
     def reroute(self, router: Any, call: RouterCall) -> Any:
         """Move the native probabilities by what beta changes: exact at beta = 0 although the logits are gone."""
         prob_TE, z_TE = call.output[0], call.logits_TE
@@ -157,14 +163,12 @@ _NLLB = "nllb_moe runs only experts 0 and 1, whatever its router says (Transform
 ADAPTERS = (
     InklingAdapter(
         family="inkling",
-        module=module_of("inkling"),
         router_class="InklingTopkRouter",
         rule=ScoreTopK(score="sigmoid32"),
         bias_at="e_score_correction_bias",
     ),
     ZayaAdapter(
         family="zaya",
-        module=module_of("zaya"),
         router_class="ZayaRouter",
         rule=ScoreTopK(score="softmax"),
         linear=False,
@@ -177,7 +181,6 @@ ADAPTERS = (
     *(
         GemmaAdapter(
             family=family,
-            module=module_of(family),
             router_class=router_class,
             rule=ScoreTopK(score="softmax32", renorm=Renorm("sum")),
             linear=False,
@@ -191,7 +194,6 @@ ADAPTERS = (
     ),
     DbrxAdapter(
         family="dbrx",
-        module=module_of("dbrx"),
         router_class="DbrxRouter",
         rule=ScoreTopK(score="softmax"),
         logits_index=None,
@@ -201,7 +203,6 @@ ADAPTERS = (
     ),
     NllbAdapter(
         family="nllb_moe",
-        module=module_of("nllb_moe"),
         router_class="NllbMoeTop2Router",
         rule=ScoreTopK(score="softmax32"),
         logits_index=2,

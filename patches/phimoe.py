@@ -145,7 +145,6 @@ class PhimoeAdapter(Adapter):
 ADAPTERS = (
     PhimoeAdapter(
         family="phimoe",
-        module=module_of("phimoe"),
         router_class="PhimoeTopKRouter",
         rule=SparsemixerRule(),
         top_k_at=2,

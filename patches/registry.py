@@ -20,12 +20,49 @@ CAPABILITIES = ("observe", "beta", "lens", "coherence", "fold")
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsCall:
+    """What follows from the way in which a family calls its experts.
+
+    Attributes:
+        takes_weights: the call is given the routing weights, so that their gradient can be read there.
+        by_module: every expert is a module ``expert_{e}`` of its own, and the call is given a one-hot mask of one slot.
+        not_apart: why no single expert's weights can be reached; None = they can.
+        not_linear: why an expert's output is not linear in its routing weight; None = it is.
+    """
+
+    takes_weights: bool = True
+    by_module: bool = False
+    not_apart: str | None = None
+    not_linear: str | None = None
+
+    @property
+    def not_alone(self) -> str | None:
+        """Why the output of a single expert can neither be read nor refitted; None = it can."""
+        return self.not_apart or self.not_linear
+
+
+EXPERTS_CALLS: Mapping[str, ExpertsCall] = {
+    "interface": ExpertsCall(),
+    "direct": ExpertsCall(),
+    "longcat": ExpertsCall(not_apart="some experts of longcat_flash are identities without weights"),
+    "switch": ExpertsCall(by_module=True),
+    "llama4": ExpertsCall(
+        takes_weights=False,
+        not_linear="llama4 scales the input of its experts, so their outputs are not linear in the routing weight",
+    ),
+    "dbrx": ExpertsCall(takes_weights=False, not_apart="the experts of dbrx share one flattened weight"),
+    "none": ExpertsCall(takes_weights=False, not_apart="its experts cannot be reached"),
+}
+"""``Adapter.experts_call`` -> what follows from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """The facts of one router class.
 
     Attributes:
         family: model folder of Transformers, for example ``"qwen3_moe"``.
-        module: importable module that defines the router class.
+        module: importable module that defines the router class; left out, the modeling file of the family.
         router_class: name of the router class.
         rule: choice rule, see `chronomoe_hf.patches.rules`.
         logits_index: position of the recorded logits in the router's output; None when the output is the logits.
@@ -34,7 +71,7 @@ class Adapter:
         experts: attribute of the router's parent that holds the experts; None when there is none.
         experts_call: how the experts are called: ``"interface"`` (``experts(x, index, weights)``, dispatched through
             Transformers' experts interface), ``"direct"`` (same call, no dispatch), ``"longcat"`` (same call, at least
-            two slots), ``"switch"``, ``"llama4"``, ``"dbrx"``, ``"none"``.
+            two slots), ``"switch"``, ``"llama4"``, ``"dbrx"``, ``"none"``; see EXPERTS_CALLS.
         num_experts_at, top_k_at, weight_at: where the router keeps the number of its classes, k, and its weight.
         linear_bias_at: dotted path of the bias of the router's own linear (which may be None): what is added to it is
             added to the logits.
@@ -47,7 +84,7 @@ class Adapter:
     """
 
     family: str
-    module: str
+    module: str = ""
     router_class: str
     rule: Rule
     logits_index: int | None = 0
@@ -66,6 +103,19 @@ class Adapter:
     mixins: tuple[type[nn.Module], ...] = ()
     refuse: Mapping[str, str] = field(default_factory=dict)
     notes: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.module:
+            object.__setattr__(self, "module", module_of(self.family))
+        if self.experts_call not in EXPERTS_CALLS:
+            raise ValueError(
+                f"adapter {self.family!r}: experts_call is one of {', '.join(EXPERTS_CALLS)}, got {self.experts_call!r}"
+            )
+
+    @property
+    def calls(self) -> ExpertsCall:
+        """What follows from `experts_call`."""
+        return EXPERTS_CALLS[self.experts_call]
 
     def bind(self, router: nn.Module, parent: nn.Module) -> None:
         """Give the router what only its parent knows. Called once, before `top_k` and `read`; mostly does nothing."""
@@ -145,6 +195,18 @@ class Adapter:
         parts[self.weights_index] = weights_TK.view(native.shape)
         parts[self.indices_index] = index_TK.view(call.output[self.indices_index].shape)
         return tuple(parts)
+
+    def masked(self, output: Any, dropped_E: Tensor) -> tuple[Any, float]:
+        """What the router returned, as if some experts did not exist.
+
+        Args:
+            output: of the native forward.
+            dropped_E: bool ``(E,)``, those experts.
+
+        Returns:
+            The output that `reroute` starts from, and the value that stands at the dropped experts in what it records.
+        """
+        return output, float("-inf")
 
     def _bias_of_call(self, router: nn.Module, call: RouterCall) -> Tensor | None:
         """Return the native bias that the native forward used in this call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chronomoe_hf.patches.registry import Adapter, module_of
+from chronomoe_hf.patches.registry import Adapter
 from chronomoe_hf.patches.rules import EPS20, Renorm, ScoreTopK
 
 ESB = "e_score_correction_bias"
@@ -13,10 +13,9 @@ _SOFTCAP = "laguna caps its logits with a tanh, so they are not linear in the ro
 _MULTIPLIER = "muse_spark multiplies its logits by output_multiplier, so the router weight alone does not give them"
 
 ADAPTERS = (
-    Adapter(family="hy_v3", module=module_of("hy_v3"), router_class="HYV3TopKRouter", rule=HUNYUAN_V3, bias_arg=ESB),
+    Adapter(family="hy_v3", router_class="HYV3TopKRouter", rule=HUNYUAN_V3, bias_arg=ESB),
     Adapter(
         family="dots3_note",
-        module=module_of("dots3_note"),
         router_class="Dots3NoteVisionTopKRouter",
         rule=HUNYUAN_V3,
         bias_arg=ESB,
@@ -24,14 +23,12 @@ ADAPTERS = (
     ),
     Adapter(
         family="inkling2",
-        module=module_of("inkling2"),
         router_class="Inkling2TopKRouter",
         rule=ScoreTopK(score="@score_fn", sort=False, renorm=EPS20, scale="routed_scaling_factor"),
         bias_at=ESB,
     ),
     Adapter(
         family="muse_spark",
-        module=module_of("muse_spark"),
         router_class="MuseSparkTopkRouter",
         rule=ScoreTopK(
             score="sigmoid",
@@ -46,21 +43,18 @@ ADAPTERS = (
     ),
     Adapter(
         family="minimax_m2",
-        module=module_of("minimax_m2"),
         router_class="MiniMaxM2TopKRouter",
         rule=MINIMAX_M2,
         bias_arg=ESB,
     ),
     Adapter(
         family="minimax_m3_vl",
-        module=module_of("minimax_m3_vl"),
         router_class="MiniMaxM3VLTopKRouter",
         rule=MINIMAX_M2,
         bias_at=ESB,
     ),
     Adapter(
         family="step3p7",
-        module=module_of("step3p7"),
         router_class="Step3p7TopKRouter",
         rule=MINIMAX_M2,
         bias_at=ESB,
@@ -68,7 +62,6 @@ ADAPTERS = (
     ),
     Adapter(
         family="laguna",
-        module=module_of("laguna"),
         router_class="LagunaTopKRouter",
         rule=ScoreTopK(score="sigmoid32", renorm=Renorm("sum")),
         bias_at=ESB,
@@ -77,7 +70,6 @@ ADAPTERS = (
     ),
     Adapter(
         family="lfm2_moe",
-        module=module_of("lfm2_moe"),
         router_class="Lfm2MoeTopKRouter",
         rule=ScoreTopK(
             score="sigmoid", renorm=Renorm("sum_eps", when="norm_topk_prob", eps=1e-6), scale="routed_scaling_factor"
@@ -87,13 +79,11 @@ ADAPTERS = (
     ),
     Adapter(
         family="flint",
-        module=module_of("flint"),
         router_class="FlintTopKRouter",
         rule=ScoreTopK(score="sigmoid32", renorm=Renorm("sum", when="norm_topk_prob")),
     ),
     Adapter(
         family="afmoe",
-        module=module_of("afmoe"),
         router_class="AfmoeTokenChoiceRouter",
         rule=ScoreTopK(score="sigmoid32", renorm=EPS20, scale="route_scale"),
         weight_at="gate.weight",

@@ -7,7 +7,7 @@ Mistral Large 4 (fp32, groups), LongCat (native bias, identity experts), ERNIE 4
 
 from __future__ import annotations
 
-from chronomoe_hf.patches.registry import Adapter, module_of
+from chronomoe_hf.patches.registry import Adapter
 from chronomoe_hf.patches.rules import EPS20, EPS20_BY_FLAG, SOFTMAX_BY_FLAG, GroupLimit, Renorm, ScoreTopK
 
 GROUPS = GroupLimit(reduce="top2", fill=0.0)
@@ -32,23 +32,16 @@ _PLAIN = (
 )
 
 ADAPTERS = (
-    *(
-        Adapter(family=family, module=module_of(family), router_class=router_class, rule=rule)
-        for family, router_class, rule in _PLAIN
-    ),
-    Adapter(
-        family="jamba", module=module_of("jamba"), router_class="JambaTopKRouter", rule=ScoreTopK(score="softmax32")
-    ),
+    *(Adapter(family=family, router_class=router_class, rule=rule) for family, router_class, rule in _PLAIN),
+    Adapter(family="jamba", router_class="JambaTopKRouter", rule=ScoreTopK(score="softmax32")),
     Adapter(
         family="hunyuan_v1_moe",
-        module=module_of("hunyuan_v1_moe"),
         router_class="HunYuanMoEV1Gate",
         rule=ScoreTopK(score="softmax32", renorm=Renorm("sum")),
         weight_at="wg.weight",
     ),
     Adapter(
         family="mistral4",
-        module=module_of("mistral4"),
         router_class="Mistral4TopkRouter",
         rule=ScoreTopK(
             score="softmax",
@@ -60,7 +53,6 @@ ADAPTERS = (
     ),
     Adapter(
         family="mistral_large4",
-        module=module_of("mistral_large4"),
         router_class="MistralLarge4TextTopkRouter",
         rule=ScoreTopK(
             score="softmax",
@@ -72,7 +64,6 @@ ADAPTERS = (
     ),
     Adapter(
         family="longcat_flash",
-        module=module_of("longcat_flash"),
         router_class="LongcatFlashTopkRouter",
         rule=ScoreTopK(score="softmax", sort=False, scale="routed_scaling_factor"),
         num_experts_at="n_routed_experts",
@@ -84,7 +75,6 @@ ADAPTERS = (
     *(
         Adapter(
             family=family,
-            module=module_of(family),
             router_class=router_class,
             rule=ScoreTopK(score="softmax32", renorm=Renorm("clamp", eps="norm_min")),
             bias_at="moe_statics.e_score_correction_bias",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chronomoe_hf.patches.registry import Adapter, module_of
+from chronomoe_hf.patches.registry import Adapter
 from chronomoe_hf.patches.rules import ScoreTopK
 from chronomoe_hf.patches.scores import steered_scores
 from chronomoe_hf.router.state import RouterCall, Routing, lensed_logits
@@ -79,7 +79,6 @@ def _low_precision_scores(score: Any, call: RouterCall) -> tuple[Tensor, Tensor]
 ADAPTERS = (
     SwitchAdapter(
         family="switch_transformers",
-        module=module_of("switch_transformers"),
         router_class="SwitchTransformersTop1Router",
         rule=ScoreTopK(score="softmax32"),
         logits_index=2,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from chronomoe_hf.patches.registry import Adapter, module_of
+from chronomoe_hf.patches.registry import Adapter
 from chronomoe_hf.patches.rules import Renorm, TopKSquash
 from chronomoe_hf.router.state import RouterCall, Routing, lensed_logits
 
@@ -77,29 +77,25 @@ _SCALED_INPUT = "llama4 multiplies the input of its experts by the weight, so an
 ADAPTERS = (
     Adapter(
         family="gpt_oss",
-        module=module_of("gpt_oss"),
         router_class="GptOssTopKRouter",
         rule=SOFTMAX,
         linear_bias_at="bias",
     ),
     Adapter(
         family="openai_privacy_filter",
-        module=module_of("openai_privacy_filter"),
         router_class="OpenAIPrivacyFilterTopKRouter",
         rule=TopKSquash("softmax", divisor="top_k"),
         linear_bias_at="bias",
     ),
-    *(Adapter(family=family, module=module_of(family), router_class=name, rule=SOFTMAX) for family, name in _GRANITE),
-    Adapter(family="aria", module=module_of("aria"), router_class="AriaTextTopKRouter", rule=SOFTMAX),
+    *(Adapter(family=family, router_class=name, rule=SOFTMAX) for family, name in _GRANITE),
+    Adapter(family="aria", router_class="AriaTextTopKRouter", rule=SOFTMAX),
     Adapter(
         family="cohere2_moe",
-        module=module_of("cohere2_moe"),
         router_class="Cohere2MoeTopKRouter",
         rule=TopKSquash("@expert_selection_fn", renorm=Renorm("sum", when="norm_topk_prob")),
     ),
     Adapter(
         family="kolibri1",
-        module=module_of("kolibri1"),
         router_class="Kolibri1TopKRouter",
         rule=TopKSquash("sigmoid", renorm=Renorm("sum", when="norm_topk_prob")),
         bias_at="e_score_correction_bias",
@@ -107,7 +103,6 @@ ADAPTERS = (
     ),
     JetMoeAdapter(
         family="jetmoe",
-        module=module_of("jetmoe"),
         router_class="JetMoeTopKGating",
         rule=SOFTMAX,
         logits_index=4,
@@ -119,7 +114,6 @@ ADAPTERS = (
     ),
     Llama4Adapter(
         family="llama4",
-        module=module_of("llama4"),
         router_class="Llama4Router",
         rule=TopKSquash("sigmoid"),
         logits_index=1,

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.patches import Adapter, find
-from chronomoe_hf.patches.own_rules import GemmaAdapter
 from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.router.state import HANDLE, MASKS, RouterCall, RouterHandle
 from chronomoe_hf.wrapping.discovery import FoundLayer
@@ -173,16 +172,9 @@ def _choose_again(router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 def _choose(router: nn.Module, call: RouterCall, masked_adapter: Adapter, dropped_E: Tensor) -> Any:
     """The choice of `call` without the dropped experts: their logits are -inf, also in what is handed on."""
-    native, low = call.output, float("-inf")
-    if isinstance(masked_adapter, GemmaAdapter):
-        # The family hands on probabilities, and steers by their change: they are those among the survivors.
-        low = 0.0
-        prob_TE = native[0].masked_fill(dropped_E, low)
-        total_T1 = prob_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(prob_TE.dtype).tiny)
-        native = (prob_TE / total_T1, *native[1:])
-        call = call._replace(output=native)
+    native, low = masked_adapter.masked(call.output, dropped_E)
     z_TE = call.logits_TE.masked_fill(dropped_E, -math.inf)
-    again = list(masked_adapter.reroute(router, call._replace(logits_TE=z_TE)))
+    again = list(masked_adapter.reroute(router, call._replace(output=native, logits_TE=z_TE)))
     index = masked_adapter.logits_index
     if index is not None:
         again[index] = native[index].masked_fill(dropped_E, low)

@@ -16,12 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.lifecycle.live.weights import UNREACHABLE, require_writable
+from chronomoe_hf.lifecycle.live.weights import require_writable
 from chronomoe_hf.wrapping.discovery import FoundLayer
 
-_REFUSED = UNREACHABLE | {
-    "llama4": "llama4 scales the input of its experts, so their outputs are not linear in the routing weight",
-}
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -38,11 +35,11 @@ class OutputProjections:
 
     def __init__(self, layer: FoundLayer) -> None:
         self.layer = layer
-        reason = _REFUSED.get(layer.adapter.experts_call)
+        reason = layer.adapter.calls.not_alone
         if reason is not None or layer.experts is None:
             raise LifecycleError(f"{layer.name}: the output projections cannot be refitted: {reason or 'no experts'}")
         self.experts: nn.Module = layer.experts
-        self.switch = layer.adapter.experts_call == "switch"
+        self.switch = layer.adapter.calls.by_module
         self.num_experts = layer.adapter.num_experts(layer.router)
         self.holders = self._find()
         self.transposed = bool(getattr(self.experts, "is_transposed", False))
@@ -144,7 +141,7 @@ class OutputProjections:
 
 def require_callable(layer: FoundLayer) -> None:
     """Raise LifecycleError where the experts of a layer cannot be called one by one."""
-    reason = _REFUSED.get(layer.adapter.experts_call)
+    reason = layer.adapter.calls.not_alone
     if reason is not None or layer.experts is None:
         raise LifecycleError(f"{layer.name}: its experts cannot be read one by one: {reason or 'no experts'}")
 
@@ -157,7 +154,7 @@ def expert_outputs(layer: FoundLayer, hidden_ND: Tensor, expert: int) -> Tensor:
     """
     require_callable(layer)
     assert layer.experts is not None
-    if layer.adapter.experts_call == "switch":
+    if layer.adapter.calls.by_module:
         out: Tensor = layer.experts.get_submodule(f"expert_{expert}")(hidden_ND)
         return out
     index_N1 = torch.full((hidden_ND.shape[0], 1), expert, dtype=torch.int64, device=hidden_ND.device)

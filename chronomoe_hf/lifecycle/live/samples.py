@@ -124,7 +124,7 @@ class LayerTap:
 
 def assignments(layer: FoundLayer, index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Ids int64 and weights fp32 ``(T, K)`` of a call of the experts."""
-    if layer.adapter.experts_call == "switch":
+    if layer.adapter.calls.by_module:
         mask_TE = index.reshape(-1, index.shape[-1])
         chosen_T1 = mask_TE.argmax(-1, keepdim=True)
         kept_T1 = mask_TE.sum(-1, keepdim=True) > 0

@@ -19,13 +19,6 @@ from chronomoe_hf.wrapping.discovery import FoundLayer
 
 # Whether the weights of a layer's experts can be written here: one answer for refitting, splitting and merging.
 
-UNREACHABLE = {
-    "dbrx": "the experts of dbrx share one flattened weight",
-    "longcat": "some experts of longcat_flash are identities without weights",
-    "none": "its experts cannot be reached",
-}
-"""``experts_call`` of an adapter -> why no single expert's weights can be written."""
-
 
 def require_writable(layer: FoundLayer, weights: Iterable[Tensor], doing: str) -> None:
     """Raise LifecycleError where `weights` cannot be changed in place.
@@ -100,12 +93,12 @@ class ExpertWeights:
 
     Raises:
         LifecycleError: the family keeps no tensors of one expert apart, or the weights cannot be written here (see
-            :func:`~chronomoe_hf.lifecycle.writable.require_writable`), or they are frozen and `trains`.
+            :func:`~chronomoe_hf.lifecycle.live.weights.require_writable`), or they are frozen and `trains`.
     """
 
     def __init__(self, layer: FoundLayer, doing: str = "split", *, trains: bool = True) -> None:
         self.layer = layer
-        reason = UNREACHABLE.get(layer.adapter.experts_call)
+        reason = layer.adapter.calls.not_apart
         if reason is not None or layer.experts is None:
             raise LifecycleError(f"{layer.name}: its experts cannot be told apart: {reason or 'no experts'}")
         self.num_experts = layer.adapter.num_experts(layer.router)

@@ -152,7 +152,7 @@ class FisherSums:
     def __init__(self, model: nn.Module) -> None:
         self.layers = live_layers(model)
         for layer in self.layers:
-            if layer.experts is None or layer.adapter.experts_call in ("llama4", "dbrx", "none"):
+            if layer.experts is None or not layer.adapter.calls.takes_weights:
                 raise EvidenceError(f"{layer.name}: its experts take no routing weights, so there is no Fisher score")
         self.sums = [torch.zeros(layer.adapter.num_experts(layer.router), dtype=torch.float64) for layer in self.layers]
         self._handles: list[Any] = []
