@@ -4,6 +4,7 @@ Names are imported when they are first used, so that reading a run's records doe
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,3 +81,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if os.environ.get("CHRONOMOE"):  # attach to every Trainer of this process: see integrations/launch.py
+    importlib.import_module("chronomoe_hf.integrations.launch").start()

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from chronomoe_hf.cli import candidates, export, inspect, measure, plan, profile, report, tail, validate
+from chronomoe_hf.cli import candidates, export, inspect, measure, plan, profile, report, run, tail, validate
 from chronomoe_hf.cli.output import FAILED, safe_streams
 from chronomoe_hf.errors import ChronoError
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, profile, tail, report, candidates, plan, measure, export, validate):
+for command in (inspect, profile, run, tail, report, candidates, plan, measure, export, validate):
     command.register(app)
 
 

@@ -34,6 +34,9 @@ def attach(trainer: Trainer, config: ChronoConfig | None = None) -> ChronoCallba
     """
     check_trainer(trainer, "attach")
     callback = _callback_of(trainer)
+    if callback is not None and callback.gives_way and config is not None:
+        callback.detach()
+        callback = _callback_of(trainer)
     if callback is not None and callback.attached and callback.hooks is not None:
         if trainer.model is not None:
             wrap(trainer.model, config)
@@ -44,9 +47,6 @@ def attach(trainer: Trainer, config: ChronoConfig | None = None) -> ChronoCallba
     callback.config = config or callback.config
     if trainer.model is not None:  # after a hyperparameter search there is none until the next train()
         callback.bind(trainer.model)
-    callbacks = [other for other in trainer.callback_handler.callbacks if other is not callback]
-    trainer.callback_handler.callbacks = [callback, *callbacks]
-    callback.attached = True
     callback.hook(trainer)
     return callback
 

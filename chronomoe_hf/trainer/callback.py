@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,18 +34,22 @@ logger = logging.getLogger("chronomoe_hf")
 class ChronoCallback(TrainerCallback):
     """Calls the system at every optimizer step, writes records, and adds ``moe/...`` scalars to the logs.
 
-    Prefer ``attach``, which also makes the scalars reach TensorBoard, W&B and trackio. Without a Trainer, call
+    ``Trainer(callbacks=[ChronoCallback(config)])`` does what ``attach`` does after it. It goes to the front of the
+    Trainer's callbacks by itself, so that TensorBoard, W&B and trackio see its scalars. Without a Trainer, call
     ``system_of(model).step(global_step)`` after each optimizer step yourself.
 
     Args:
         config: settings for a model that is not wrapped yet; None = the default preset.
 
     Attributes:
-        attached: put first in the list by ``attach``.
+        attached: it stands first among the Trainer's callbacks.
+        gives_way: to a callback or a config that the script makes itself (what a launcher puts there).
 
     Raises:
         ConfigError: `config` is not a ChronoConfig.
     """
+
+    gives_way = False
 
     def __init__(self, config: ChronoConfig | None = None) -> None:
         if config is not None and not isinstance(config, ChronoConfig):
@@ -55,7 +58,6 @@ class ChronoCallback(TrainerCallback):
             )
         self.config = config
         self.attached = False
-        self._told = False
         self.hooks: TrainerHooks | None = None
         self.resume_path = ResumePath()
         self._binding = Binding(self._left)
@@ -86,13 +88,16 @@ class ChronoCallback(TrainerCallback):
         self._binding.release()
 
     def hook(self, trainer: Trainer) -> None:
-        """Replace the methods of `trainer` that have to know of us, once."""
+        """Replace the methods of `trainer` that have to know of us, once, and stand first among its callbacks."""
         refuse_data_parallel(trainer)
-        if self.hooks is not None:
-            if self.hooks.trainer is trainer:
-                return
-            self.hooks.remove()
-        self.hooks = TrainerHooks(trainer, self)
+        if self.hooks is None or self.hooks.trainer is not trainer:
+            if self.hooks is not None:
+                self.hooks.remove()
+            self.hooks = TrainerHooks(trainer, self)
+        # First in the list: what reports after us sees our numbers. A new list: the old one may be gone through now.
+        others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
+        trainer.callback_handler.callbacks = [self, *others]
+        self.attached = True
 
     def detach(self) -> None:
         """Undo ``attach``; see there for the function of the same name."""
@@ -130,13 +135,6 @@ class ChronoCallback(TrainerCallback):
         if self.hooks is None:
             self._begin_unknown(resumed)
         system = self.bind(kwargs["model"])
-        if not (self.attached or self._told):
-            warnings.warn(
-                "ChronoCallback was passed as callbacks=[...]: TensorBoard, W&B and trackio run before it and will not "
-                "see moe/... numbers; use chronomoe_hf.attach(trainer) instead",
-                stacklevel=2,
-            )
-            self._told = True
         if not resumed:
             system.cut.schedule(total)  # before anything changes
         again = not self._new_run  # a second start within one train(), with a smaller batch

@@ -177,11 +177,11 @@ def test_a_sink_that_fails_midway_is_switched_off_and_counted(tmp_path: Path, ca
     assert any("dropped" in record.message for record in caplog.records), "and the count at the end"
 
 
-def test_a_plain_callback_works_and_says_what_it_misses(tmp_path: Path) -> None:
+def test_a_plain_callback_goes_first_by_itself(tmp_path: Path) -> None:
     callback = ChronoCallback(ChronoConfig(interval=INTERVAL))
     trainer = trainer_for(tmp_path, callbacks=[callback])
-    with pytest.warns(UserWarning, match=r"attach\(trainer\)"):
-        trainer.train()
+    assert trainer.callback_handler.callbacks[0] is callback
+    trainer.train()
     assert callback.system is not None and callback.system.last_snapshot is not None
     assert callback.system.last_snapshot.step == 6
 

@@ -153,13 +153,12 @@ def test_a_model_under_peft_is_left_as_it_was(tmp_path: Path) -> None:
     assert (set(vars(model)), set(vars(inner))) == before and not wrapped(model)
 
 
-def test_attach_puts_a_callback_first_that_was_passed_to_the_trainer(tmp_path: Path) -> None:
+def test_a_callback_that_was_added_later_goes_first_by_itself(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path)
     callback = ChronoCallback(CONFIG)
     trainer.add_callback(callback)
-    with pytest.warns(UserWarning, match="use chronomoe_hf.attach"):
-        trainer.train()
     assert trainer.callback_handler.callbacks[-1] is callback
+    trainer.train()
     assert chronomoe_hf.attach(trainer) is callback and trainer.callback_handler.callbacks[0] is callback
     assert sum(isinstance(other, ChronoCallback) for other in trainer.callback_handler.callbacks) == 1
     chronomoe_hf.detach(trainer)

@@ -435,12 +435,10 @@ def test_a_callback_that_was_not_attached_saves_and_resumes_too(tmp_path: Path) 
         made.fed = [[]]
         return made
 
-    with pytest.warns(UserWarning, match=r"use chronomoe_hf.attach\(trainer\) instead"):
-        whole = trainer()
-        whole.train()
-    with pytest.warns(UserWarning, match="attach"):
-        again = trainer()
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    whole = trainer()
+    whole.train()
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_same(whole_weights(again.model), whole_weights(whole.model))
     assert_same(state_of(again)["tensors"], state_of(whole)["tensors"])
     assert state_of(whole)["tensors"]["beta_LE"].abs().max() > 0.01

@@ -1,0 +1,1 @@
+"""The folder that ``chronomoe run`` puts first on PYTHONPATH; it holds nothing but a ``sitecustomize``."""

@@ -1,0 +1,1 @@
+"""Holds the file that ms-swift's ``external_plugins`` takes."""
