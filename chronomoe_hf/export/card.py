@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chronomoe_hf.lifecycle.evidence.spec import write_text
+from chronomoe_hf.jsonfiles import write_json, write_text
 from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 
 PLAN_FILE = "prune_plan.json"
@@ -85,7 +84,7 @@ def write_plan(directory: Path, plan: PrunePlan, extra: dict[str, Any]) -> None:
         "plan": plan.to_dict(),
         **extra,
     }
-    write_text(directory / PLAN_FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_json(directory / PLAN_FILE, record)
 
 
 def write_card(directory: Path, plan: PrunePlan, report: ExportReport, extra: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from chronomoe_hf.errors import ExportError
 from chronomoe_hf.export.slicing import Piece
+from chronomoe_hf.jsonfiles import weight_map
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -67,12 +68,9 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 def _index(path: Path) -> dict[str, str]:
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(name, str) and Path(name).name == name for name in names.values()):
-            raise ValueError("file names must lie in the directory")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{path} is not an index of weight files: {error}") from error
-    return dict(names)
+        return weight_map(path)
+    except ValueError as error:
+        raise ExportError(f"{path} is not an index of weight files: {error}") from None
 
 
 def read_tables(directory: Path) -> tuple[dict[str, Stored], dict[str, str]]:

@@ -5,9 +5,7 @@ Shape suffixes: L layers, E experts, R numbers of one accumulator row.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf import distributed
+from chronomoe_hf.jsonfiles import write_bytes, write_json
 from chronomoe_hf.metrics import js
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.system import ChronoSystem
@@ -229,12 +228,5 @@ def write_summary(directory: Path, report: ProfileReport, pairs: Mapping[str, Se
     """``profile.json`` and the whole pair counts (``coactivation.safetensors``, ``<domain>.<layer>`` int64 [E, E])."""
     folder = directory / "chronomoe"
     tensors = {f"{name}.{at}": pair for name, layers in pairs.items() for at, pair in enumerate(layers)}
-    _replace(folder / PAIRS, safetensors.torch.save({name: value.clone() for name, value in tensors.items()}))
-    text = json.dumps(report.to_record(), indent=1, allow_nan=False)
-    _replace(folder / SUMMARY, text.encode("utf-8"))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    write_bytes(folder / PAIRS, safetensors.torch.save({name: value.clone() for name, value in tensors.items()}))
+    write_json(folder / SUMMARY, report.to_record())

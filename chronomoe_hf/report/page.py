@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from chronomoe_hf.errors import ChronoError
+from chronomoe_hf.jsonfiles import write_text
 from chronomoe_hf.report import figures, figures_acting, figures_roles
 from chronomoe_hf.report.compare import compare
 from chronomoe_hf.report.data import RunData, load_run
@@ -61,12 +61,9 @@ def write_report(
     data = load_run(run_dir, run)
     target = data.directory / "report.html" if output is None else Path(output)
     html = render(data, None if other is None else load_run(other))
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(html, encoding="utf-8")
-        os.replace(partial, target)
+        write_text(target, html)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ChronoError(f"the report cannot be written to {target}: {error}; name another file with -o") from error
     return target
 

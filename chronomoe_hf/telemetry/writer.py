@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import ConfigError, TelemetryError
+from chronomoe_hf.jsonfiles import write_json
 from chronomoe_hf.telemetry.arrays import ARRAYS, pack, stack
 from chronomoe_hf.telemetry.events import COUNTS, INTEGERS, RECORD_SCHEMA, VECTORS, RoutingEvent
 from chronomoe_hf.telemetry.reader import ATTEMPTS, DIRECTORY, KINDS, MANIFEST, next_attempt, read_jsonl, read_manifest
@@ -149,7 +150,7 @@ class TelemetryWriter:
         wrote = False
         if self.enabled and (read_manifest(self.directory.parent) or {}).get("run_id") != self.run_id:
             try:
-                _replace(path, (json.dumps(clean, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii"))
+                write_json(path, clean, indent=2, sort_keys=True)
                 wrote = True
             except OSError as error:
                 self._switch_off(f"{path}: {error}", 1)
@@ -234,19 +235,6 @@ def _open_no_link(path: str, flags: int) -> int:
         if error.errno == errno.ELOOP:
             raise OSError(error.errno, "is a symbolic link; records are written to regular files only") from None
         raise
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: temporary file, fsync, rename."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # The run manifest: what a reader needs to know about a run before its records.

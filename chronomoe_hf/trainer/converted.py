@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from chronomoe_hf.errors import StateCorruptError, StateMismatchError, StateMissingError
+from chronomoe_hf.jsonfiles import weight_map
 
 OPEN_FILES = 2  # at once; a group of tensors may lie in two shards
 MAPPED_BYTES = 256 * 2**20  # read from mapped files before they are let go: their pages count as memory in use
@@ -44,11 +44,9 @@ def weight_files(directory: Path) -> list[Path]:
             raise StateMissingError(f"{directory} holds no {SAFE_WEIGHTS_NAME}")
         return [directory / SAFE_WEIGHTS_NAME]
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError("a shard is not a file name")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StateCorruptError(f"{index} is not a weight index ({error!r}); load an older checkpoint") from None
+        names = set(weight_map(index).values())
+    except ValueError as error:
+        raise StateCorruptError(f"{index} is not a weight index ({error}); load an older checkpoint") from None
     missing = sorted(name for name in names if not (directory / name).is_file())
     if missing:
         raise StateCorruptError(

@@ -6,13 +6,10 @@ Shape suffixes: E experts of a layer.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from chronomoe_hf.errors import LifecycleError, PlanError
 
@@ -149,34 +146,3 @@ def id_list(values: Any, num_experts: int, what: str, error: type[LifecycleError
     if not ok or list(values) != sorted(set(values)) or any(not 0 <= value < num_experts for value in values):
         raise error(f"{what} must be ascending expert ids in 0..{num_experts - 1}, got {values!r}")
     return tuple(values)
-
-
-def parse_json(text: str, what: str, error: type[LifecycleError]) -> Any:
-    """Strict JSON (no NaN, no infinities).
-
-    Raises:
-        LifecycleError: (of the class `error`) the text is not JSON.
-    """
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{what} is not JSON ({problem}); write it with save()") from None
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a whole file or nothing: temporary file, fsync, rename."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target

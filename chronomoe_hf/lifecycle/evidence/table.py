@@ -6,7 +6,6 @@ Shape suffixes: E experts of a layer.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +13,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from chronomoe_hf.errors import EvidenceError
+from chronomoe_hf.jsonfiles import parse_json, write_json
 from chronomoe_hf.lifecycle.evidence.spec import (
     EvidenceSource,
     LayerSpec,
     Scores,
-    parse_json,
     plain_record,
     score_list,
     strict_fields,
-    write_text,
 )
 from chronomoe_hf.telemetry import SystemSnapshot, read_jsonl, read_manifest
 from chronomoe_hf.telemetry.reader import DIRECTORY
@@ -292,7 +290,7 @@ class Evidence:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the table as JSON, whole or not at all."""
-        return write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evidence:

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from chronomoe_hf.errors import PlanError
+from chronomoe_hf.jsonfiles import parse_json, write_text
 from chronomoe_hf.lifecycle.evidence.spec import (
     EvidenceSource,
     LayerSpec,
     Scores,
     id_list,
-    parse_json,
     plain_record,
     score_list,
     strict_fields,
-    write_text,
 )
 
 FORMAT = "chronomoe_hf.prune_plan"
