@@ -15,7 +15,9 @@ from support.oracles import Recount, train_step
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
-from chronomoe_hf.errors import WrapError
+from chronomoe_hf.errors import LifecycleError, WrapError
+from chronomoe_hf.lifecycle import calibrate
+from chronomoe_hf.lifecycle.live.model import live_layers
 
 FAMILY = "mixtral"
 
@@ -147,3 +149,40 @@ def test_a_router_whose_forward_was_replaced_before_wrap_is_refused() -> None:
     with pytest.raises(WrapError, match=r"layers\.1\.mlp\.gate.*bypass"):
         chronomoe_hf.wrap(model)
     assert not any(type(module).__name__.startswith("Chrono") for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "switch_transformers"])
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_calibrate_reads_the_true_weights_of_an_offloaded_model(kind: str, family: str, tmp_path: Path) -> None:
+    model = tiny.tiny_model(family, train=False)
+    batch = tiny.tiny_batch(family, padded=True)
+    want = calibrate(model, [batch])
+    if kind == "cpu":
+        cpu_offload(model, execution_device="cpu")
+    else:
+        disk_offload(model, str(tmp_path), execution_device="cpu")
+    layer = live_layers(model)[-1]
+    assert layer.experts is not None
+    assert all(parameter.is_meta for parameter in layer.experts.parameters()), "bad test setup: the weights are here"
+    assert calibrate(model, [batch]).layers == want.layers
+    assert all(parameter.is_meta for parameter in layer.experts.parameters())
+
+
+def test_calibrate_refuses_experts_that_no_hook_brings_in() -> None:
+    model = tiny.tiny_model(FAMILY, train=False)
+    experts = model.model.layers[1].mlp.experts
+    held = {name: parameter.detach() for name, parameter in experts.named_parameters()}
+    block = model.model.layers[1].mlp
+
+    def bring(module: Any, args: Any) -> None:
+        for name, value in held.items():
+            experts._parameters[name] = torch.nn.Parameter(value)
+
+    def send_away(module: Any, args: Any, output: Any) -> None:
+        for name, value in held.items():
+            experts._parameters[name] = torch.nn.Parameter(value.to("meta"))
+
+    block.register_forward_pre_hook(bring)
+    block.register_forward_hook(send_away)
+    with pytest.raises(LifecycleError, match=r"layers\.1\.mlp\.gate\.experts: its weights are offloaded"):
+        calibrate(model, [tiny.tiny_batch(FAMILY, padded=True)])

@@ -150,16 +150,52 @@ def expert_outputs(layer: FoundLayer, hidden_ND: Tensor, expert: int) -> Tensor:
     """Unweighted outputs of one expert, ``(N, D)``, by the family's own code.
 
     Raises:
-        LifecycleError: the family's experts cannot be called one by one.
+        LifecycleError: the family's experts cannot be called one by one, or are offloaded beyond reach.
     """
     require_callable(layer)
     assert layer.experts is not None
-    if layer.adapter.calls.by_module:
-        out: Tensor = layer.experts.get_submodule(f"expert_{expert}")(hidden_ND)
+    with experts_in_memory(layer):
+        if layer.adapter.calls.by_module:
+            out: Tensor = layer.experts.get_submodule(f"expert_{expert}")(hidden_ND)
+            return out
+        index_N1 = torch.full((hidden_ND.shape[0], 1), expert, dtype=torch.int64, device=hidden_ND.device)
+        out = _eager(layer.experts)(layer.experts, hidden_ND, index_N1, hidden_ND.new_ones(hidden_ND.shape[0], 1))
         return out
-    index_N1 = torch.full((hidden_ND.shape[0], 1), expert, dtype=torch.int64, device=hidden_ND.device)
-    out = _eager(layer.experts)(layer.experts, hidden_ND, index_N1, hidden_ND.new_ones(hidden_ND.shape[0], 1))
-    return out
+
+
+@contextlib.contextmanager
+def experts_in_memory(layer: FoundLayer) -> Iterator[None]:
+    """Offloaded weights of a layer's experts are in memory, as they are in a forward of the model.
+
+    accelerate brings them in around the module's own forward, and leaves them on ``meta`` otherwise. torch multiplies
+    with a ``meta`` weight without an error and gives back memory that nobody wrote, so nothing below that forward may
+    run without this. It is cheap to enter twice: open it around many experts of one layer.
+
+    Args:
+        layer: a live layer with experts.
+
+    Raises:
+        LifecycleError: weights are on ``meta`` and no hook of accelerate's on the experts can bring them.
+    """
+    experts = layer.experts
+    assert experts is not None
+    hook = getattr(experts, "_hf_hook", None)
+    away = hook is not None and any(parameter.is_meta for parameter in experts.parameters())
+    if away:
+        hook.pre_forward(experts)
+    try:
+        for name, module in experts.named_modules():
+            own = any(tensor.is_meta for tensor in module._parameters.values() if tensor is not None)
+            if own and (module is experts or not hasattr(module, "_hf_hook")):
+                where = f"{layer.name}.experts{'.' + name if name else ''}"
+                raise LifecycleError(
+                    f"{where}: its weights are offloaded (on meta) and cannot be brought in for one expert; load the "
+                    "model so that they are in memory"
+                )
+        yield
+    finally:
+        if away:
+            hook.post_forward(experts, None)
 
 
 def _eager(experts: nn.Module) -> Any:

@@ -25,7 +25,7 @@ from chronomoe_hf.lifecycle.live.model import (
     quiet,
     uncompiled,
 )
-from chronomoe_hf.lifecycle.live.projections import expert_outputs, require_callable
+from chronomoe_hf.lifecycle.live.projections import expert_outputs, experts_in_memory, require_callable
 from chronomoe_hf.lifecycle.live.samples import LayerTap, assignments
 from chronomoe_hf.wrapping.discovery import FoundLayer
 from chronomoe_hf.wrapping.owner import find_system
@@ -86,7 +86,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
 
     Raises:
         EvidenceError: several processes, or outputs that are not finite.
-        LifecycleError: the family's experts cannot be called one by one, or there are no batches.
+        LifecycleError: the family's experts cannot be called one by one or are offloaded beyond reach, or there are
+            no batches.
     """
     if distributed.active():
         raise EvidenceError("calibrate runs in one process; call it before training, or on the saved model")
@@ -105,7 +106,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
                 model(**forward_arguments(model, batch, logits=False))
                 for layer, tap, total in zip(layers, taps, sums, strict=True):
                     hidden_TD, index_TK, gate_TK = tap.take()
-                    total.add(layer, hidden_TD, index_TK, gate_TK)
+                    with experts_in_memory(layer):
+                        total.add(layer, hidden_TD, index_TK, gate_TK)
                 tokens += hidden_TD.shape[0]
     finally:
         for tap in taps:
