@@ -201,6 +201,32 @@ def test_where_the_routed_output_is_added_up(family: str, name: str, factor: flo
             assert stream.name == name.format(prefix)
 
 
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_streams_cost_two_forwards_whatever_the_depth(repeatable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = smooth(num_hidden_layers=6)
+    layers, batch = live_layers(model), batches(1)[0]
+    seen = [0] * 6
+    for at, block in enumerate(model.model.layers):
+        block.self_attn.register_forward_hook(lambda *_, at=at: seen.__setitem__(at, seen[at] + 1))
+    if not repeatable:  # a second forward of this block raises: it is followed in two forwards of its own
+        block = model.model.layers[3]
+        native, calls = block.forward, [0]
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == 2:
+                raise ValueError("this block has run")
+            return native(*args, **kwargs)
+
+        monkeypatch.setattr(block, "forward", once)
+    with torch.no_grad():
+        streams = find_streams(model, layers, batch)
+    assert [(s.name, s.factor) for s in streams] == [
+        (f"model.layers.{at}", pytest.approx(1.0, rel=1e-3)) for at in range(6)
+    ]
+    assert seen == ([2] * 6 if repeatable else [4, 4, 4, 3, 2, 2])
+
+
 def test_only_the_survivors_projections_move_and_undo_gives_every_bit_back() -> None:
     model = smooth()
     bits, before = digest(model), {name: value.clone() for name, value in model.state_dict().items()}

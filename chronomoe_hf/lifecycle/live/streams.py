@@ -44,6 +44,9 @@ class Stream:
 def find_streams(model: nn.Module, layers: Sequence[FoundLayer], batch: Batch) -> list[Stream]:
     """The stream of every layer, by disturbing its experts' output in a forward of one batch.
 
+    Two forwards' worth for all layers together, whatever the depth; a layer whose block cannot be repeated inside the
+    forward takes two of its own.
+
     Args:
         model: in evaluation mode, without gradients.
         layers: to look at.
@@ -54,7 +57,12 @@ def find_streams(model: nn.Module, layers: Sequence[FoundLayer], batch: Batch) -
     """
     modules = dict(root_of(model).named_modules())
     paths = {module: name for name, module in modules.items()}
-    return [_find(model, layer, _around(layer, paths[layer.parent], modules), batch) for layer in layers]
+    around = [_around(layer, paths[layer.parent], modules) for layer in layers]
+    found = _found_at_once(model, layers, around, batch)
+    return [
+        _find(model, layer, modules_of, batch) if stream is None else stream
+        for layer, modules_of, stream in zip(layers, around, found, strict=True)
+    ]
 
 
 def _around(layer: FoundLayer, path: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -66,14 +74,109 @@ def _around(layer: FoundLayer, path: str, modules: Mapping[str, nn.Module]) -> l
     return [*((name, modules[name]) for name in names), ("", layer.experts)]
 
 
-def _find(model: nn.Module, layer: FoundLayer, around: list[tuple[str, nn.Module]], batch: Batch) -> Stream:
-    plain, count = _outputs(model, layer, around, batch, None)
+@dataclass
+class _Probe:
+    """One layer in a forward of all: when its block has run, the block runs once more with the experts disturbed.
+
+    What reaches the blocks behind it is what the plain block gave, so one forward serves every layer. A block that
+    cannot be repeated (its forward raises, or gives something else the second time) leaves `stream` at None.
+    """
+
+    layer: FoundLayer
+    around: list[tuple[str, nn.Module]]
+    busy: list[_Probe]  # of all probes: who repeats its block now
+    waiting: list[_Probe]  # of all probes: whose block has not run
+    tokens: list[int] = field(default_factory=list)
+    noise_TD: Tensor | None = None
+    out: dict[nn.Module, Tensor | None] = field(default_factory=dict)
+    stream: Stream | None = None
+
+    def attach(self) -> list[Any]:
+        """Put the hooks on and return their handles."""
+        assert self.layer.experts is not None
+        inner = [module for _, module in self.around[1:]]
+        return [
+            self.layer.experts.register_forward_hook(self._experts, with_kwargs=True),
+            *(module.register_forward_hook(self._keep) for module in reversed(inner)),
+            self.around[0][1].register_forward_hook(self._block, with_kwargs=True),
+        ]
+
+    def _listens(self) -> bool:
+        return self in self.waiting and (not self.busy or self.busy[0] is self)
+
+    def _experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._listens():
+            return None
+        hidden = [*args, *kwargs.values()][0]
+        self.tokens.append(hidden.numel() // hidden.shape[-1])
+        if self.noise_TD is None or not isinstance(output, Tensor):
+            return None
+        return output + self.noise_TD.reshape(output.shape).to(output.dtype)
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._listens():
+            self.out[module] = rows_of(output, self.tokens[-1]) if self.tokens else None
+
+    def _block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self._listens() or self.busy:
+            return
+        self._keep(module, args, output)
+        plain = self._taken()
+        if len(self.tokens) == 1 and plain[-1] is not None and bool(torch.isfinite(plain[-1]).all()):
+            self.busy.append(self)
+            try:
+                self.noise_TD = _noise(plain)
+                self._keep(module, args, module.forward(*args, **kwargs))
+                if len(self.tokens) == 2:
+                    self.stream = _followed(self.around, plain, self._taken(), self.noise_TD)
+            except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+                self.stream = None  # whatever the block does with a second call, it is followed in a forward of its own
+            finally:
+                self.busy.remove(self)
+                self.noise_TD = None
+        self.out.clear()
+        self.waiting.remove(self)
+        if not self.waiting:
+            raise StopForward
+
+    def _taken(self) -> list[Tensor | None]:
+        taken = [self.out.get(module) for _, module in self.around]
+        self.out = {}
+        return taken
+
+
+def _found_at_once(
+    model: nn.Module, layers: Sequence[FoundLayer], around: Sequence[list[tuple[str, nn.Module]]], batch: Batch
+) -> list[Stream | None]:
+    """The streams of all layers by one forward in which every block runs twice; None where that did not find it."""
+    busy: list[_Probe] = []
+    waiting: list[_Probe] = []
+    probes = [_Probe(layer, each, busy, waiting) for layer, each in zip(layers, around, strict=True)]
+    waiting.extend(probes)
+    handles = [handle for probe in probes for handle in probe.attach()]
+    try:
+        run_up_to(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [probe.stream for probe in probes]
+
+
+def _noise(plain: Sequence[Tensor | None]) -> Tensor:
+    """What the output of the experts (the last of `plain`) is disturbed by, as large as the outermost output."""
     own_TD = plain[-1]
-    if own_TD is None or not bool(torch.isfinite(own_TD).all()):
-        raise LifecycleError(f"{layer.name}: the outputs of its experts are not finite, or are no hidden states")
+    assert own_TD is not None
     size = next(value for value in plain if value is not None).float().square().mean().sqrt()
-    noise_TD = torch.randn(own_TD.shape, generator=torch.Generator().manual_seed(0)).to(own_TD.device) * size
-    moved, _ = _outputs(model, layer, around, batch, noise_TD)
+    return torch.randn(own_TD.shape, generator=torch.Generator().manual_seed(0)).to(own_TD.device) * size
+
+
+def _followed(
+    around: list[tuple[str, nn.Module]],
+    plain: Sequence[Tensor | None],
+    moved: Sequence[Tensor | None],
+    noise_TD: Tensor,
+) -> Stream | None:
+    """The outermost module whose output moved by a factor times the noise, or None."""
     block = around[0][0] if around[0][0].rpartition(".")[2].isdigit() else ""
     for (name, module), was_TD, is_TD in zip(around, plain, moved, strict=True):
         if was_TD is None or is_TD is None or was_TD.shape != noise_TD.shape:
@@ -83,6 +186,20 @@ def _find(model: nn.Module, layer: FoundLayer, around: list[tuple[str, nn.Module
         off = float((change_TD - factor * noise_TD).norm()) / max(abs(factor) * float(noise_TD.norm()), 1e-30)
         if off <= _TOLERANCE:
             return Stream(name, module, factor, block)
+    return None
+
+
+def _find(model: nn.Module, layer: FoundLayer, around: list[tuple[str, nn.Module]], batch: Batch) -> Stream:
+    """The stream of one layer, by two forwards up to it."""
+    plain, count = _outputs(model, layer, around, batch, None)
+    own_TD = plain[-1]
+    if own_TD is None or not bool(torch.isfinite(own_TD).all()):
+        raise LifecycleError(f"{layer.name}: the outputs of its experts are not finite, or are no hidden states")
+    noise_TD = _noise(plain)
+    moved, _ = _outputs(model, layer, around, batch, noise_TD)
+    stream = _followed(around, plain, moved, noise_TD)
+    if stream is not None:
+        return stream
     raise LifecycleError(
         f"{layer.name}: what its experts give for {count} tokens cannot be followed to the output of any module around "
         "them; refit with sequential=False"
