@@ -17,7 +17,6 @@ from chronomoe_hf.lifecycle.live.fit_model import StoredProjections
 from chronomoe_hf.lifecycle.live.layer_fit import LayerRefit
 from chronomoe_hf.lifecycle.live.model import (
     Batch,
-    as_batches,
     first_batches,
     live_layers,
     uncompiled,
@@ -67,7 +66,7 @@ def split_at_start(system: ChronoSystem, model: nn.Module, optimizer: Any, batch
     if distributed.is_main():
         try:
             plan = plan_split(model, read, idle=system.config.lifecycle.split_idle)
-            fitted, reports = fit_split(model, live_layers(model), plan, as_batches(read, "the split"))
+            fitted, reports = fit_split(model, live_layers(model), plan, list(plan.batches))  # what was read of them
         except Exception as error:  # whatever it is, the other ranks must not wait for a plan
             if not distributed.active() and not isinstance(error, LifecycleError):
                 raise

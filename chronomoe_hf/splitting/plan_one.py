@@ -17,11 +17,13 @@ from chronomoe_hf import distributed
 from chronomoe_hf.distributed import is_sharded
 from chronomoe_hf.errors import ChronoError, LifecycleError
 from chronomoe_hf.lifecycle.evidence.spec import LayerSpec
+from chronomoe_hf.lifecycle.live.fit_model import groups_in_memory
 from chronomoe_hf.lifecycle.live.model import Batch, RealTokens, quiet, real_rows, uncompiled
 from chronomoe_hf.lifecycle.live.weights import Changes, ExpertWeights
 from chronomoe_hf.splitting.apply import rewrite
 from chronomoe_hf.splitting.plan import ExpertCopy, LayerSplit
 from chronomoe_hf.splitting.plan_split import (
+    MEMORY_GB,
     STRENGTH,
     fair_shares,
     logit_std,
@@ -222,7 +224,7 @@ def plan_wanted(
         taps: by layer_id, of every layer that is named.
         specs: the model's layer table.
         wanted: the splits; each is planned as if it were the only one.
-        batches: what to read.
+        batches: what to read; in several passes where the inputs of the routers do not fit into 2 GB.
         idle: fair shares below which an expert may be overwritten where none is named.
 
     Returns:
@@ -230,17 +232,26 @@ def plan_wanted(
     """
     found: dict[Wanted, LayerSplit | str] = {}
     tokens = 0
+    layer_ids = sorted(taps)
+    groups = groups_in_memory(model, [taps[i].layer for i in layer_ids], range(len(taps)), list(batches), MEMORY_GB)
+    groups = distributed.broadcast_object(groups)  # type: ignore[assignment]  # as many forwards on every rank
     try:
         with quiet(model):
-            read_calls(uncompiled(model), list(taps.values()), batches)
-            if distributed.is_main():
-                tokens = max(len(tap.choose()) for tap in taps.values())
-                found = {one: _planned(taps[one.layer_id], specs[one.layer_id], one, idle) for one in wanted}
+            for group in groups:
+                held = {layer_ids[at]: taps[layer_ids[at]] for at in group}
+                read_calls(uncompiled(model), list(held.values()), batches)
+                if distributed.is_main():
+                    tokens = max(tokens, *(len(tap.choose()) for tap in held.values()))
+                    of_group = [one for one in wanted if one.layer_id in held]
+                    found |= {one: _planned(held[one.layer_id], specs[one.layer_id], one, idle) for one in of_group}
+                for tap in held.values():
+                    tap.calls.clear()
     except LifecycleError as error:  # of reading: it holds for every split
         found = {one: str(error) for one in wanted}
     finally:
         for tap in taps.values():
             tap.calls.clear()
+    found = {one: found[one] for one in wanted if one in found}
     if distributed.active():
         found, tokens = distributed.broadcast_object((found, tokens))  # type: ignore[misc]
     return found, tokens

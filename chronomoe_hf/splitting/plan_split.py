@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.evidence.spec import LayerSpec
+from chronomoe_hf.lifecycle.live.fit_model import groups_in_memory, within_memory
 from chronomoe_hf.lifecycle.live.model import Batch, as_batches, layer_specs, live_layers, quiet, uncompiled
 from chronomoe_hf.lifecycle.live.weights import ExpertWeights
 from chronomoe_hf.splitting.plan import ExpertCopy, LayerSplit, SplitPlan
@@ -24,15 +25,19 @@ IDLE, BUSY = 0.5, 1.5  # fair shares
 BOUND = 2.0  # shares are brought within [1 / BOUND, BOUND] fair shares (k > 1)
 FLOOR = 0.4  # fair share that every expert of the first layer is brought to (k > 1)
 STRENGTH = 0.1  # spread of what splits two rows, in standard deviations of the layer's logits
+MEMORY_GB = 2.0  # for router inputs
 _POWER_STEPS, _SOLVE_STEPS = 50, 300
 _PAST = 1.03
 _FIRST, _LARGEST, _SMALLEST = 0.1, 0.5, 1e-3  # steps of the solver, in standard deviations of the logits
 
 
-def plan_split(model: nn.Module, batches: Iterable[Batch], *, idle: float = IDLE, busy: float = BUSY) -> SplitPlan:
+def plan_split(
+    model: nn.Module, batches: Iterable[Batch], *, idle: float = IDLE, busy: float = BUSY, memory_gb: float = MEMORY_GB
+) -> SplitPlan:
     """Find idle experts, and whose work each of them could share.
 
-    The model reads the batches once, in evaluation mode without gradients; nothing in it changes.
+    The model reads the batches in evaluation mode without gradients, once if the inputs of all its routers fit into
+    `memory_gb`, else in several passes; nothing in it changes.
 
     *One expert per token (k = 1).* While a layer has an expert below `idle` and one above `busy` fair shares, the
     idlest becomes a copy of the busiest, and the router row w of the latter is split into w + v and w - v. v lies along
@@ -49,6 +54,8 @@ def plan_split(model: nn.Module, batches: Iterable[Batch], *, idle: float = IDLE
             16,000 tokens are good.
         idle: below this many fair shares an expert is idle.
         busy: above this many an expert may be split (k = 1).
+        memory_gb: memory for router inputs, 10^9 bytes. Layers that do not fit together are read in further passes;
+            of a text that does not fit for one layer, the first sequences are read, and a warning says how many.
 
     Returns:
         The plan; where no expert is idle it changes nothing and says so.
@@ -70,18 +77,21 @@ def plan_split(model: nn.Module, batches: Iterable[Batch], *, idle: float = IDLE
     for tap, spec in zip(taps, specs, strict=True):
         ExpertWeights(tap.layer)
         _check_bias(tap, spec, "none" if system is None else system.config.beta.law)
+    read = within_memory(layers, read, memory_gb, "plan_split")
     out, tokens = [], 0
     with quiet(model):
-        read_calls(model, taps, read)
-        for tap, spec in zip(taps, specs, strict=True):
-            index_TK = tap.choose()
-            tokens = max(tokens, len(index_TK))
-            require_enough(spec, len(index_TK))
-            if spec.top_k == 1:
-                out.append(_rows_split(tap, spec, index_TK, idle, busy))
-            else:
-                out.append(_bias_split(tap, spec, index_TK, idle))
-            tap.calls.clear()
+        for group in groups_in_memory(model, layers, range(len(layers)), read, memory_gb):
+            read_calls(model, [taps[index] for index in group], read)
+            for index in group:
+                tap, spec = taps[index], specs[index]
+                index_TK = tap.choose()
+                tokens = max(tokens, len(index_TK))
+                require_enough(spec, len(index_TK))
+                if spec.top_k == 1:
+                    out.append(_rows_split(tap, spec, index_TK, idle, busy))
+                else:
+                    out.append(_bias_split(tap, spec, index_TK, idle))
+                tap.calls.clear()
     return SplitPlan(layers=tuple(out), tokens=tokens, batches=tuple(read))
 
 

@@ -102,7 +102,6 @@ def fused_block(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("order", ["wrap-replace", "replace-wrap"])
 def test_a_block_that_bypasses_its_router_is_reported(order: str) -> None:
     model = tiny.tiny_model(FAMILY)
-    block = model.model.layers[1].mlp
     if order == "replace-wrap":
         block.forward = types.MethodType(fused_block, block)
     chronomoe_hf.wrap(model, ChronoConfig(interval=1))
@@ -172,7 +171,6 @@ def test_calibrate_refuses_experts_that_no_hook_brings_in() -> None:
     model = tiny.tiny_model(FAMILY, train=False)
     experts = model.model.layers[1].mlp.experts
     held = {name: parameter.detach() for name, parameter in experts.named_parameters()}
-    block = model.model.layers[1].mlp
 
     def bring(module: Any, args: Any) -> None:
         for name, value in held.items():
@@ -182,7 +180,7 @@ def test_calibrate_refuses_experts_that_no_hook_brings_in() -> None:
         for name, value in held.items():
             experts._parameters[name] = torch.nn.Parameter(value.to("meta"))
 
-    block.register_forward_pre_hook(bring)
-    block.register_forward_hook(send_away)
+    experts.register_forward_pre_hook(bring)
+    experts.register_forward_hook(send_away)
     with pytest.raises(LifecycleError, match=r"layers\.1\.mlp\.gate\.experts: its weights are offloaded"):
         calibrate(model, [tiny.tiny_batch(FAMILY, padded=True)])

@@ -20,6 +20,8 @@ from chronomoe_hf.lifecycle import SplitPlan, apply, plan_split
 from chronomoe_hf.lifecycle.live.model import live_layers
 from chronomoe_hf.lifecycle.live.projections import expert_outputs
 from chronomoe_hf.lifecycle.live.weights import Changes, ExpertWeights
+from chronomoe_hf.splitting import plan_split as plan_split_module
+from chronomoe_hf.splitting.router_tap import read_calls
 
 
 def batches(count: int = 4, *, padded: bool = True) -> list[dict[str, Any]]:
@@ -314,6 +316,48 @@ def test_a_copied_expert_computes_what_its_donor_computes(family: str) -> None:
             assert torch.equal(expert_outputs(layer, hidden_ND, 0), donor)
         changes.undo()
     assert digest(model) == was
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_few_passes_or_many_give_the_same_plan(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that holds one layer's router inputs at a time: as many passes as layers, and the same plan."""
+    model = with_idle(k=k)
+    if k > 1:
+        model = chronomoe_hf.wrap(model, ChronoConfig.revive())
+    held: list[int] = []
+
+    def counted(model: Any, taps: Any, read: Any) -> None:
+        read_calls(model, taps, read)
+        held.append(len(taps))
+
+    monkeypatch.setattr(plan_split_module, "read_calls", counted)
+    whole = plan_split(model, batches())
+    few = plan_split(model, batches(), memory_gb=4 * 8 * 48 * 1000 / 1e9)  # a layer takes 176 + 416 bytes a token
+    assert held[0] == 2 and held[1:] == [2]
+    monkeypatch.setattr(plan_split_module, "within_memory", lambda layers, read, memory_gb, what: list(read))
+    many = plan_split(model, batches(), memory_gb=1e-9)
+    assert held[2:] == [1, 1]
+    assert any(layer.changes for layer in whole.layers), "bad test setup: nothing is idle"
+    for one in (few, many):
+        assert one.tokens == whole.tokens
+        for ours, wanted in zip(one.layers, whole.layers, strict=True):
+            assert ours.to_record() == wanted.to_record()
+            assert ours.rows.keys() == wanted.rows.keys()
+            assert all(torch.equal(ours.rows[e], wanted.rows[e]) for e in wanted.rows)
+            assert (ours.shift_E is None) == (wanted.shift_E is None)
+            assert ours.shift_E is None or torch.equal(ours.shift_E, wanted.shift_E)
+
+
+def test_a_text_that_does_not_fit_is_read_in_part_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = with_idle(k=1)
+    layer, read = live_layers(model)[0], batches(padded=False)
+    width = layer.router.weight.shape[-1]
+    per_token = width * 4 + 24 + 12 * width + 4 * 8
+    plan = plan_split(model, read, memory_gb=(8 * 48 + 3 * 48 + 7) * per_token / 1e9)
+    assert [one["input_ids"].shape[0] for one in plan.batches] == [8, 3]
+    assert torch.equal(plan.batches[1]["input_ids"], read[1]["input_ids"][:3])
+    assert plan.tokens == 11 * 48
+    assert "plan_split reads 528 of the 1536 tokens" in caplog.text
 
 
 def test_bad_input_is_refused_before_anything_changes() -> None:

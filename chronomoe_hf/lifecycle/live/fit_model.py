@@ -6,6 +6,7 @@ Shape suffixes: T tokens, D hidden size.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ from chronomoe_hf.lifecycle.live.samples import LayerSamples, collect_samples, s
 from chronomoe_hf.lifecycle.live.streams import Stream, StreamTap, find_streams, full_streams, run_up_to
 from chronomoe_hf.lifecycle.live.weights import Changes
 from chronomoe_hf.wrapping.discovery import FoundLayer, root_of
+
+logger = logging.getLogger("chronomoe_hf")
 
 # Reading a model layer by layer, the layers before it cut already: the samples of a sequential refit.
 #
@@ -208,7 +211,7 @@ class Fitting:
     def sequential(self, cut: Sequence[int]) -> None:
         """Every layer on what the cut and refitted layers before it give; the old weights are back at the end."""
         streams = dict(
-            zip(cut, find_streams(self.model, [self.layers[i] for i in cut], _small(self.fit[0])), strict=True)
+            zip(cut, find_streams(self.model, [self.layers[i] for i in cut], first_rows(self.fit[0])), strict=True)
         )
         reader = CutReader(self.model, self.layers, self.drops, self.fit, self.check)
         try:
@@ -246,21 +249,73 @@ class Fitting:
         return report.applied
 
 
-def _small(batch: Batch) -> Batch:
-    """One sequence of a batch."""
-    first = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-    rows = first.shape[0]
+def first_rows(batch: Batch, count: int = 1) -> Batch:
+    """The first `count` sequences of a batch."""
+    rows = _ids(batch).shape[0]
     return {
-        name: value[:1] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows else value
+        name: value[:count] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows else value
         for name, value in batch.items()
     }
+
+
+def num_tokens(batch: Batch) -> int:
+    """Tokens of a batch, padding with them."""
+    first = _ids(batch)
+    return first.shape[0] * first.shape[1]
+
+
+def _ids(batch: Batch) -> Tensor:
+    ids: Tensor = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+    return ids
+
+
+def within_memory(layers: Sequence[FoundLayer], batches: Sequence[Batch], memory_gb: float, what: str) -> list[Batch]:
+    """As many of the first sequences as one layer can be planned or fitted on in that memory; at least one.
+
+    A token of a layer takes its input, three fp32 vectors of that width (the input, a target and what is left of it)
+    and its fp32 logits.
+
+    Args:
+        layers: that are to be read; the widest counts.
+        batches: in the order in which they are used.
+        memory_gb: allowed, 10^9 bytes.
+        what: who reads, for the warning that fewer tokens are read than given.
+    """
+    per_token = max(
+        sample_bytes(layer, 1)
+        + 12 * next(layer.router.parameters()).shape[-1]
+        + 4 * layer.adapter.num_experts(layer.router)
+        for layer in layers
+    )
+    allowed, used, out = int(memory_gb * 1e9 / per_token), 0, []
+    for batch in batches:
+        rows, tokens = _ids(batch).shape[0], num_tokens(batch)
+        fitting = rows if used + tokens <= allowed else (allowed - used) * rows // tokens
+        fitting = max(fitting, 0 if out else 1)
+        if fitting > 0:
+            out.append(batch if fitting == rows else first_rows(batch, fitting))
+            used += num_tokens(out[-1])
+        if fitting < rows:
+            break
+    given = sum(map(num_tokens, batches))
+    if used < given:
+        logger.warning(
+            "%s reads %d of the %d tokens that it was given: memory_gb=%g holds no more of one layer, at %.1f kB a "
+            "token; raise memory_gb to read more",
+            what,
+            used,
+            given,
+            memory_gb,
+            per_token / 1e3,
+        )
+    return out
 
 
 def groups_in_memory(
     model: nn.Module, layers: Sequence[FoundLayer], cut: Sequence[int], batches: list[Batch], memory_gb: float
 ) -> list[list[int]]:
     """Layers that are read in one pass, so that their inputs fit into the memory allowed."""
-    tokens = sum((b["input_ids"] if "input_ids" in b else b["inputs_embeds"][..., 0]).numel() for b in batches)
+    tokens = sum(map(num_tokens, batches))
     groups: list[list[int]] = []
     used = 0.0
     for index in cut:

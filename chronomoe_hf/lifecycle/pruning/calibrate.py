@@ -6,6 +6,7 @@ Shape suffixes: E experts, N tokens of one expert, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf import distributed
-from chronomoe_hf.errors import EvidenceError
+from chronomoe_hf.errors import EvidenceError, LifecycleError
 from chronomoe_hf.lifecycle.evidence.spec import EvidenceSource, LayerSpec
 from chronomoe_hf.lifecycle.evidence.table import Evidence, LayerEvidence
 from chronomoe_hf.lifecycle.live.model import (
@@ -74,6 +75,35 @@ class _Sums:
         )
 
 
+@dataclass
+class _Reader:
+    """Reads a layer's experts as soon as they have run, so that the inputs of one layer are held at a time."""
+
+    tap: LayerTap
+    sums: _Sums
+    calls: int = 0
+    num_tokens: int = 0
+
+    def attach(self) -> None:
+        """Put the hooks on; those of the tap come first."""
+        self.tap.attach()
+        assert self.tap.layer.experts is not None
+        self.tap.handles.append(self.tap.layer.experts.register_forward_hook(self._read))
+
+    def _read(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        layer = self.tap.layer
+        hidden_TD, index_TK, gate_TK = self.tap.take()
+        with experts_in_memory(layer):
+            self.sums.add(layer, hidden_TD, index_TK, gate_TK)
+        self.calls, self.num_tokens = self.calls + 1, hidden_TD.shape[0]
+
+    def require_calls(self, forwards: int) -> None:
+        """Raise LifecycleError unless the experts were called once in every forward."""
+        if self.calls != forwards:
+            called = self.calls - forwards + 1
+            raise LifecycleError(f"{self.tap.layer.name}: its experts were called {called} times in one forward")
+
+
 def calibrate(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
     """Read every token of some batches and return what is known about the experts then.
 
@@ -98,20 +128,19 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
         require_callable(layer)
     taps, sums = [LayerTap(layer, None) for layer in layers], [_Sums(spec.num_experts) for spec in specs]
     tokens = 0
+    readers = [_Reader(tap, total) for tap, total in zip(taps, sums, strict=True)]
     try:
-        for tap in taps:
-            tap.attach()
+        for reader in readers:
+            reader.attach()
         with quiet(model):
-            for batch in read:
+            for number, batch in enumerate(read, start=1):
                 model(**forward_arguments(model, batch, logits=False))
-                for layer, tap, total in zip(layers, taps, sums, strict=True):
-                    hidden_TD, index_TK, gate_TK = tap.take()
-                    with experts_in_memory(layer):
-                        total.add(layer, hidden_TD, index_TK, gate_TK)
-                tokens += hidden_TD.shape[0]
+                for reader in readers:
+                    reader.require_calls(number)
+                tokens += readers[-1].num_tokens
     finally:
-        for tap in taps:
-            tap.detach()
+        for reader in readers:
+            reader.tap.detach()
     made = tuple(total.evidence(spec) for total, spec in zip(sums, specs, strict=True))
     system = find_system(model)
     source = EvidenceSource(
