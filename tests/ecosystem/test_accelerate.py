@@ -100,6 +100,7 @@ def fused_block(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("order", ["wrap-replace", "replace-wrap"])
+    block = model.model.layers[1].mlp
 def test_a_block_that_bypasses_its_router_is_reported(order: str) -> None:
     model = tiny.tiny_model(FAMILY)
     if order == "replace-wrap":
