@@ -100,9 +100,9 @@ def fused_block(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("order", ["wrap-replace", "replace-wrap"])
-    block = model.model.layers[1].mlp
 def test_a_block_that_bypasses_its_router_is_reported(order: str) -> None:
     model = tiny.tiny_model(FAMILY)
+    block = model.model.layers[1].mlp
     if order == "replace-wrap":
         block.forward = types.MethodType(fused_block, block)
     chronomoe_hf.wrap(model, ChronoConfig(interval=1))
