@@ -287,7 +287,8 @@ def within_memory(layers: Sequence[FoundLayer], batches: Sequence[Batch], memory
         + 4 * layer.adapter.num_experts(layer.router)
         for layer in layers
     )
-    allowed, used, out = int(memory_gb * 1e9 / per_token), 0, []
+    allowed, used = int(memory_gb * 1e9 / per_token), 0
+    out: list[Batch] = []
     for batch in batches:
         rows, tokens = _ids(batch).shape[0], num_tokens(batch)
         fitting = rows if used + tokens <= allowed else (allowed - used) * rows // tokens

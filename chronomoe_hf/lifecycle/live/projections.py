@@ -179,7 +179,7 @@ def experts_in_memory(layer: FoundLayer) -> Iterator[None]:
     """
     experts = layer.experts
     assert experts is not None
-    hook = getattr(experts, "_hf_hook", None)
+    hook: Any = getattr(experts, "_hf_hook", None)
     away = hook is not None and any(parameter.is_meta for parameter in experts.parameters())
     if away:
         hook.pre_forward(experts)
