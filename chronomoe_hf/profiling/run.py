@@ -24,6 +24,7 @@ from chronomoe_hf import distributed
 from chronomoe_hf.api import system_of, unwrap, wrap
 from chronomoe_hf.config import ChronoConfig, CoherenceConfig, LifecycleConfig
 from chronomoe_hf.errors import DataError, NonFiniteLossError
+from chronomoe_hf.lifecycle.live.model import input_device
 from chronomoe_hf.profiling.batches import Batch, call_arguments, collate, dealt, loss_sum, pad_id
 from chronomoe_hf.profiling.data import TEXT, Domain, Source, named_domains, sequences
 from chronomoe_hf.profiling.records import DomainProfile, ProfileReport, Records, load_distances, write_summary
@@ -253,8 +254,3 @@ class _Run:
         output = self.model(**inputs, **self.arguments)
         measured = loss_sum(output, batch.labels_BS, self.vocabulary)
         return None if measured is None else (float(measured[0]), measured[1])
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs: its first parameter that is somewhere (a dispatched one moves them on itself)."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

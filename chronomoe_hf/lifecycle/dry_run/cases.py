@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from chronomoe_hf.coherence import CoherenceState
 from chronomoe_hf.config import LifecycleConfig
@@ -16,6 +16,7 @@ from chronomoe_hf.telemetry.snapshots import LayerSnapshot
 
 Reason = Literal["low_observability", "low_coherence"]
 State = Literal["candidate", "confirmed", "withdrawn"]
+Key = TypeVar("Key", bound=Hashable)
 REASONS: tuple[Reason, ...] = ("low_observability", "low_coherence")
 
 
@@ -215,3 +216,24 @@ def evidence_of(layer: LayerEvaluation, expert: int, layer_phi: float | None, st
         "layer_phi": layer_phi,
         "layer_starving": starving,
     }
+
+
+def advance(streaks: dict[Key, int], key: Key, holds: bool | None, needed: int) -> list[tuple[State, int]]:
+    """Move one case or proposal by one evaluation.
+
+    Args:
+        streaks: evaluations in a row in which each one held; changed in place.
+        key: the one.
+        holds: whether it holds now; None = not enough evidence, nothing changes.
+        needed: evaluations in a row that confirm it.
+
+    Returns:
+        The states that it newly entered, with the streak.
+    """
+    if holds is None:
+        return []
+    if not holds:
+        return [("withdrawn", 0)] if streaks.pop(key, 0) else []
+    streak = streaks[key] = streaks.get(key, 0) + 1
+    entered: list[tuple[State, int]] = [("candidate", 1)] if streak == 1 else []
+    return [*entered, ("confirmed", streak)] if streak == needed else entered

@@ -30,7 +30,7 @@ from chronomoe_hf.lifecycle.dry_run.cases import (
     LayerEvaluation,
     PruneDecision,
     Reason,
-    State,
+    advance,
     at,
     evidence_of,
     layer_coherence,
@@ -172,7 +172,7 @@ class LifecycleCoordinator:
         for expert in sorted(set(range(layer.n_experts)) - set(layer.cut)):
             for reason, threshold in thresholds.items():
                 holds = self._holds(reason, threshold, layer, expert, step, starving)
-                for state, streak in self._advance(cases, (expert, reason), holds):
+                for state, streak in advance(cases.streaks, (expert, reason), holds, self.config.confirmations):
                     out.append(
                         PruneDecision(
                             expert_id=expert_name(layer.layer_id, expert),
@@ -203,21 +203,6 @@ class LifecycleCoordinator:
         if phi is None or threshold is None or tokens <= self.config.coherence_tokens:
             return None
         return phi < threshold
-
-    def _advance(self, cases: _LayerCases, key: tuple[int, Reason], holds: bool | None) -> list[tuple[State, int]]:
-        """Move one case; returns the states it newly entered with the streak."""
-        streak = cases.streaks.get(key, 0)
-        if holds is None:
-            return []
-        if not holds:
-            return [("withdrawn", 0)] if cases.streaks.pop(key, 0) else []
-        cases.streaks[key] = streak + 1
-        entered: list[tuple[State, int]] = []
-        if streak == 0:
-            entered.append(("candidate", 1))
-        if streak + 1 == self.config.confirmations:
-            entered.append(("confirmed", streak + 1))
-        return entered
 
     def _starving(self, cases: _LayerCases, layer_phi: float | None) -> bool:
         """Whether the layer starves; under "auto" the first evaluations only build the baseline."""

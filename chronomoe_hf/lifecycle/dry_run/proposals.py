@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from chronomoe_hf.config import LifecycleConfig
-from chronomoe_hf.lifecycle.dry_run.cases import layer_coherence
+from chronomoe_hf.lifecycle.dry_run.cases import advance, layer_coherence
 from chronomoe_hf.lifecycle.dry_run.role_numbers import (
     DUPLICATES,
     SIZE,
@@ -316,7 +316,7 @@ class RoleObserver:
             holds: bool | None = (kind, experts) in holds_now
             if not holds and unknown(kind, experts, seen):
                 holds = None
-            for state, streak in _advance(memory.streaks, (kind, experts), holds, self.config.confirmations):
+            for state, streak in advance(memory.streaks, (kind, experts), holds, self.config.confirmations):
                 proposal = Proposal(
                     kind=kind,
                     layer_id=seen.layer.layer_id,
@@ -379,14 +379,3 @@ def _kind(value: Any) -> Any:
 
 def _ids(values: Any) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
-
-
-def _advance(streaks: dict[Key, int], key: Key, holds: bool | None, needed: int) -> list[tuple[str, int]]:
-    """Move one proposal; the states that it newly entered, with the streak."""
-    if holds is None:
-        return []
-    if not holds:
-        return [("withdrawn", 0)] if streaks.pop(key, 0) else []
-    streak = streaks[key] = streaks.get(key, 0) + 1
-    entered = [("candidate", 1)] if streak == 1 else []
-    return [*entered, ("confirmed", streak)] if streak == needed else entered

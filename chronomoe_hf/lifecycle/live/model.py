@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chronomoe_hf.errors import LifecycleError, NoMoELayersError, PlanMismatchError
@@ -176,6 +177,21 @@ def logits_of(model: nn.Module, arguments: Batch) -> Tensor:
             "(AutoModelForCausalLM)"
         )
     return logits
+
+
+CHUNK = 512  # positions whose distributions over the vocabulary are held at a time
+
+
+def log_distributions(full_BSV: Tensor, other_BSV: Tensor, counted_BS: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities of two models at the counted positions, fp32 ``(N, V)`` each, chunk by chunk."""
+    for index in counted_BS.nonzero().split(CHUNK):
+        at = index[:, 0], index[:, 1]
+        yield full_BSV[at].float().log_softmax(-1), other_BSV[at].float().log_softmax(-1)
+
+
+def kl_of(p_NV: Tensor, q_NV: Tensor) -> float:
+    """Sum of KL(p || q) over the positions, nats, of log-probabilities."""
+    return float(F.kl_div(q_NV, p_NV, reduction="sum", log_target=True))
 
 
 def first_batches(batches: Iterable[Batch], count: int) -> list[Batch]:

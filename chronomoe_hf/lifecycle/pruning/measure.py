@@ -27,6 +27,8 @@ from chronomoe_hf.lifecycle.live.model import (
     Batch,
     as_batches,
     forward_arguments,
+    kl_of,
+    log_distributions,
     logits_of,
     match_layers,
     quiet,
@@ -131,7 +133,6 @@ class Edit:
     weights: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
-_CHUNK = 512  # positions whose distributions over the vocabulary are held at a time
 _SUMS = ("count", "n", "nd", "nd2", "n2d", "n2", "kl", "overlap", "same", "chosen")
 
 
@@ -315,11 +316,8 @@ def _paired_sums(full_BSV: Tensor, masked_BSV: Tensor, labels_BS: Tensor) -> lis
     delta_B = (_losses(masked_BSV, labels_BS) - _losses(full_BSV, labels_BS)).double().sum(-1)
     number_B = (labels_BS != -100).sum(-1).double()
     kl = overlap = 0.0
-    counted = (labels_BS != -100).nonzero()
-    for index in counted.split(_CHUNK):
-        p_NV = full_BSV[index[:, 0], index[:, 1]].float().log_softmax(-1)
-        q_NV = masked_BSV[index[:, 0], index[:, 1]].float().log_softmax(-1)
-        kl += float(F.kl_div(q_NV, p_NV, reduction="sum", log_target=True))
+    for p_NV, q_NV in log_distributions(full_BSV, masked_BSV, labels_BS != -100):
+        kl += kl_of(p_NV, q_NV)
         overlap += float(torch.minimum(p_NV, q_NV).exp().sum())
     moments = [(number_B > 0).sum(), number_B.sum(), delta_B.sum(), (delta_B**2).sum(), (number_B * delta_B).sum()]
     return [*(float(value) for value in moments), float((number_B**2).sum()), kl, overlap]

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chronomoe_hf import distributed
@@ -28,6 +27,8 @@ from chronomoe_hf.lifecycle.live.model import (
     Batch,
     as_batches,
     forward_arguments,
+    kl_of,
+    log_distributions,
     logits_of,
     match_layers,
     quiet,
@@ -39,7 +40,6 @@ from chronomoe_hf.wrapping.discovery import FoundLayer
 
 logger = logging.getLogger("chronomoe_hf")
 FEW_ROWS = 4.0  # tokens per input of a projection below which refit warns
-_CHUNK = 512  # positions whose distributions over the vocabulary are held at a time
 
 
 @dataclass(kw_only=True)
@@ -225,9 +225,4 @@ def _check_model(
 
 
 def _kl(full_BSV: Tensor, masked_BSV: Tensor, real_BS: Tensor) -> float:
-    total = 0.0
-    for index in real_BS.nonzero().split(_CHUNK):
-        p_NV = full_BSV[index[:, 0], index[:, 1]].float().log_softmax(-1)
-        q_NV = masked_BSV[index[:, 0], index[:, 1]].float().log_softmax(-1)
-        total += float(F.kl_div(q_NV, p_NV, reduction="sum", log_target=True))
-    return total
+    return sum(kl_of(p_NV, q_NV) for p_NV, q_NV in log_distributions(full_BSV, masked_BSV, real_BS))
