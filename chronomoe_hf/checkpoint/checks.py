@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf import distributed
+from chronomoe_hf.checkpoint.correction import BIAS, check_biases
 from chronomoe_hf.checkpoint.manifest import SCHEMA_MINOR, WAY_OUT, is_count, short
 from chronomoe_hf.errors import StateCorruptError, StateMismatchError
 from chronomoe_hf.lifecycle.evidence.drift import START
@@ -232,7 +233,7 @@ def check_tensors(
     missing = [name for name in live if name not in tensors]
     if missing:
         raise StateCorruptError(f"the saved state lacks {', '.join(missing)}; {WAY_OUT}")
-    known = (LENS, ROLE, START)
+    known = (LENS, ROLE, START, BIAS)
     unknown = [name for name in tensors if name not in live and not any(each.fullmatch(str(name)) for each in known)]
     if unknown and not (is_count(minor) and minor > SCHEMA_MINOR):
         raise StateCorruptError(f"the saved state holds tensors that no state has: {short(sorted(unknown))}; {WAY_OUT}")
@@ -245,6 +246,7 @@ def check_tensors(
             raise StateCorruptError(f"the saved state has {name} for {len(num_experts)} layers; {WAY_OUT}")
     check_roles(tensors, num_experts)
     _check_starts(tensors, num_experts)
+    check_biases(tensors, num_experts)
     for layer in range(len(num_experts)):
         _check_lens(layer, {part: tensors.get(f"lens.{layer}.{part}") for part in ("V", "U", "scale")})
 

@@ -5,6 +5,8 @@
   coherence, within 0.3, and by default also moves the mixture weights. Clipping the one into the other keeps neither
   the balance nor the meaning (a clipped balance beta raised max_violation from 0.44 to 0.62 in a test run), so it is
   left unused, and the law in force starts at 0. Under law ``"none"`` no beta is loaded.
+* The gains, the balance law's memory of its last steps, are kept where the law moves what it moved before: beta, or the
+  model's own correction bias. Without them a resumed run would start with full steps again.
 * Scope and cap are of the config; a state does not hold them.
 * With the veto off, relevance is 1.
 * A lens is loaded where the model has one. What was open and cannot be taken is named.
@@ -22,8 +24,6 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.config import ChronoConfig
-
-_OF_BETA = ("beta_LE", "gain_LE")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def in_force(
     meta: Mapping[str, Any],
     pairs: Sequence[tuple[int, int]],
     takes_beta: Sequence[bool],
+    moves_bias: Sequence[bool],
     has_lens: Sequence[bool],
     config: ChronoConfig,
 ) -> InForce:
@@ -58,6 +59,7 @@ def in_force(
         meta: Its manifest, checked.
         pairs: (saved layer, live layer) that agree.
         takes_beta: Per live layer, whether the law in force acts on its beta.
+        moves_bias: Per live layer, whether the law in force moves its native correction bias instead.
         has_lens: Per live layer.
         config: The settings in force.
     """
@@ -65,17 +67,20 @@ def in_force(
     unused: list[str] = []
     saved_law, law = _saved_law(meta), config.beta.law
     beta_on = set()  # saved layers whose beta may act
+    remembered = set()  # saved layers whose step memory goes on
     dropped = []
     for old, new in pairs:
         if law != "none" and law == saved_law and takes_beta[new]:
             beta_on.add(old)
         elif bool(tensors["beta_LE"][old].any()):
             dropped.append(new)
-    for name in _OF_BETA:
-        keep_L1 = torch.tensor([[old in beta_on] for old in range(len(meta["layers"]))])
+        elif law != "none" and law == saved_law and moves_bias[new]:
+            remembered.add(old)
+    for name, kept_layers in (("beta_LE", beta_on), ("gain_LE", beta_on | remembered)):
+        keep_L1 = torch.tensor([[old in kept_layers] for old in range(len(meta["layers"]))])
         kept[name] = torch.where(keep_L1, tensors[name], torch.zeros_like(tensors[name]))
     if dropped:
-        unused.append(f"the beta of {_layers(dropped)} ({_why_not_beta(saved_law, law)})")
+        unused.append(f"the beta of {layers_named(dropped)} ({_why_not_beta(saved_law, law)})")
     if not config.veto.enabled:
         kept["relevance_L"] = torch.ones_like(tensors["relevance_L"])
     lost = []
@@ -87,7 +92,7 @@ def in_force(
             if float(scale) > 0.0:
                 lost.append(new)
     if lost:
-        unused.append(f"the open lens of {_layers(lost)} (it has none with these settings)")
+        unused.append(f"the open lens of {layers_named(lost)} (it has none with these settings)")
     steering = any(meta["steering"][old] for old in beta_on)
     can_act = law != "none" or any(has_lens)
     return InForce(kept, steering, bool(meta["governed"]) and can_act, unused)
@@ -109,6 +114,7 @@ def _why_not_beta(saved: str | None, law: str) -> str:
     return f"it was moved by {was}, and {law!r} is in force, which starts at 0"
 
 
-def _layers(ids: Sequence[int]) -> str:
+def layers_named(ids: Sequence[int]) -> str:
+    """Layer ids in words, the first eight of them."""
     shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
     return f"layer{'s' if len(ids) > 1 else ''} {shown}"

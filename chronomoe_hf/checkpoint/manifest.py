@@ -26,7 +26,7 @@ MANIFEST_FILE = "state.json"
 OLD_TENSOR_FILE = "chronomoe.safetensors"  # of schema 1, beside the weights
 OLD_MANIFEST_FILE = "chronomoe.json"
 STATE_SCHEMA = 2  # raised when older readers would misread the files
-SCHEMA_MINOR = 3  # raised when older readers may ignore what was added
+SCHEMA_MINOR = 4  # raised when older readers may ignore what was added
 
 # Far above any real state (tensors are O(layers x experts), a lens O(layers x hidden size)), far below harm.
 MAX_MANIFEST_BYTES = 64 * 2**20

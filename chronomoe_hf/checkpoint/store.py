@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf import distributed
+from chronomoe_hf.checkpoint.card import note_in_card
 from chronomoe_hf.checkpoint.fingerprint import live_fingerprint
 from chronomoe_hf.checkpoint.manifest import MANIFEST_FILE, OLD_MANIFEST_FILE, short
 from chronomoe_hf.checkpoint.state_file import STATE_FOLDER, has_state, read_manifest, read_state, write_state
 from chronomoe_hf.checkpoint.system_state import advise_of_disagreement, pack, unloadable, unpack
 from chronomoe_hf.errors import StateError, StateMissingError, StateWriteError
 from chronomoe_hf.parts import Parts, Position
+
+logger = logging.getLogger("chronomoe_hf")
 
 # Finding the state of a directory for every rank, and what to do where there is none.
 
@@ -71,11 +75,11 @@ class StateStore:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._failed: str | None = None
-        self._advised = False
+        self._advised = self._told_of_biases = False
 
     def begin(self) -> None:
         """Start of a training run: the advice of a save may be printed once more."""
-        self._advised = False
+        self._advised = self._told_of_biases = False
 
     def pack(self, position: Position) -> dict[str, Any]:
         """``{"tensors": {name: CPU tensor}, "meta": JSON-ready mapping}``."""
@@ -108,6 +112,28 @@ class StateStore:
         if strict and not written:
             self._failed = str(directory)
         return written
+
+    def weights_written(self, directory: str | Path, governed: bool) -> None:
+        """``save_pretrained`` has written weights into `directory`: the card says what they do not hold.
+
+        Args:
+            directory: where they lie.
+            governed: something has acted on routing.
+        """
+        if not governed or not distributed.is_main() or not Path(directory).is_dir():
+            return
+        try:
+            lacking = note_in_card(directory, self.parts.layers)
+        except OSError as error:  # the state is there; a card is not worth a run
+            logger.warning("the card in %s could not be written: %s", directory, error)
+            return
+        if lacking and not self._told_of_biases:
+            self._told_of_biases = True
+            logger.warning(
+                "the correction bias that the balance law has moved is not among the adapter's weights in %s: keep its "
+                "folder chronomoe and load it with wrap(model, config, state=directory)",
+                directory,
+            )
 
     def read(
         self, directory: str | Path, governed: bool, on_missing: OnMissing, step: int | None

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from chronomoe_hf import distributed
 from chronomoe_hf.checkpoint.checks import check_layers, check_meta, check_tensors, load_roles, packed
-from chronomoe_hf.checkpoint.in_force import in_force
+from chronomoe_hf.checkpoint.correction import lacks_biases, load_biases, packed_biases
+from chronomoe_hf.checkpoint.in_force import in_force, layers_named
 from chronomoe_hf.checkpoint.manifest import WAY_OUT, short
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateError
@@ -37,7 +38,7 @@ _PER_LAYER_AXIS = {"ema_CLE": 1}
 def pack(parts: Parts, position: Position) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state as CPU tensors by name and a JSON-ready mapping."""
     tensors = {name: value.cpu() for name, value in parts.step_state.state_dict().items()}
-    tensors |= packed(parts.step_state.roles) | parts.drift.state_dict()
+    tensors |= packed(parts.step_state.roles) | parts.drift.state_dict() | packed_biases(parts.layers)
     for layer in parts.layers:
         if layer.handle.lens is not None:
             saved = layer.handle.lens.state_dict()
@@ -100,6 +101,7 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Po
         meta,
         pairs,
         [layer.takes_beta for layer in parts.layers],
+        [layer.native_bias for layer in parts.layers],
         [layer.handle.lens is not None for layer in parts.layers],
         parts.config,
     )
@@ -111,6 +113,7 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Po
         cut = parts.cut.read(None)
     # Checked: from here on nothing raises.
     window_steps = _load(parts, used.tensors, meta, pairs, whole)
+    used.unused.extend(_load_biases(parts.layers, tensors, pairs))
     parts.cut.load(cut)
     for new, saved in lenses.items():
         lens = parts.layers[new].handle.lens
@@ -134,6 +137,21 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Po
         governed=used.governed,
         beta_moved=used.beta_moved,
     )
+
+
+def _load_biases(layers: Sequence[Layer], tensors: Mapping[str, Tensor], pairs: Sequence[tuple[int, int]]) -> list[str]:
+    """Bring the correction biases back; what was left out, in words."""
+    left = load_biases(layers, tensors, pairs)
+    lines = [
+        f"the correction bias of {layers_named([at for at, each in left.items() if each == why])} ({why})"
+        for why in dict.fromkeys(left.values())
+    ]
+    if lacking := lacks_biases(layers, tensors, pairs):
+        lines.append(
+            f"nothing for the correction bias of {layers_named(lacking)}, which neither this state of an older "
+            "chronomoe_hf nor an adapter holds: it is that of the base model"
+        )
+    return lines
 
 
 def _lens_state(tensors: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from chronomoe_hf.checkpoint.card import CARD, END, ONLY_IN_STATE, START, put_section
+from chronomoe_hf.checkpoint.correction import missing_from_weights
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import SystemSnapshot
 
-START, END = "<!-- chronomoe:start -->", "<!-- chronomoe:end -->"
-CARD = "README.md"
+__all__ = ["CARD", "END", "START", "model_card_section", "write_model_card"]
 
 
 def model_card_section(system: ChronoSystem) -> str:
@@ -23,6 +24,8 @@ def model_card_section(system: ChronoSystem) -> str:
 def _acted(system: ChronoSystem) -> str:
     if not system.governed:
         return "Nothing acted on the routing: the model routes the same without chronomoe_hf."
+    if missing_from_weights(system.layers):
+        return ONLY_IN_STATE
     if system.config.beta.law == "balance" and all(layer.native_bias for layer in system.layers):
         return "The model's own balancing bias was trained: a plain load routes as trained."
     return (
@@ -58,18 +61,4 @@ def write_model_card(directory: str | Path, system: ChronoSystem, *, create: boo
     Returns:
         Whether a card was written.
     """
-    path = Path(directory) / CARD
-    section = model_card_section(system)
-    if not path.is_file():
-        if create:
-            path.write_text(section, encoding="utf-8")
-        return create
-    text = path.read_bytes().decode("utf-8")
-    before, found, rest = text.partition(START)
-    if found and END in rest:
-        after = rest.partition(END)[2].removeprefix("\n")
-        text = before + section + after
-    else:
-        text = f"{text.rstrip()}\n\n{section}" if text.strip() else section
-    path.write_bytes(text.encode("utf-8"))
-    return True
+    return put_section(directory, model_card_section(system), create=create)

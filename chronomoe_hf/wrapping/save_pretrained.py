@@ -46,4 +46,5 @@ def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs:
     if system is not None and system.config.checkpoint.save and kwargs.get("is_main_process", True):
         if id(system) not in _saved:
             system.save(save_directory)
+        system.store.weights_written(save_directory, system.governed)
     return result
