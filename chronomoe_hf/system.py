@@ -312,6 +312,8 @@ class ChronoSystem:
         self.last_snapshot = snapshot or self.last_snapshot
         self.cut.observe(snapshot)
         self.step_state.close_window()
+        for layer in self.layers:
+            layer.recorder.missed = 0
         self.window_steps, self.overhead_s = 0, 0.0
 
     def set_alert(self, kind: str, step: int, holds: bool, detail: str = "") -> None:

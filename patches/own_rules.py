@@ -114,7 +114,7 @@ class DbrxAdapter(ObserveOnly):
 
     def num_experts(self, router: Any) -> int:
         """Return the rows of the weight: the router keeps no count."""
-        return int(router.layer.weight.shape[0])
+        return int(router.layer.out_features)  # not the weight's rows: a packed weight has others
 
     def top_k(self, router: nn.Module) -> int:
         """Return the parent's k. Raises ContractError before `bind`."""
@@ -218,5 +218,9 @@ REFUSED = {
         module_of("doge"),
         "DogeCDMoE",
     ): "doge routes by product keys inside its feed-forward block, without a router module",
+    (
+        "transformers.integrations.mxfp4",
+        "Mxfp4GptOssMLP",
+    ): "its MXFP4 kernels read the router's weight and never call the router; load with Mxfp4Config(dequantize=True)",
 }
-"""Blocks that route without a router module: (module, class) -> reason."""
+"""Blocks that never call a router module: (module, class) -> reason. A router inside one is left alone too."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chronomoe_hf.distributed import is_sharded
 from chronomoe_hf.wrapping.discovery import clean_name
@@ -44,8 +45,8 @@ def fingerprint(entries: Iterable[tuple[str, Tensor]], sampled: Iterable[tuple[s
 
 
 def _line(tensor: Tensor, whole: bool) -> str:
-    if tensor.is_meta or is_sharded(tensor):
-        return UNREADABLE
+    if tensor.is_meta or is_sharded(tensor) or is_traceable_wrapper_subclass(tensor):
+        return UNREADABLE  # a tensor that stands for several others (torchao) has no bytes of its own
     tensor = tensor.detach()
     digest = hashlib.sha256()
     fits = whole and tensor.ndim <= 2 and tensor.numel() * tensor.element_size() <= WHOLE_BYTES

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+from chronomoe_hf.recording.faults import guarded
 from chronomoe_hf.recording.recorder import LayerRecorder
 from chronomoe_hf.router.state import HANDLE
 
@@ -75,25 +76,56 @@ class _Weights:
 class ChronoExperts(nn.Module):
     """Mixin placed before an experts class that follows the experts interface (hidden, index, weights)."""
 
+    chrono_native_class: ClassVar[type[nn.Module]]
+    plain_dispatch: ClassVar[bool] = False
+    """Whether the class dispatches by Transformers' own table of backends, whose order of rows is known here."""
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
         """The native module's inputs and output; records expert outputs on the way."""
         recorder: LayerRecorder = self.__dict__[HANDLE].recorder
         if not recorder.reads_outputs:
             return super().forward(hidden_states, top_k_index, top_k_weights, *args)  # type: ignore[misc]
-        config: Any = self.config
-        implementation: str = config._experts_implementation
-        # hasattr: the attribute exists from Transformers 5.20 on, and with it the place to look.
-        tapped = implementation in _TAPPED and hasattr(self, "has_post_expert_norm") and not self._is_expert_parallel
-        if tapped and not args and top_k_index.shape[-1] > 1:
-            return _run_tapped(recorder, self, implementation, hidden_states, top_k_index, top_k_weights)
-        output = super().forward(hidden_states, top_k_index, top_k_weights, *args)  # type: ignore[misc]
-        if top_k_index.shape[-1] == 1:
-            _read_single(recorder, output, top_k_index, top_k_weights, None)
-        else:
-            with torch.no_grad():
-                self._replay(recorder, hidden_states, top_k_index, top_k_weights)
+        if self.plain_dispatch and not args and top_k_index.shape[-1] > 1 and _is_tapped(self):
+            return self._run_tapped(recorder, hidden_states, top_k_index, top_k_weights)
+        output: Tensor = super().forward(hidden_states, top_k_index, top_k_weights, *args)  # type: ignore[misc]
+        guarded(recorder.fail_outputs, self._read, recorder, output, hidden_states, top_k_index, top_k_weights)
         return output
 
+    def _run_tapped(self, recorder: LayerRecorder, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """The native forward with a tap as ``self``; its rows are read. Where that fails, the native forward alone."""
+        tap = _Tap(self)
+        config: Any = self.config
+        grouped = config._experts_implementation == "grouped_mm"
+        if torch.compiler.is_compiling():
+            output: Tensor = self.chrono_native_class.forward(tap, hidden_TD, index_TK, weight_TK)
+            _read_rows(recorder, tap, None, grouped, index_TK, weight_TK)
+            return output
+        weights = _Weights(weight_TK) if grouped else None
+        failed: Exception | None = None
+        try:
+            output = self.chrono_native_class.forward(tap, hidden_TD, index_TK, weights if grouped else weight_TK)
+        except Exception as error:
+            failed = error
+        if failed is not None:
+            output = super().forward(hidden_TD, index_TK, weight_TK)  # type: ignore[misc]  # its own error passes
+            recorder.fail_outputs(failed)
+        elif tap.rows_AD is None:  # somebody has registered another backend under this name
+            guarded(recorder.fail_outputs, self._read, recorder, output, hidden_TD, index_TK, weight_TK)
+        else:
+            order_A = None if weights is None else weights.order_A
+            guarded(recorder.fail_outputs, _read_rows, recorder, tap, order_A, grouped, index_TK, weight_TK)
+        return output
+
+    def _read(
+        self, recorder: LayerRecorder, output_TD: Tensor, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
+    ) -> None:
+        """Read what the native forward has computed: by division, or by sending a few tokens through once more."""
+        if index_TK.shape[-1] == 1:
+            _read_single(recorder, output_TD, index_TK, weight_TK, None)
+        else:
+            self._replay(recorder, hidden_TD, index_TK, weight_TK)
+
+    @torch.no_grad()
     def _replay(self, recorder: LayerRecorder, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
         limit = recorder.coherence.max_tokens
         limit = None if limit is None else min(limit, _REPLAY_LIMIT)
@@ -118,8 +150,8 @@ class ChronoDirectExperts(ChronoExperts):
         native = super(ChronoExperts, self).forward
         output: Tensor = native(hidden_states, top_k_index, top_k_weights, *args)
         if recorder.reads_outputs:
-            with torch.no_grad():
-                self._replay(recorder, hidden_states.reshape(-1, hidden_states.shape[-1]), top_k_index, top_k_weights)
+            hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+            guarded(recorder.fail_outputs, self._replay, recorder, hidden_TD, top_k_index, top_k_weights)
         return output
 
 
@@ -148,12 +180,15 @@ class ChronoSwitchExperts(nn.Module):
         recorder: LayerRecorder = self.__dict__[HANDLE].recorder
         output: Tensor = super().forward(hidden_states, selected_experts, routing_weights)  # type: ignore[misc]
         if recorder.reads_outputs:
-            index_T1, kept_T1 = recorder.routed(output.shape[0])
-            if index_T1 is None:
-                mask_TE = selected_experts.reshape(output.shape[0], -1)
-                index_T1, kept_T1 = mask_TE.argmax(-1, keepdim=True), mask_TE.any(-1, keepdim=True)
-            _read_single(recorder, output, index_T1, routing_weights, kept_T1)
+            guarded(recorder.fail_outputs, self._read, recorder, output, selected_experts, routing_weights)
         return output
+
+    def _read(self, recorder: LayerRecorder, output_TD: Tensor, mask_T1E: Tensor, weight_T1: Tensor) -> None:
+        index_T1, kept_T1 = recorder.routed(output_TD.shape[0])
+        if index_T1 is None:
+            mask_TE = mask_T1E.reshape(output_TD.shape[0], -1)
+            index_T1, kept_T1 = mask_TE.argmax(-1, keepdim=True), mask_TE.any(-1, keepdim=True)
+        _read_single(recorder, output_TD, index_T1, weight_T1, kept_T1)
 
 
 @contextlib.contextmanager
@@ -169,30 +204,45 @@ def _without_dropout(experts: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _run_tapped(
-    recorder: LayerRecorder, experts: Any, implementation: str, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
-) -> Tensor:
-    """Run a library backend on the experts and record the rows of the sampled tokens on the way."""
-    backend = ALL_EXPERTS_FUNCTIONS[implementation]
-    tap = _Tap(experts)
-    order_A: Tensor | None = None
-    if implementation == "grouped_mm" and not torch.compiler.is_compiling():
-        weights = _Weights(weight_TK)
-        output: Tensor = backend(tap, hidden_TD, index_TK, weights)
-        order_A = weights.order_A
-    else:
-        output = backend(tap, hidden_TD, index_TK, weight_TK)
+def dispatches_plainly(native: type[nn.Module]) -> bool:
+    """Whether an experts class chooses its backend from Transformers' own table.
+
+    FP8 experts have a table of their own, with backends that need their scales; those of Liger and others have none.
+    The decorator of Transformers keeps the table in the closure of the forward that it makes.
+    """
+    cells = getattr(native.forward, "__closure__", None) or ()
+    return any(cell.cell_contents is ALL_EXPERTS_FUNCTIONS for cell in cells if _is_table(cell))
+
+
+def _is_table(cell: Any) -> bool:
+    try:
+        return isinstance(cell.cell_contents, ExpertsInterface)
+    except ValueError:  # an empty cell
+        return False
+
+
+def _is_tapped(experts: Any) -> bool:
+    """Whether the backend in force passes its unweighted rows through a method of the module."""
+    config = getattr(experts, "config", None)
+    # hasattr: the attribute exists from Transformers 5.20 on, and with it the place to look.
+    known = getattr(config, "_experts_implementation", None) in _TAPPED and hasattr(experts, "has_post_expert_norm")
+    return known and not experts._is_expert_parallel
+
+
+@torch.no_grad()
+def _read_rows(
+    recorder: LayerRecorder, tap: _Tap, order_A: Tensor | None, grouped: bool, index_TK: Tensor, weight_TK: Tensor
+) -> None:
+    """Record the rows of the sampled tokens that a backend has passed through the tap."""
     assert tap.rows_AD is not None, "the backend did not pass its rows through post_expert_norm"
+    num_tokens, num_k = index_TK.shape
+    sample = recorder.sample(num_tokens, index_TK.device)
     pick_A: Tensor | None
-    with torch.no_grad():
-        num_tokens, num_k = index_TK.shape
-        sample = recorder.sample(num_tokens, index_TK.device)
-        if implementation == "grouped_mm":
-            pick_A = _sorted_slots(recorder, sample, index_TK, order_A)
-        else:
-            pick_A = recorder.slots(sample, num_k, index_TK.device)
-        recorder.outputs(tap.rows_AD.detach(), pick_A, sample, weight_TK, index_TK)
-    return output
+    if grouped:
+        pick_A = _sorted_slots(recorder, sample, index_TK, order_A)
+    else:
+        pick_A = recorder.slots(sample, num_k, index_TK.device)
+    recorder.outputs(tap.rows_AD.detach(), pick_A, sample, weight_TK, index_TK)
 
 
 def _sorted_slots(recorder: LayerRecorder, sample: Any, index_TK: Tensor, order_A: Tensor | None) -> Tensor:
@@ -246,6 +296,5 @@ def reading_mode(experts: nn.Module, reader: str, top_k: int) -> str:
         return "replay"
     if top_k == 1:
         return "division"
-    config: Any = experts.config
-    tapped = config._experts_implementation in _TAPPED and hasattr(experts, "has_post_expert_norm")
-    return "rows" if tapped else "replay"
+    native = getattr(type(experts), "chrono_native_class", type(experts))
+    return "rows" if dispatches_plainly(native) and _is_tapped(experts) else "replay"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chronomoe_hf.config import ReaderName
 from chronomoe_hf.lens.direction import Folds, reader_sums, sum_real
+from chronomoe_hf.recording.faults import guarded
 from chronomoe_hf.recording.rows import TokenSample
 
 
@@ -24,6 +25,9 @@ class InputLayer(Protocol):
 
     reader: ReaderName
     inputs: Tensor | None
+
+    def fail(self, error: Exception) -> None:
+        """Summing its inputs has failed."""
 
 
 @dataclass
@@ -98,6 +102,13 @@ class InputTape:
         return _Chunk(x_TD.new_empty(size, num, width), x_TD.new_empty(size, width, dtype=torch.float32), folds)
 
     def _sum(self, chunk: _Chunk) -> None:
+        def failed(error: Exception) -> None:
+            for layer in chunk.layers:
+                layer.fail(error)
+
+        guarded(failed, self._add, chunk)
+
+    def _add(self, chunk: _Chunk) -> None:
         num, layers = len(chunk.layers), chunk.layers
         with torch.no_grad(), torch.autocast(chunk.rows_GND.device.type, enabled=False):
             real_GT = chunk.real[0][None] if num == 1 else torch.stack(chunk.real)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from chronomoe_hf import distributed
 from chronomoe_hf.config import CoherenceConfig, ReaderName
 from chronomoe_hf.lens.direction import SAMPLE, finite_rows, input_sums, sums_width
+from chronomoe_hf.recording.faults import guarded
 from chronomoe_hf.recording.reduce import DISAGREEMENT_SAMPLE, output_sums
 from chronomoe_hf.recording.rows import TokenSample
 from chronomoe_hf.recording.scope import ForwardScope
@@ -42,6 +43,8 @@ class LayerRecorder:
 
     Attributes:
         graph_train_R, graph_eval_R: float64 ``(R,)``: what compiled graphs add; see the top of this file.
+        missed: calls of the router in training, in this window, outside a forward of the model that owns it.
+        fault, outputs_fault: why nothing, or nothing of the experts' outputs, is recorded any more; None = it is.
         inputs: fp32 ``(2 D + 4,)``: sums over router inputs, laid out by ``lens.direction.input_sums``; None without
             a lens.
     """
@@ -64,6 +67,9 @@ class LayerRecorder:
         self.coherence = coherence
         self.reader = reader
         self.compares = compares
+        self.missed = 0
+        self.fault: str | None = None
+        self.outputs_fault: str | None = None
         self.graph_train_R = torch.zeros(sums.row.size, dtype=torch.float64)
         self.graph_eval_R = torch.zeros(sums.row.size, dtype=torch.float64)
         self.inputs = torch.zeros(sums_width(input_width)) if input_width else None
@@ -76,7 +82,7 @@ class LayerRecorder:
     @property
     def active(self) -> bool:
         """Whether the running forward is recorded."""
-        return self.scope.mode != "off"
+        return self.scope.mode != "off" and self.fault is None
 
     @property
     def any_steering(self) -> bool:
@@ -86,9 +92,24 @@ class LayerRecorder:
     @property
     def reads_outputs(self) -> bool:
         """Whether the running forward's expert outputs are read. A compiled graph reads them every time."""
-        if torch.compiler.is_compiling():
-            return self.active and self.coherence.enabled
-        return self.coherence.enabled and self.scope.reads_outputs(self.coherence.every)
+        if self.outputs_fault is not None or not self.active or not self.coherence.enabled:
+            return False
+        return torch.compiler.is_compiling() or self.scope.reads_outputs(self.coherence.every)
+
+    def not_active(self) -> None:
+        """The router was called and nothing is recorded: remember it where a training forward was to be seen."""
+        unseen = torch.is_grad_enabled() and self.scope.switches.training and not self.scope.inside
+        if unseen and torch._C._current_graph_task_id() == -1:  # not the recompute of activation checkpointing
+            self.missed += 1
+
+    def fail(self, error: Exception) -> None:
+        """A part of ours has failed in this layer's router: nothing of the layer is recorded from here on."""
+        self.fault = self.fault or self.sums.faults.tell(f"layer {self.layer_id}", "routing", error)
+
+    def fail_outputs(self, error: Exception) -> None:
+        """Reading this layer's expert outputs has failed: they are not read from here on; routing still is."""
+        told = self.outputs_fault or self.sums.faults.tell(f"layer {self.layer_id}", "outputs", error)
+        self.outputs_fault = told
 
     def to_(self, device: torch.device) -> None:
         """Move what the recorder holds itself."""
@@ -120,6 +141,11 @@ class LayerRecorder:
             native_TK: what it would have decided without; None while nothing steers.
             beta_full_E: the full beta, in logits; None while beta does not act.
         """
+        guarded(self.fail, self._routing, router, routing, native_TK, beta_full_E)
+
+    def _routing(
+        self, router: nn.Module, routing: Routing, native_TK: Tensor | None, beta_full_E: Tensor | None
+    ) -> None:
         call = RoutedCall(
             layer=self,
             router=router,
@@ -159,8 +185,11 @@ class LayerRecorder:
         A compiled graph does it in every step: a switch would cost a second variant of the graph.
         """
         wanted = torch.compiler.is_compiling() or self.scope.switches.router_input
-        if not wanted or self.scope.mode != "train" or self.inputs is None:
-            return
+        if wanted and self.scope.mode == "train" and self.inputs is not None:
+            guarded(self.fail, self._router_input, hidden)
+
+    def _router_input(self, hidden: Tensor) -> None:
+        assert self.inputs is not None
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             x_TD = hidden.detach().reshape(-1, hidden.shape[-1])
             real_T = finite_rows(x_TD)

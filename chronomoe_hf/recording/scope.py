@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, compiler, nn
 from transformers import PreTrainedModel
 
+from chronomoe_hf.recording.faults import guarded
 from chronomoe_hf.recording.rows import DECODER_LABELS, PadToken, TokenSample, real_tokens, sample_tokens
 from chronomoe_hf.recording.tape import Tape
 from chronomoe_hf.recording.totals import Sums
@@ -67,16 +68,20 @@ class _Cache:
 class ForwardScope(SharedInParts):
     """Whether the running forward counts, which of its rows are real tokens, and what it has left to be summed.
 
-    One scope belongs to each innermost PreTrainedModel that owns routers. Its pre-hook opens it, its always-called
-    post-hook closes it, so the recompute of activation checkpointing (which runs outside the owner), evaluation,
-    generation, no-grad forwards in training mode and function transforms (``torch.func``) are all left out. Closing
-    sums up the tape; a forward that failed is in no sum.
+    One scope belongs to each innermost PreTrainedModel that owns routers. Its forward (``ChronoOwner``) opens and
+    closes it, so the recompute of activation checkpointing (which runs outside the owner), evaluation, generation,
+    no-grad forwards in training mode and function transforms (``torch.func``) are all left out. Closing sums up the
+    tape; a forward that failed is in no sum.
 
     Args:
         switches: shared with the system.
         parameters: names of the owner's positional parameters.
         pad_token_id: of the owner.
         sums: where the tape goes.
+
+    Attributes:
+        inside: a forward of the owner is running, recorded or not.
+        fault: why no forward of this owner is recorded any more; None = they are.
     """
 
     def __init__(
@@ -90,6 +95,8 @@ class ForwardScope(SharedInParts):
         self.labels: Tensor | None = None
         self.note: str | None = None
         self.tape = Tape(Sums(1, 1) if sums is None else sums)
+        self.fault: str | None = None
+        self.inside = False
         self._cache = _Cache()
         self._step, self._micro = 0, 0
 
@@ -97,6 +104,7 @@ class ForwardScope(SharedInParts):
         """Decide the mode and read the padding mask from the owner's arguments."""
         if not torch.compiler.is_compiling():
             self.abandon()  # an interrupted forward never came to its end
+        self.inside = True
         self.mode = self._mode(training)
         if self.mode != "off":
             named = dict(zip(self.parameters, args, strict=False)) | kwargs
@@ -108,7 +116,14 @@ class ForwardScope(SharedInParts):
             step = self.switches.step
             self._step, self._micro = step, self._micro + 1 if step == self._step else 0
 
+    def fail(self, error: Exception) -> None:
+        """Opening or closing a scope has failed: no forward of this owner is recorded from here on."""
+        self.fault = self.fault or self.tape.sums.faults.tell("model", "routing", error)
+        self.abandon()
+
     def _mode(self, training: bool) -> Mode:
+        if self.fault is not None:
+            return "off"
         if training:
             if not (self.switches.training and torch.is_grad_enabled()):
                 return "off"
@@ -131,6 +146,7 @@ class ForwardScope(SharedInParts):
     def abandon(self) -> None:
         """Forget the forward without summing it."""
         self.mode = "off"
+        self.inside = False
         self.mask_T = None
         if not torch.compiler.is_compiling():
             self.tape.clear()
@@ -181,17 +197,44 @@ class ForwardScope(SharedInParts):
 
 
 def open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an owner; finds its scope through the module, so a deep copy records into its own."""
-    module.__dict__[SCOPE].open(module.training, args, kwargs)
+    """Forward pre-hook of an owner whose forward was replaced on the instance: its class is bypassed."""
+    scope: ForwardScope = module.__dict__[SCOPE]
+    guarded(scope.fail, scope.open, module.training, args, kwargs)
 
 
 def close_scope(module: nn.Module, args: Any, output: Any) -> None:
-    """Always-called forward hook of an owner; torch gives it no output where the forward raised."""
+    """Always-called forward hook of such an owner; torch gives it no output where the forward raised."""
     scope: ForwardScope = module.__dict__[SCOPE]
     if output is None:
         scope.abandon()
     else:
-        scope.close()
+        guarded(scope.fail, scope.close)
+
+
+class ChronoOwner(nn.Module):
+    """Mixin placed before the class of an owner of routers: its forward opens and closes the scope.
+
+    A hook would not do: libraries that call ``model.forward(...)`` (sentence-transformers does) run none.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The native forward, inside the scope; found through the module, so a deep copy records into its own."""
+        scope: ForwardScope | None = self.__dict__.get(SCOPE)
+        if scope is None:  # an instance that somebody made of this class
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            scope.open(self.training, args, kwargs)
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+            scope.close()
+            return output
+        guarded(scope.fail, scope.open, self.training, args, kwargs)
+        try:
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            scope.abandon()
+            raise
+        guarded(scope.fail, scope.close)
+        return output
 
 
 def open_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ one row, G layers of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.recording.columns import Row
+from chronomoe_hf.recording.faults import guarded
 from chronomoe_hf.recording.inputs import InputTape
 from chronomoe_hf.recording.reduce import (
     DISAGREEMENT_SAMPLE,
@@ -43,6 +44,12 @@ class Layerlike(Protocol):
     @property
     def reference(self) -> str:
         """What an expert's output is compared with; see ``CoherenceConfig``."""
+
+    def fail(self, error: Exception) -> None:
+        """Summing what its router left has failed."""
+
+    def fail_outputs(self, error: Exception) -> None:
+        """Summing what its experts left has failed."""
 
 
 @dataclass(frozen=True)
@@ -176,20 +183,23 @@ class Tape:
         self.inputs.sum_up()
         for group in _groups(calls):
             for part in _chunks(group):
-                self._sum_routing(mode, part, mask, sample)
+                guarded(_all(part, "fail"), self._sum_routing, mode, part, mask, sample)
 
     def _sum_outputs(self, mode: Recorded, chunk: OutputChunk) -> None:
         with torch.no_grad(), torch.autocast(chunk.rows_GSKD.device.type, enabled=False):
             for calls, rows_GSKD in _runs(chunk):
-                layer_ids = [call.layer.layer_id for call in calls]
-                value_GC = output_sums(
-                    output_batch(calls, rows_GSKD, chunk.sample, chunk.scale, chunk.divided),
-                    calls[0].layer.num_experts,
-                    self.sums.row.width,
-                    calls[0].layer.reference,
-                    self.sums.more(mode, layer_ids),
-                )
-                self.sums.add(mode, layer_ids, self.sums.row.outputs, value_GC)
+                guarded(_all(calls, "fail_outputs"), self._sum_run, mode, chunk, calls, rows_GSKD)
+
+    def _sum_run(self, mode: Recorded, chunk: OutputChunk, calls: list[OutputCall], rows_GSKD: Tensor) -> None:
+        layer_ids = [call.layer.layer_id for call in calls]
+        value_GC = output_sums(
+            output_batch(calls, rows_GSKD, chunk.sample, chunk.scale, chunk.divided),
+            calls[0].layer.num_experts,
+            self.sums.row.width,
+            calls[0].layer.reference,
+            self.sums.more(mode, layer_ids),
+        )
+        self.sums.add(mode, layer_ids, self.sums.row.outputs, value_GC)
 
     def _sum_routing(self, mode: Recorded, calls: list[RoutedCall], mask: Any, sample: Sampler) -> None:
         device, num_rows = calls[0].logits_TE.device, calls[0].logits_TE.shape[0]
@@ -279,6 +289,16 @@ def output_batch(
 
 def _stack(parts: list[Tensor]) -> Tensor:
     return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+
+
+def _all(calls: Sequence[RoutedCall] | Sequence[OutputCall], name: str) -> Callable[[Exception], None]:
+    """Tells an error to the layers of `calls`, by the method of that name."""
+
+    def failed(error: Exception) -> None:
+        for call in calls:
+            getattr(call.layer, name)(error)
+
+    return failed
 
 
 def _groups(calls: list[RoutedCall]) -> Iterator[list[RoutedCall]]:

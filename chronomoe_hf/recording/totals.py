@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.recording.columns import Row
+from chronomoe_hf.recording.faults import Faults
 from chronomoe_hf.recording.reduce import Reading
 from chronomoe_hf.recording.role_sums import RoleState
 from chronomoe_hf.recording.rows import IGNORED
@@ -33,6 +34,7 @@ class Sums:
 
     Attributes:
         labels: of the running forward, aligned with what is predicted; None where it was given none.
+        faults: what has failed in a forward, of all layers.
     """
 
     def __init__(self, num_layers: int, width: int, roles: RoleState | None = None) -> None:
@@ -42,6 +44,7 @@ class Sums:
         self.parts: dict[Recorded, dict[torch.device, Tensor]] = {"train": {}, "eval": {}}
         self.loss_parts: dict[Recorded, dict[torch.device, Tensor]] = {"train": {}, "eval": {}}
         self.labels: Tensor | None = None
+        self.faults = Faults()
 
     def on(self, mode: Recorded, device: torch.device) -> Tensor:
         """The sums on `device`, ``(L, R)``; made when first asked for."""

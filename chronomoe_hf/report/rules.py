@@ -90,6 +90,15 @@ ALERTS: dict[str, Rule] = {
         "stop: load the model with from_pretrained(checkpoint) and resume again.",
         'ChronoConfig(checkpoint=CheckpointConfig(repair="repair"))',
     ),
+    "RECORDING_FAILED": Rule(
+        "watch",
+        "recording failed in a layer",
+        "A part of chronomoe_hf raised an error in a layer's forward. Recording is off there from that step on; the "
+        "model and its training are not affected.",
+        "A fault of chronomoe_hf, or a module that it does not know (a kernel, a quantised weight). The alert names "
+        "the error; the log of the process has the traceback.",
+        "Please report it with the traceback. Numbers of other layers hold; numbers of this one end at that step.",
+    ),
 }
 
 STATES: dict[str, Rule] = {

@@ -45,6 +45,28 @@ class ChronoRouter(nn.Module):
         """The native router's inputs and outputs; see the class docstring."""
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         handle: RouterHandle = self.__dict__[HANDLE]
+        mask: RouterMask | None = self.__dict__.get(MASKS) or handle.mask
+        if torch.compiler.is_compiling() or mask is not None or handle.state.beta_on or handle.lens_open:
+            return self._governed(handle, mask, output, args, kwargs)
+        try:
+            self._watched(handle, output, input_of(args, kwargs, self.input_name))
+        except Exception as error:  # the model's own part is done: what fails here is ours, and changes nothing
+            handle.recorder.fail(error)
+        return output
+
+    def _watched(self, handle: RouterHandle, output: Any, hidden: Tensor) -> None:
+        """Nothing acts: have the state where the router runs, and remember what it decided."""
+        handle.follow(hidden)
+        if handle.recorder.active:
+            handle.recorder.router_input(hidden)
+            handle.recorder.routing(self, self.adapter.read(self, output), None, None)
+        elif self.training:
+            handle.recorder.not_active()
+
+    def _governed(
+        self, handle: RouterHandle, mask: RouterMask | None, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The output with what acts, recorded; in a compiled graph also where nothing does."""
         state, lens, adapter = handle.state, handle.lens, self.adapter
         hidden = input_of(args, kwargs, self.input_name)
         if not torch.compiler.is_compiling():
@@ -55,7 +77,8 @@ class ChronoRouter(nn.Module):
         together = torch.compiler.is_compiling() and lens is not None and handle.recorder.any_steering
         lens_open = together or handle.lens_open
         steers = state.beta_on or lens_open
-        mask: RouterMask | None = self.__dict__.get(MASKS) or handle.mask
+        if self.training and not (recording or torch.compiler.is_compiling()):
+            handle.recorder.not_active()
         if not (recording or steers or mask is not None):
             return output
         routing = adapter.read(self, output)

@@ -159,6 +159,12 @@ class Recorder(Protocol):
     def router_input(self, hidden: Tensor) -> None:
         """The router's input, where a lens will need it."""
 
+    def not_active(self) -> None:
+        """The router was called in training mode, and the call is not recorded."""
+
+    def fail(self, error: Exception) -> None:
+        """Something of ours failed in the router's forward: its layer is not recorded any more."""
+
 
 class Placer(Protocol):
     """Where the state of every layer lies; implemented in ``wrapping.placement``."""

@@ -24,7 +24,9 @@ NOT_OBSERVED = "NOT_OBSERVED"
 UNOBSERVED = "not observed: "  # begins the note of an event that says why its layer was not called
 NON_FINITE = "NON_FINITE"
 RESUME_MISMATCH = "RESUME_MISMATCH"
-KINDS = (PRE_COLLAPSE, COLLAPSE_CONFIRMED, DRIFT, NOT_OBSERVED, NON_FINITE, RESUME_MISMATCH)
+RECORDING_FAILED = "RECORDING_FAILED"
+NOT_RECORDED = "not recorded: "  # begins the note of an event that says why recording is off in its layer
+KINDS = (PRE_COLLAPSE, COLLAPSE_CONFIRMED, DRIFT, NOT_OBSERVED, NON_FINITE, RESUME_MISMATCH, RECORDING_FAILED)
 
 
 @dataclass(frozen=True)
@@ -192,9 +194,11 @@ def _layer_edges(layer: LayerSnapshot, step: int, history: AlertHistory, config:
     bad = layer.nonfinite_tokens
     detail = f"{bad} tokens with NaN or infinite router logits, excluded from every statistic" if bad else ""
     unseen = _cause(layer) if not layer.observed else ""
+    failed = [note.removeprefix(NOT_RECORDED) for note in layer.notes if note.startswith(NOT_RECORDED)]
     edges = [
         history.observe(NOT_OBSERVED, layer.layer_id, step, holds=not layer.observed, detail=unseen),
         history.observe(NON_FINITE, layer.layer_id, step, holds=bad > 0, detail=detail),
+        history.observe(RECORDING_FAILED, layer.layer_id, step, holds=bool(failed), detail="; ".join(failed)),
     ]
     if not layer.sufficient or layer.n_effective is None or layer.top2_share is None or layer.dead_experts is None:
         return edges  # insufficient evidence: no streak moves

@@ -12,7 +12,7 @@ from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.recording.columns import Row
 from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.telemetry import RoutingEvent
-from chronomoe_hf.telemetry.alerts import UNOBSERVED
+from chronomoe_hf.telemetry.alerts import NOT_RECORDED, UNOBSERVED
 from chronomoe_hf.telemetry.values import evidence_rows, known
 from chronomoe_hf.wrapping.layer import Layer
 
@@ -26,11 +26,19 @@ def why_unobserved(layer: Layer, others_ran: bool) -> str:
         layer: a layer that no training forward called in the window.
         others_ran: other layers of the model were called in it.
     """
-    router = layer.router
+    recorder, router = layer.recorder, layer.router
+    if (fault := recorder.fault or recorder.scope.fault) is not None:
+        return fault
     if not isinstance(router, ChronoRouter) or not any(module is router for module in layer.parent.modules()):
         return (
             f"another module runs in the place of {layer.name}, put there after wrap(); "
             "call chronomoe_hf.unwrap(model) and then wrap(model) on the model as it is now"
+        )
+    if recorder.missed:
+        return (
+            f"its router ran {recorder.missed} times in training, but outside any forward of the model that owns it: a "
+            "part of the model was called by itself, where padding and the end of a forward cannot be told; call the "
+            "model, or count those steps yourself"
         )
     if others_ran:
         return "other layers ran in this window and this one did not: no token took that branch of the model"
@@ -77,7 +85,8 @@ def layer_events(
     events = []
     for layer in layers:
         at, num = layer.layer_id, layer.num_experts
-        reads = config.coherence.enabled and layer.experts is not None
+        fault = layer.recorder.outputs_fault
+        reads = config.coherence.enabled and layer.experts is not None and fault is None
         names = _vectors_of(layer, config, reads, has_tokens=row.meta(window_LR[at], "tokens") > 0)
         fields: dict[str, Any] = {name: vectors[name][at][:num] for name in names if name in vectors}
         fields |= _window_numbers(row, window_LR[at])
@@ -94,7 +103,7 @@ def layer_events(
                 top_k=layer.top_k,
                 window_steps=window_steps,
                 expert_token_counts=counts[at][:num],
-                notes=[*layer.notes, *_remarks(row, window_LR[at], layer, reads, others_ran)],
+                notes=[*layer.notes, *_faults(layer), *_remarks(row, window_LR[at], layer, reads, others_ran)],
                 **fields,
                 lens_spread=known((lens_spread or {}).get(at)),
                 router_drift=_drift_of(host, at),
@@ -123,6 +132,13 @@ def window_shares(layers: Sequence[Layer], row: Row, host: Mapping[str, Any]) ->
         if total := float(count_E.sum()):
             shares[layer.layer_id] = [float(count) / total for count in count_E]
     return shares
+
+
+def _faults(layer: Layer) -> list[str]:
+    """What is not recorded any more, because a part of ours failed in a forward."""
+    recorder = layer.recorder
+    faults = (recorder.fault or recorder.scope.fault, recorder.outputs_fault)
+    return [NOT_RECORDED + fault for fault in faults if fault is not None]
 
 
 def _remarks(row: Row, window: Any, layer: Layer, reads: bool, others_ran: bool) -> list[str]:

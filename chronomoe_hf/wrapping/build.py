@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from chronomoe_hf.wrapping.class_swap import check_swappable, experts_class, rou
 from chronomoe_hf.wrapping.discovery import FoundLayer, Modules, find_layers
 from chronomoe_hf.wrapping.layer import Layer
 from chronomoe_hf.wrapping.native_bias import bias_dtype
+from chronomoe_hf.wrapping.weights import WAY_OUT, probe_input, quantised_router
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -91,7 +93,21 @@ def build_layers(root: nn.Module, config: ChronoConfig, switches: Switches) -> B
             "use ChronoConfig.observe()"
         )
     built.decoders.update(_decoders(root, scopes))
+    _warn_of_quantised(built.layers, config)
     return built
+
+
+def _warn_of_quantised(layers: list[Layer], config: ChronoConfig) -> None:
+    """A lens that was asked for and that quantisation takes away is named once, with the way out."""
+    if not (config.lens.enabled and config.control.enabled):
+        return
+    reasons = [reason for each in layers if (reason := quantised_router(each.adapter, each.router)) is not None]
+    if reasons:
+        warnings.warn(
+            f"{len(reasons)} of {len(layers)} layers get no lens, and nothing folds into their routers: {reasons[0]}; "
+            f"{WAY_OUT}",
+            stacklevel=5,
+        )
 
 
 def _config_of(module: nn.Module) -> Any:
@@ -173,7 +189,7 @@ def _make_layer(
         state.k_max = config.beta.balance_cap
     lens = None
     if config.lens.enabled and config.control.enabled:
-        if reason := adapter.refused("lens"):
+        if reason := adapter.refused("lens") or quantised_router(adapter, router):
             notes.append(f"no lens: {reason}")
         else:
             lens = ChronoLens(
@@ -224,16 +240,15 @@ def _probe(adapter: Adapter, router: nn.Module, parent: nn.Module) -> None:
     Raises:
         ContractError: the output is not what the adapter describes.
     """
-    weight = adapter.weight(router)
-    if weight.is_meta or weight.dim() != 2 or weight.numel() == 0 or not adapter.linear:
+    inputs = probe_input(adapter, router) if adapter.linear else None
+    if inputs is None:
         return
     extra = [bias] if adapter.bias_arg and (bias := adapter.native_bias(router, parent)) is not None else []
-    hidden_TD = torch.linspace(-1.0, 1.0, 4 * weight.shape[-1], device=weight.device, dtype=weight.dtype).view(4, -1)
     # Some routers keep what they saw (a capacity, a dtype), and training mode may draw random numbers: leave no trace.
     before = dict(router.__dict__)
     router.training = False
     try:
-        output = _first_that_runs(router, (hidden_TD, hidden_TD[None]), extra)
+        output = _first_that_runs(router, inputs, extra)
     finally:
         router.__dict__.clear()
         router.__dict__.update(before)
@@ -243,8 +258,9 @@ def _probe(adapter: Adapter, router: nn.Module, parent: nn.Module) -> None:
     probe(adapter, router, output)
 
 
-def _first_that_runs(router: nn.Module, inputs: tuple[torch.Tensor, ...], extra: list[torch.Tensor]) -> Any:
+def _first_that_runs(router: nn.Module, inputs: Iterable[torch.Tensor], extra: list[torch.Tensor]) -> Any:
     for hidden in inputs:
-        with torch.no_grad(), contextlib.suppress(TypeError, RuntimeError, ValueError, IndexError, AttributeError):
+        # Any error: made-up inputs may be what a router, or the kernel behind a packed weight, does not take.
+        with torch.no_grad(), contextlib.suppress(Exception):
             return router(hidden, *extra)
     return None

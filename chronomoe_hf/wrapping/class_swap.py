@@ -1,5 +1,8 @@
 """Putting the wrapped classes on a model's routers and experts, and taking them off again.
 
+The owner of the routers, the model whose forward opens the scope, gets a class too, under the name that it has: there
+`model.forward(...)` is seen as `model(...)` is.
+
 Swapping the class of an instance keeps its parameters, hooks, state_dict keys and place in the model as they are. Every
 wrapped class is made here, once for each native class; a pickled module names the native class and the mixins, from
 which a fresh process makes the class again.
@@ -8,6 +11,7 @@ which a fresh process makes the class again.
 from __future__ import annotations
 
 import copyreg
+import functools
 import inspect
 import types
 from typing import Any
@@ -17,11 +21,12 @@ from torch import nn
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import WrapError
 from chronomoe_hf.patches import Adapter, match_class
-from chronomoe_hf.recording.experts import experts_mixin
+from chronomoe_hf.recording.experts import ChronoExperts, dispatches_plainly, experts_mixin
 from chronomoe_hf.recording.scope import (
     DECODER,
     LABELS,
     SCOPE,
+    ChronoOwner,
     ForwardScope,
     Labelled,
     close_decoder,
@@ -33,6 +38,8 @@ from chronomoe_hf.recording.scope import (
 )
 from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.router.state import HANDLE, RouterHandle
+
+_SAME_NAME = ("__module__", "__qualname__", "__doc__")
 
 Mixins = tuple[type[nn.Module], ...]
 
@@ -72,12 +79,31 @@ def _class_of(mixins: Mixins, native: type[nn.Module]) -> type[nn.Module]:
     made = _CLASSES.get((mixins, native))
     if made is None:
         space: dict[str, Any] = {"__module__": __name__, "__reduce_ex__": _reduce_ex, _NATIVE: native}
+        name = f"Chrono{native.__name__}"
         if mixins[0] is ChronoRouter:
             space["adapter"] = match_class(native)
             space["input_name"] = list(inspect.signature(native.forward).parameters)[1]
-        made = type(f"Chrono{native.__name__}", (*mixins, native), space)
+        elif issubclass(mixins[0], ChronoExperts):
+            space["plain_dispatch"] = dispatches_plainly(native)
+        elif mixins[0] is ChronoOwner:
+            # Transformers looks models up by what their class is called: for what a forward may record, for the
+            # architecture in config.json, for losses and checkpoints. So nothing of that may change.
+            name = native.__name__
+            space |= {key: getattr(native, key) for key in _SAME_NAME}
+            space["forward"] = _owner_forward(native)
+        made = type(name, (*mixins, native), space)
         _CLASSES[(mixins, native)] = made
     return made
+
+
+def _owner_forward(native: type[nn.Module]) -> Any:
+    """``ChronoOwner.forward`` with the signature of the native one, which Trainer and others read."""
+
+    @functools.wraps(native.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ChronoOwner.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:
@@ -146,8 +172,12 @@ def add_hooks(scopes: dict[nn.Module, ForwardScope], decoders: dict[nn.Module, F
     """Open and close each scope around the forward of its owner; give the scope of a decoder its labels."""
     for owner, scope in scopes.items():
         owner.__dict__[SCOPE] = scope
-        owner.register_forward_pre_hook(open_scope, with_kwargs=True)
-        owner.register_forward_hook(close_scope, always_call=True)
+        if "forward" in owner.__dict__ and "_old_forward" not in owner.__dict__:  # what runs there is not the class's
+            owner.register_forward_pre_hook(open_scope, with_kwargs=True)
+            owner.register_forward_hook(close_scope, always_call=True)
+        else:
+            owner.__class__ = _class_of((ChronoOwner,), type(owner))
+            _rebind_hooked_forward(owner)
     for model, scope in decoders.items():
         model.__dict__[DECODER] = scope
         model.register_forward_pre_hook(open_decoder, with_kwargs=True)
@@ -165,6 +195,10 @@ def add_label_hooks(models: dict[nn.Module, Labelled]) -> None:
 
 def remove_hooks(module: nn.Module) -> None:
     """Undo `add_hooks` and `add_label_hooks` on one module."""
+    if SCOPE in module.__dict__ and isinstance(module, ChronoOwner) and _NATIVE in type(module).__dict__:
+        module.__class__ = getattr(type(module), _NATIVE)
+        _rebind_hooked_forward(module)
+    # Where FSDP has mixed its class into an owner's, the class stays: without a scope its forward is the native one.
     module.__dict__.pop(SCOPE, None)
     module.__dict__.pop(DECODER, None)
     module.__dict__.pop(LABELS, None)

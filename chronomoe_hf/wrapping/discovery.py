@@ -215,7 +215,7 @@ def find_layers(model: nn.Module) -> tuple[list[FoundLayer], list[RefusedLayer]]
                 reason = f"{class_name} has no adapter in this version of chronomoe_hf"
         if reason is not None:
             refused.setdefault(name, RefusedLayer(name, class_name, reason))
-        elif adapter is not None:
+        elif adapter is not None and not any(refusal(above) for above in place.above):
             layer = _found(model, place, adapter)
             if place.runs:
                 found.append(layer)
@@ -303,5 +303,7 @@ def _unreadable(experts: nn.Module | None, adapter: Adapter) -> str | None:
     if experts_mixin(adapter.experts_call) is None:
         return f"no reader for the experts of {adapter.family} ({adapter.experts_call})"
     if "forward" in experts.__dict__ and "_old_forward" not in experts.__dict__:
-        return "the experts' forward was replaced on the instance (expert or tensor parallel)"
+        own = experts.__dict__["forward"]
+        name = getattr(own, "__qualname__", type(own).__name__)
+        return f"the experts' forward was replaced on the instance by {name} (a kernel, expert or tensor parallel)"
     return None

@@ -26,6 +26,7 @@ from chronomoe_hf.errors import WrapError
 from chronomoe_hf.lens.lens import fold_weight
 from chronomoe_hf.patches.rules import TopKSquash
 from chronomoe_hf.wrapping.layer import Layer
+from chronomoe_hf.wrapping.weights import packed_as, quantised_router
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -96,7 +97,11 @@ def _fold_layer(model: nn.Module, layer: Layer, differs: float | None) -> FoldRe
     handle = layer.handle
     if handle.lens_open:
         assert handle.lens is not None
-        reason = layer.adapter.refused("fold") or _adapted(model, layer)
+        reason = (
+            layer.adapter.refused("fold")
+            or _adapted(model, layer)
+            or quantised_router(layer.adapter, layer.router)  # also where that happened after wrap
+        )
         if reason is None:
             weight_ED = layer.adapter.weight(layer.router)
             weight_ED.copy_(fold_weight(weight_ED, handle.lens.V, handle.lens.U, handle.lens.scale))
@@ -107,6 +112,8 @@ def _fold_layer(model: nn.Module, layer: Layer, differs: float | None) -> FoldRe
     if _has_beta(layer):
         target_E, reason = _beta_target(layer)
         reason = reason or _adapted(model, layer)
+        if target_E is not None and reason is None and (packed := packed_as(target_E)) is not None:
+            reason = f"the bias is quantised ({packed})"
         if target_E is not None and reason is None:
             state = handle.state
             target_E.add_(state.beta_applied.to(device=target_E.device, dtype=target_E.dtype))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from chronomoe_hf import distributed
 from chronomoe_hf.wrapping.layer import Layer
+from chronomoe_hf.wrapping.weights import packed_as
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -34,8 +35,8 @@ class RouterDrift:
 
     The drift of an expert is ``|W_e - W_e(start)| / |W_e(start)|`` (Euclidean norms, computed in fp32 or better):
     0 = has not moved, 1 = has moved by its own length. Unknown where the weight cannot be read whole outside a forward
-    (FSDP, ZeRO-3, tensor parallel, offloaded), where an adapter that is not merged acts on it, and where the row was
-    zero.
+    (FSDP, ZeRO-3, tensor parallel, offloaded), where it is quantised, where an adapter that is not merged acts on it,
+    and where the row was zero.
 
     Args:
         layers: the wrapped layers.
@@ -60,7 +61,7 @@ class RouterDrift:
             weight_ED, path = layer.adapter.weight(layer.router), names.get(id(layer.router), "")
             if distributed.is_sharded(weight_ED) or weight_ED.is_meta or _ADAPTER_WRAPPER in path.split("."):
                 continue
-            if weight_ED.dim() == 2 and weight_ED.is_floating_point():
+            if weight_ED.dim() == 2 and packed_as(weight_ED) is None:
                 yield layer, weight_ED.detach()
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from chronomoe_hf.distributed import is_sharded
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.wrapping.discovery import FoundLayer
+from chronomoe_hf.wrapping.weights import packed_as
 
 # Whether the weights of a layer's experts can be written here: one answer for refitting, splitting and merging.
 
@@ -43,8 +44,8 @@ def require_writable(layer: FoundLayer, weights: Iterable[Tensor], doing: str) -
                 f"{layer.name}: its experts are sharded over the ranks (FSDP, DeepSpeed ZeRO-3, tensor parallel); "
                 f"{doing} a model loaded whole, in one process"
             )
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise LifecycleError(f"{layer.name}: its experts are stored as {weight.dtype}; {doing} before quantising")
+        if (packed := packed_as(weight)) is not None:
+            raise LifecycleError(f"{layer.name}: its experts are stored as {packed}; {doing} before quantising")
         if weight.device.type == "meta":
             raise LifecycleError(f"{layer.name}: its experts are offloaded; load the model so that they are in memory")
 
