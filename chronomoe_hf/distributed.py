@@ -95,6 +95,11 @@ def is_sharded(weight: Tensor) -> bool:
     return isinstance(weight, DTensor) or hasattr(weight, "ds_id") or hasattr(weight, "ds_shape")
 
 
+def local_part(weight: Tensor) -> Tensor:
+    """What this process holds of `weight`: a DTensor's own part, else the tensor itself. No collective."""
+    return weight._local_tensor if isinstance(weight, DTensor) else weight
+
+
 def is_sharded_module(module: nn.Module) -> bool:
     """Whether FSDP2 (``fully_shard``) has made a unit of the module: its class is then mixed into the module's."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and without it there is no such unit

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from chronomoe_hf import distributed
 from chronomoe_hf.patches import Adapter
 
 WAY_OUT = (
@@ -35,7 +35,7 @@ def packed_as(weight: Tensor) -> str | None:
     Returns:
         For messages: ``"torch.uint8 (Params4bit)"``, ``"Int8Tensor"``.
     """
-    local = weight._local_tensor if isinstance(weight, DTensor) else weight
+    local = distributed.local_part(weight)
     kind = type(local).__name__
     if is_traceable_wrapper_subclass(local):
         return kind
