@@ -180,34 +180,28 @@ def _tensorboard(callback: Any, snapshot: SystemSnapshot) -> None:
 
 def _wandb(callback: Any, snapshot: SystemSnapshot) -> None:
     wandb = callback._wandb
-    if wandb is None or wandb.run is None:
-        return
-    load_E = _known(relative_load(snapshot))
-    if load_E.size:
-        pictures = {
-            f"train/{HEATMAP}": wandb.Image(heatmap(snapshot), caption=CAPTION),
-            f"train/{HISTOGRAM}": wandb.Histogram(load_E.tolist()),
-        }
-        wandb.log({**pictures, "train/global_step": snapshot.step})
-    for alert in snapshot.alerts:
-        level = wandb.AlertLevel.WARN if alert.state == "raised" else wandb.AlertLevel.INFO
-        wandb.run.alert(title=_title(alert), text=_text(alert), level=level)
+    if wandb is not None and wandb.run is not None:
+        _show_in(wandb, wandb.run.alert, snapshot, {"train/global_step": snapshot.step})
 
 
 def _trackio(callback: Any, snapshot: SystemSnapshot) -> None:
     trackio = callback._trackio
-    if trackio is None or not callback._initialized:
-        return
+    if trackio is not None and callback._initialized:
+        _show_in(trackio, trackio.alert, snapshot, {})
+
+
+def _show_in(tracker: Any, alert: Callable[..., Any], snapshot: SystemSnapshot, extra: dict[str, int]) -> None:
+    """Pictures and alerts of a window, in one of the two trackers whose module has the words of W&B."""
     load_E = _known(relative_load(snapshot))
     if load_E.size:
         pictures = {
-            f"train/{HEATMAP}": trackio.Image(heatmap(snapshot), caption=CAPTION),
-            f"train/{HISTOGRAM}": trackio.Histogram(load_E.tolist()),
+            f"train/{HEATMAP}": tracker.Image(heatmap(snapshot), caption=CAPTION),
+            f"train/{HISTOGRAM}": tracker.Histogram(load_E.tolist()),
         }
-        trackio.log({**pictures, "train/global_step": snapshot.step})
-    for alert in snapshot.alerts:
-        level = trackio.AlertLevel.WARN if alert.state == "raised" else trackio.AlertLevel.INFO
-        trackio.alert(title=_title(alert), text=_text(alert), level=level)
+        tracker.log({**pictures, **extra})
+    for edge in snapshot.alerts:
+        level = tracker.AlertLevel.WARN if edge.state == "raised" else tracker.AlertLevel.INFO
+        alert(title=_title(edge), text=_text(edge), level=level)
 
 
 _SHOW: dict[str, Callable[[Any, SystemSnapshot], None]] = {
