@@ -49,6 +49,7 @@ class Position:
         attempt: start or resume of the run.
         governed: something has acted on routing.
         beta_moved: a law has moved beta.
+        interval: optimizer steps in a window; None in a state of a version that did not save it.
     """
 
     step: int
@@ -57,3 +58,4 @@ class Position:
     attempt: int
     governed: bool
     beta_moved: bool
+    interval: int | None = None

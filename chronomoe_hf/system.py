@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -43,6 +43,16 @@ from chronomoe_hf.wrapping.placement import Placement
 
 logger = logging.getLogger("chronomoe_hf")
 
+DEFAULT_INTERVAL = 100  # optimizer steps in a window, where no run says how long it is
+WINDOWS_OF_A_RUN = 20
+
+
+class _Shape(NamedTuple):
+    layer_id: int
+    n_experts: int
+    top_k: int
+    cut: list[int]
+
 
 class ChronoSystem:
     """State and control of one wrapped model; made by ``wrap``, found by ``system_of``.
@@ -64,6 +74,7 @@ class ChronoSystem:
         run_id: of the run.
         records: where its records go.
         governed: something has acted on routing.
+        interval: optimizer steps in a window; see :meth:`fit_interval`.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer], config: ChronoConfig, switches: Switches) -> None:
@@ -73,6 +84,7 @@ class ChronoSystem:
         self.switches = switches
         self.run_id = uuid.uuid4().hex[:12]
         self.global_step = self.window_steps = 0
+        self.interval = DEFAULT_INTERVAL if config.interval is None else config.interval
         self.sums = layers[0].recorder.sums
         sizes, top_k = [layer.num_experts for layer in layers], [layer.top_k for layer in layers]
         self.step_state = StepState(sizes, [layer.takes_beta for layer in layers], top_k, self.sums.roles)
@@ -172,7 +184,7 @@ class ChronoSystem:
         if self.config.beta.law == "balance":
             actuate.balance(self.step_state, self.layers, self.config, self.step_state.row.count(row_LR))
             self.governed = self.beta_moved = True
-        closing = global_step % self.config.interval == 0 and not repeated
+        closing = global_step % self.interval == 0 and not repeated
         snapshot = self._close_window(global_step, inputs) if closing else None
         if not repeated and self.cut.due(global_step):
             snapshot = snapshot or self.close_window()  # the open window ends before the cut
@@ -192,7 +204,7 @@ class ChronoSystem:
         at, host = self._moment(), self._read()
         events = self.host.events(at, host)
         snapshot = self.host.summarise(at, events, host, self.alerts)
-        self.records.window(events, snapshot)
+        self.records.window(events, snapshot, reference=self.alerts.reference)
         self._reset_window(snapshot)
         return snapshot
 
@@ -224,6 +236,13 @@ class ChronoSystem:
         self._stepped = None
         self.store.begin()
 
+    def fit_interval(self, max_steps: int) -> None:
+        """With ``ChronoConfig(interval=None)``: a window is a twentieth of a run of `max_steps`, between 1 and 100."""
+        if self.config.interval is None:
+            fitted = min(DEFAULT_INTERVAL, max(1, max_steps // WINDOWS_OF_A_RUN))
+            self.interval = fitted if max_steps > 0 else DEFAULT_INTERVAL
+            self._set_switches()
+
     def switch_beta_on(self, on: bool = True) -> None:
         """Let a beta that was set by hand act from the next forward on; a law does this with its first update."""
         self.beta_moved = on
@@ -237,7 +256,7 @@ class ChronoSystem:
             layer.handle.state.beta_on = acts and layer.takes_beta
         # The lens is aimed by the mean router input of the last step of a window: summing every step would cost a
         # pass over the hidden states for numbers that are thrown away.
-        upcoming = (self.global_step + 1) % self.config.interval == 0
+        upcoming = (self.global_step + 1) % self.interval == 0
         self.switches.router_input = self.config.lens.enabled and self.config.control.enabled and upcoming
         self.switches.any_steering = any(layer.handle.state.beta_on or layer.handle.lens_open for layer in self.layers)
 
@@ -351,11 +370,21 @@ class ChronoSystem:
     # ---- files -------------------------------------------------------------------------------------------------
 
     def _position(self) -> Position:
-        return Position(self.global_step, self.window_steps, self.run_id, self.attempt, self.governed, self.beta_moved)
+        return Position(
+            self.global_step,
+            self.window_steps,
+            self.run_id,
+            self.attempt,
+            self.governed,
+            self.beta_moved,
+            self.interval,
+        )
 
     def _adopt(self, position: Position) -> None:
         self.global_step, self.window_steps, self.run_id = position.step, position.window_steps, position.run_id
         self.governed, self.beta_moved = position.governed, position.beta_moved
+        if self.config.interval is None and position.interval is not None:
+            self.interval = position.interval
         self._stepped = None
         restore_fp32_bias(self.layers)
         self.controller.initialize(run_id=self.run_id)
@@ -443,8 +472,20 @@ class ChronoSystem:
             layers=self.layers,
             model_class=type(self.model).__name__,
             resume_step=resume_step,
+            interval=self.interval,
+            adapter=any(type(module).__module__.startswith("peft.") for module in self.model.modules()),
         )
+        self.record_baseline(again=resume_step is not None)
 
-    def close_telemetry(self) -> None:
-        """Close the record files; reports dropped records."""
-        self.records.close()
+    def record_baseline(self, again: bool = False) -> None:
+        """Write the baseline, if there is one that is not written yet; `again`: also one that is."""
+        shapes = [_Shape(layer.layer_id, layer.num_experts, layer.top_k, list(layer.cut)) for layer in self.layers]
+        self.records.baseline(self.alerts.reference, shapes, self.global_step, again)
+
+    def close_telemetry(self, completed: bool = True) -> None:
+        """Close the record files; reports dropped records.
+
+        Args:
+            completed: the run came to its end; False for one that broke off.
+        """
+        self.records.close(self.global_step, completed)

@@ -153,6 +153,7 @@ _OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "world_size": (is_count, "a non-negative integer"),
     "config": (lambda value: isinstance(value, dict), "a table"),
     "cut": (lambda value: isinstance(value, dict), "a table"),
+    "interval": (lambda value: value is None or (is_count(value) and value > 0), "null or a positive integer"),
     "topk_disagreement": (_are(_is_share), "a list of null or numbers in [0, 1]"),
 }
 
@@ -197,8 +198,42 @@ def _check_alerts(alerts: Mapping[str, Any]) -> None:
         raise _fault("alerts.active", active, "a list of {kind, layer_id, step, detail}")
     if not isinstance(baseline, dict) or not all(_are(_is_number)(values) for values in baseline.values()):
         raise _fault("alerts.baseline", baseline, "a table of lists of finite numbers")
+    if not _is_reference(alerts.get("reference", {})):
+        raise _fault("alerts.reference", alerts["reference"], "a baseline: counts of every layer, and what was watched")
     if not isinstance(alerts.get("governed"), bool):
         raise _fault("alerts.governed", alerts.get("governed"), "true or false")
+
+
+def _is_reference(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("source", ""), str):
+        return False
+    tables = [value.get(name, {}) for name in ("layers", "noise", "quiet")]
+    if not all(isinstance(table, dict) for table in tables):
+        return False
+    layers, noise, quiet = tables
+    return (
+        all(
+            isinstance(entry, dict)
+            and _are(is_count)(entry.get("counts"))
+            and all(is_count(entry.get(name)) for name in ("windows", "step"))
+            and isinstance(entry.get("settled"), bool)
+            and (entry.get("coherence_mean") is None or _is_number(entry["coherence_mean"]))
+            for entry in layers.values()
+        )
+        and all(
+            isinstance(each, dict)
+            and all(
+                isinstance(row, dict) and _is_number(row.get("last")) and _are(_is_number)(row.get("steps"))
+                for row in each.values()
+            )
+            for each in noise.values()
+        )
+        and all(
+            isinstance(each, dict)
+            and all(name.isdigit() and _are(_is_number)(row) and len(row) == 2 for name, row in each.items())
+            for each in quiet.values()
+        )
+    )
 
 
 def _is_number(value: Any) -> bool:

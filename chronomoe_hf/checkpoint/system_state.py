@@ -56,6 +56,7 @@ def pack(parts: Parts, position: Position) -> tuple[dict[str, Tensor], dict[str,
         "lifecycle": parts.lifecycle.state_dict(),
         "alerts": parts.alerts.state_dict(),
         "world_size": distributed.world_size(),
+        "interval": position.interval,
     }
     cut = parts.cut.state_dict()
     if cut is not None:
@@ -136,6 +137,7 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Po
         attempt=int(meta.get("attempt", 0)),
         governed=used.governed,
         beta_moved=used.beta_moved,
+        interval=meta.get("interval") or _interval_of(meta.get("config")),
     )
 
 
@@ -152,6 +154,12 @@ def _load_biases(layers: Sequence[Layer], tensors: Mapping[str, Tensor], pairs: 
             "chronomoe_hf nor an adapter holds: it is that of the base model"
         )
     return lines
+
+
+def _interval_of(config: Any) -> int | None:
+    """The interval in the settings of a state that was saved before it was kept apart from them."""
+    interval = config.get("interval") if isinstance(config, Mapping) else None
+    return interval if isinstance(interval, int) and interval > 0 else None
 
 
 def _lens_state(tensors: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:

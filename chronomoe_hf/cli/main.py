@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from chronomoe_hf.cli import candidates, export, inspect, measure, plan, profile, report, run, tail, validate
+from chronomoe_hf.cli import candidates, export, inspect, measure, plan, profile, report, run, summary, tail, validate
 from chronomoe_hf.cli.output import FAILED, safe_streams
 from chronomoe_hf.errors import ChronoError
 
-EPILOG = "Exit codes: 0 fine, 1 an error, 2 wrong usage, 3 alerts or faults were found."
+EPILOG = "Exit codes: 0 fine, 1 an error, 2 wrong usage, 3 alerts or faults were found, 4 watch, 5 act (a verdict)."
 
 app = typer.Typer(
     help="Look at mixture-of-experts models and runs.",
@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, profile, run, tail, report, candidates, plan, measure, export, validate):
+for command in (inspect, profile, run, tail, report, summary, candidates, plan, measure, export, validate):
     command.register(app)
 
 

@@ -15,7 +15,8 @@ from chronomoe_hf.errors import TelemetryError
 if TYPE_CHECKING:
     from rich.console import Console
 
-FINE, FAILED, USAGE, FOUND = 0, 1, 2, 3  # FOUND: alerts or faults were found
+FINE, FAILED, USAGE, FOUND, WATCH, ACT = 0, 1, 2, 3, 4, 5  # FOUND: alerts or faults were found
+LEVEL_EXITS = {"healthy": FINE, "watch": WATCH, "act": ACT}  # of a verdict, with --check
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")]
 

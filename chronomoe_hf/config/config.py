@@ -100,6 +100,7 @@ PRESETS: dict[PresetName, Preset] = {
             "lifecycle.split": "off",
         },
         other={
+            "interval": 100,
             "beta.tau": 0.5,
             "beta.eta": 0.01,
             "beta.k_max": 0.3,
@@ -151,7 +152,9 @@ class ChronoConfig(ConfigBase):
     """All settings of one wrapped model.
 
     Args:
-        interval: optimizer steps in a telemetry window; control acts when a window closes.
+        interval: optimizer steps in a telemetry window; control acts when a window closes. None = a twentieth of the
+            run, between 1 and 100, fixed when a Trainer begins to train and written into the manifest and the state;
+            100 in a loop of your own.
         contract: the preset that this config was made from, None for one that was built from parts. It is not
             compared: two configs with equal settings are equal.
         schema_version: of this config's JSON form.
@@ -169,7 +172,7 @@ class ChronoConfig(ConfigBase):
         ConfigError: unknown names, wrong types, values out of range, a contradiction to the preset.
     """
 
-    interval: int = 100
+    interval: int | None = None
     coherence: CoherenceConfig = field(default_factory=CoherenceConfig)
     alerts: AlertConfig = field(default_factory=AlertConfig)
     beta: BetaConfig = field(default_factory=BetaConfig)
@@ -183,7 +186,8 @@ class ChronoConfig(ConfigBase):
     schema_version: int = CONFIG_SCHEMA
 
     def _check(self) -> None:
-        positive("interval", self.interval)
+        if self.interval is not None:
+            positive("interval", self.interval)
         require(
             self.schema_version == CONFIG_SCHEMA,
             f"schema_version is {CONFIG_SCHEMA} in this version, got {self.schema_version}; leave it out",

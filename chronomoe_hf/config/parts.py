@@ -291,7 +291,8 @@ class AlertConfig(ConfigBase):
         top2_confirmed: COLLAPSE_CONFIRMED above this relative top-2 share, with a dead expert.
         drift_fraction: DRIFT below this fraction of the run's own baseline n_effective.
         pre_after, confirmed_after, drift_after: consecutive snapshots before the alert is raised.
-        baseline_windows: full windows averaged into the baseline.
+        baseline_windows: at least so many windows make the baseline.
+        baseline_tokens: windows are added to the baseline until every expert could have had so many assignments.
         min_window_tokens: assignments per expert (on average) below which a window gives no alert.
     """
 
@@ -302,7 +303,8 @@ class AlertConfig(ConfigBase):
     pre_after: int = 3
     confirmed_after: int = 5
     drift_after: int = 3
-    baseline_windows: int = 3
+    baseline_windows: int = 1
+    baseline_tokens: int = 50
     min_window_tokens: int = 8
 
     def _check(self) -> None:
@@ -310,7 +312,8 @@ class AlertConfig(ConfigBase):
             between(f"alerts.{name}", getattr(self, name), 0.0, 1.0)
         for name in ("pre_after", "confirmed_after", "drift_after", "baseline_windows"):
             positive(f"alerts.{name}", getattr(self, name))
-        between("alerts.min_window_tokens", self.min_window_tokens, 0, math.inf)
+        for name in ("min_window_tokens", "baseline_tokens"):
+            between(f"alerts.{name}", getattr(self, name), 0, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,6 +408,9 @@ class TelemetryConfig(ConfigBase):
         scalars: add ``moe/...`` scalars to the Trainer's logs.
         per_layer_scalars: also one set of scalars per layer.
         evaluation: record evaluation apart from training (``eval_moe/...``).
+        baseline: what the run is compared with: ``"windows"`` (its first windows, until every expert could have had
+            ``alerts.baseline_tokens`` assignments), ``"forward"`` (a few training batches, read forward only before the
+            first step), or the directory of a profile of this model on this data.
         on_error: ``"warn"`` keeps training when our own code fails, ``"raise"`` stops.
     """
 
@@ -413,6 +419,7 @@ class TelemetryConfig(ConfigBase):
     scalars: bool = True
     per_layer_scalars: bool = False
     evaluation: bool = True
+    baseline: str | os.PathLike[str] = "windows"
     on_error: Literal["warn", "raise"] = "warn"
 
 

@@ -5,6 +5,7 @@ Shape suffixes: L layers, E experts, R numbers of one accumulator row.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from chronomoe_hf.jsonfiles import write_bytes, write_json
 from chronomoe_hf.metrics import js
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.system import ChronoSystem
-from chronomoe_hf.telemetry import AlertHistory, SystemSnapshot, TelemetryWriter, run_manifest
+from chronomoe_hf.telemetry import SystemSnapshot, TelemetryWriter, run_manifest
 from chronomoe_hf.window.events import layer_events
 
 SUMMARY = "profile.json"
@@ -53,7 +54,6 @@ class Records:
     ) -> None:
         self.system, self.interval, self.run_id, self.model_name = system, interval, run_id, model_name
         self.state = StepState([layer.num_experts for layer in system.layers])
-        self.alerts = AlertHistory()
         self.step = 0
         self.window_steps = 0
         self.count_LE = np.zeros((len(system.layers), self.state.row.width), dtype=np.int64)
@@ -105,14 +105,15 @@ class Records:
             run_id=self.run_id,
             model_name=self.model_name,
             n_layers=len(self.system.layers),
-            alert_history=self.alerts,
+            alert_history=None,
             val_loss=loss,
             config=self.system.config.alerts,
         )
+        # Nothing was trained: there is nothing to alert about, whatever the level of the load.
+        snapshot = dataclasses.replace(snapshot, alerts=[], active_alerts=[])
         if self.writer is not None:
             self.writer.write_many("routing_events", events)
             self.writer.write("snapshots", snapshot)
-            self.writer.write_many("alerts", snapshot.alerts)
         self.last = snapshot
         self.state.close_window()
         self.window_steps = 0

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from chronomoe_hf.errors import TelemetryError
+from chronomoe_hf.metrics import effective_experts
 from chronomoe_hf.telemetry.arrays import Array, Frame
 from chronomoe_hf.telemetry.events import COUNTS
-from chronomoe_hf.telemetry.per_expert import read_windows
+from chronomoe_hf.telemetry.per_expert import read_events, read_windows
 from chronomoe_hf.telemetry.reader import (
+    BASELINES,
     CUTS,
     DIRECTORY,
     EFFECTS,
@@ -92,6 +94,9 @@ class RunData:
         others: names of other runs in the directory.
         broken: lines and records that could not be read.
         profile: ``profile.json`` of a profile; empty for a training run.
+        baseline: layer -> its row of the last baseline record; empty where the run has none.
+        eval_loss: ``(step, evaluation loss)`` as Trainer logged it.
+        evaluations: ``(step, name)`` -> layer -> mean load of an evaluation, as its Neff / E.
     """
 
     name: str
@@ -112,6 +117,14 @@ class RunData:
     profile: dict[str, Any] = field(default_factory=dict)
     roles: list[dict[str, Any]] = field(default_factory=list)
     proposals: list[dict[str, Any]] = field(default_factory=list)
+    baseline: dict[int, dict[str, Any]] = field(default_factory=dict)
+    eval_loss: list[tuple[int, float]] = field(default_factory=list)
+    evaluations: dict[tuple[int, str], dict[int, float]] = field(default_factory=dict)
+
+    @property
+    def interval(self) -> int | None:
+        """Optimizer steps in a window, as the run began with it."""
+        return whole(self.manifest.get("interval"), 1) or whole(self.config.get("interval"), 1)
 
     @property
     def model(self) -> str:
@@ -174,9 +187,12 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         resumes=[] if run is None else list(run.resumes),
         others=[plain_text(r.name, 80) for r in history.runs if run is None or r.name != run.name],
         broken=broken + len(shown) - len(windows),
-        profile=_json(directory / "profile.json") or {},
+        profile=_json(directory / "profile.json") or _domain_of(directory, run),
         roles=roles_of(records[-1]) if records else [],
         proposals=last_proposals(lifecycle, measured),
+        baseline=_baseline(read_jsonl(directory / f"{BASELINES}.jsonl", run=run)[0]),
+        eval_loss=_logged(directory, run, "eval_loss") or _loss(root, "eval_loss"),
+        evaluations=_evaluations(directory, run),
     )
 
 
@@ -255,21 +271,50 @@ def _stream(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _logged(directory: Path, run: Run | None) -> list[tuple[int, float]]:
-    """Training loss from ``logs.jsonl``."""
+def _baseline(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Layer -> its row of the newest baseline record that has one."""
+    found: dict[int, dict[str, Any]] = {}
+    for record in records:
+        rows = record.get("layers")
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, dict) and (index := whole(row.get("layer_id"))) is not None:
+                found[index] = {**row, "source": plain_text(record.get("source") or "windows", 20)}
+    return found
+
+
+def _evaluations(directory: Path, run: Run | None) -> dict[tuple[int, str], dict[int, float]]:
+    """Neff / E of every layer in every evaluation."""
+    found: dict[tuple[int, str], dict[int, float]] = {}
+    for record in read_events(directory, run):
+        if record.get("mode") != "EVAL":
+            continue
+        step, layer, counts = whole(record.get("step")), whole(record.get("layer_id")), record.get(COUNTS)
+        if step is None or layer is None or not isinstance(counts, list) or not counts:
+            continue
+        known = [whole(count) for count in counts]
+        if None in known or not any(known):
+            continue
+        neff = effective_experts([count for count in known if count is not None])
+        if neff is not None:
+            found.setdefault((step, plain_text(record.get("evaluation") or "eval", 60)), {})[layer] = neff / len(counts)
+    return dict(sorted(found.items()))
+
+
+def _logged(directory: Path, run: Run | None, name: str = "loss") -> list[tuple[int, float]]:
+    """A loss from ``logs.jsonl``."""
     records, _ = read_jsonl(directory / f"{LOGS}.jsonl", run=run)
-    pairs = [(whole(record.get("step")), number(record.get("loss"))) for record in records]
+    pairs = [(whole(record.get("step")), number(record.get(name))) for record in records]
     return sorted((step, loss) for step, loss in pairs if step is not None and loss is not None)
 
 
-def _loss(root: Path) -> list[tuple[int, float]]:
-    """Training loss from the newest ``trainer_state.json`` of the run or its checkpoints."""
+def _loss(root: Path, name: str = "loss") -> list[tuple[int, float]]:
+    """A loss from the newest ``trainer_state.json`` of the run or its checkpoints."""
     paths = [*root.glob("checkpoint-*/trainer_state.json"), root / "trainer_state.json"]
     states = [(path.stat().st_mtime, path) for path in paths if path.is_file()]
     for _, path in sorted(states, reverse=True):
         history = (_json(path) or {}).get("log_history")
         entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
-        pairs = [(whole(entry.get("step")), number(entry.get("loss"))) for entry in entries]
+        pairs = [(whole(entry.get("step")), number(entry.get(name))) for entry in entries]
         return sorted((step, loss) for step, loss in pairs if step is not None and loss is not None)
     return []
 
@@ -334,3 +379,42 @@ def _effect(record: Any, where: str) -> dict[str, Any] | None:
         "random": sum(known) / len(known) if known else None,
         "worst": number(worst.get("delta_loss")) if isinstance(worst, Mapping) else None,
     }
+
+
+def _domain_of(directory: Path, run: Run | None) -> dict[str, Any]:
+    """What ``profile.json`` would say of one domain's own directory, which has none; empty for a training run."""
+    manifest = {} if run is None else run.manifest
+    if manifest.get("kind") != "profile":
+        return {}
+    total_LE: Array | None = None
+    for frame in read_windows(directory, run, (COUNTS,)):
+        if COUNTS in frame.arrays:
+            count_LE = np.clip(np.nan_to_num(frame.arrays[COUNTS].astype(np.float64)), 0.0, None)
+            total_LE = count_LE if total_LE is None or total_LE.shape != count_LE.shape else total_LE + count_LE
+    layers = [row for row in manifest.get("layers") or [] if isinstance(row, dict)]
+    if total_LE is None or len(layers) != len(total_LE):
+        return {}
+    sizes = [whole(row.get("num_experts"), 1) or total_LE.shape[1] for row in layers]
+    counts = [[round(float(c)) for c in count_E[:size]] for count_E, size in zip(total_LE, sizes, strict=True)]
+    top_k = whole(layers[0].get("top_k"), 1) or 1
+    name = directory.parent.name
+    return {
+        "tokens": sum(counts[0]) // top_k,
+        "layers": layers,
+        "domains": [{"name": name, "tokens": sum(counts[0]) // top_k, "counts": counts}],
+    }
+
+
+def profile_counts(run: RunData) -> list[list[int]]:
+    """Assignments per layer and expert of a profile, summed over its domains; empty where they cannot be read."""
+    domains = run.profile.get("domains")
+    tables = [d.get("counts") for d in domains if isinstance(d, dict)] if isinstance(domains, list) else []
+    out: list[list[int]] = []
+    for table in tables:
+        rows = table if isinstance(table, list) else []
+        known = [[whole(count) or 0 for count in row] for row in rows if isinstance(row, list) and row]
+        if not out:
+            out = known
+        elif [len(row) for row in known] == [len(row) for row in out]:
+            out = [[a + b for a, b in zip(one, two, strict=True)] for one, two in zip(out, known, strict=True)]
+    return out

@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import math
+import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -17,9 +19,11 @@ from markupsafe import Markup
 from chronomoe_hf.errors import ChronoError
 from chronomoe_hf.jsonfiles import write_text
 from chronomoe_hf.report import figures, figures_acting, figures_roles
+from chronomoe_hf.report.against import against
 from chronomoe_hf.report.compare import compare
-from chronomoe_hf.report.data import RunData, load_run
+from chronomoe_hf.report.data import RunData, load_run, profile_counts
 from chronomoe_hf.report.domains import domain_names, domains
+from chronomoe_hf.report.evaluation import evaluation
 from chronomoe_hf.report.figures import Figure
 from chronomoe_hf.report.verdict import judge
 from chronomoe_hf.telemetry.events import COUNTS
@@ -41,7 +45,12 @@ _TEMPLATES = "templates"
 
 
 def write_report(
-    run_dir: str | Path, output: str | Path | None = None, *, run: str | None = None, other: str | Path | None = None
+    run_dir: str | Path,
+    output: str | Path | None = None,
+    *,
+    run: str | None = None,
+    other: str | Path | Sequence[str | Path] | None = None,
+    against: str | Path | None = None,
 ) -> Path:
     """Write the report of a run.
 
@@ -49,7 +58,8 @@ def write_report(
         run_dir: a run's output_dir, a profile's directory, or the ``chronomoe`` folder inside it.
         output: the file; by default ``report.html`` in the run's directory.
         run: name of the run, or its beginning, where the directory holds several; by default the last.
-        other: another run's directory, to put both on one page.
+        other: other runs' directories, to put all of them on one page.
+        against: a profile or a run from before, to show what changed since.
 
     Returns:
         The file written.
@@ -60,7 +70,17 @@ def write_report(
     """
     data = load_run(run_dir, run)
     target = data.directory / "report.html" if output is None else Path(output)
-    html = render(data, None if other is None else load_run(other))
+    directories = [other] if isinstance(other, str | os.PathLike) else list(other or ())
+    before = None if against is None else load_run(against)
+    return write_page(render(data, *map(load_run, directories), before=before), target)
+
+
+def write_page(html: str, target: Path) -> Path:
+    """Write a whole page or nothing.
+
+    Raises:
+        ChronoError: the file cannot be written.
+    """
     try:
         write_text(target, html)
     except OSError as error:
@@ -68,12 +88,14 @@ def write_report(
     return target
 
 
-def render(run: RunData, other: RunData | None = None) -> str:
-    """The page as text."""
+def render(run: RunData, *others: RunData, before: RunData | None = None) -> str:
+    """The page as text: of `run`, beside `others`, and changed since `before`."""
     shown = sections(run)
-    compared = None if other is None else compare(run, other)
+    compared = compare([run, *others]) if others else None
     if compared is not None:
         shown.insert(0, compared.figure)
+    if before is not None:
+        shown.insert(0, against(run, before))
     specs = {figure.key: figure.spec for figure in shown if figure.spec is not None}
     style, script = _file("style.css"), _file("charts.js")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -81,7 +103,6 @@ def render(run: RunData, other: RunData | None = None) -> str:
     template = environment.from_string(_file("page.html"))
     return template.render(
         run=run,
-        other=other,
         compared=compared,
         verdict=judge(run),
         figures=shown,
@@ -103,6 +124,7 @@ def sections(run: RunData) -> list[Figure]:
         return [*domains(run), figures.work(run, names), *figures_acting.lifecycle(run)]
     return [
         figures.effective_experts(run),
+        *evaluation(run),
         figures.work(run),
         figures.imbalance(run),
         figures.coherence(run),
@@ -120,6 +142,8 @@ def data_block(run: RunData) -> dict[str, Any]:
     counts = None
     if last is not None:
         counts = {str(layer): last.row(COUNTS, layer) for layer in last.layers}
+    if run.profile and (sums := profile_counts(run)):
+        counts = {str(at): list(row) for at, row in enumerate(sums)}
     return {
         "run": run.name,
         "model": run.model,
@@ -127,6 +151,7 @@ def data_block(run: RunData) -> dict[str, Any]:
         "layers": [label for _, label in layers],
         "metrics": {name: [[_finite(v) for v in row] for row in _metric(run, name)] for name in METRICS},
         "last_counts": counts,
+        "verdict": judge(run).to_record(),
         "alerts_in_force": [f"{a.kind} {a.where}" for a in (run.windows[-1].active if run.windows else [])],
         "loss": [list(pair) for pair in run.loss[-1:]],
     }

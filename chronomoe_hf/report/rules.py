@@ -38,18 +38,19 @@ ALERTS: dict[str, Rule] = {
     "PRE_COLLAPSE": Rule(
         "act",
         "routing is concentrating",
-        "In three windows in a row a layer used fewer than 60 % of its experts effectively, or two experts took more "
-        "than 75 % of what they can take.",
-        "A learning rate that is high for the router, a switched-off auxiliary loss, fewer experts per token than in "
-        "pretraining, or data from one narrow domain.",
-        "Balance the load by a selection bias, which costs no loss term. If you need the routing that the model was "
-        "trained with, lower the router's learning rate instead.",
+        "For three windows or more a layer has used fewer than 60 % of its experts effectively, or two experts have "
+        "taken more than 75 % of what they can take, and it is worse than at the baseline beyond chance. "
+        "The same level without that movement is AS_IT_CAME below.",
+        "A learning rate that is high for the router, a switched-off auxiliary loss, or data that became narrower.",
+        "Resume from the last checkpoint before the alert with a selection bias that evens the load; it can cost a "
+        "little loss, so compare. A lower learning rate for the router slows the movement down instead.",
         "ChronoConfig.balance()",
     ),
     "COLLAPSE_CONFIRMED": Rule(
         "act",
         "a layer has collapsed",
-        "In five windows in a row a layer had dead experts and two experts took more than 85 % of what they can take.",
+        "For five windows or more a layer has had dead experts and two experts have taken more than 85 % of what they "
+        "can take, and it is worse than at the baseline.",
         "PRE_COLLAPSE that went on. Dead experts get no gradient, so they do not come back by themselves.",
         "Resume from the last checkpoint before the alert with balancing on; going on from here trains a smaller model "
         "than the one you loaded.",
@@ -58,11 +59,12 @@ ALERTS: dict[str, Rule] = {
     "DRIFT": Rule(
         "watch",
         "routing has moved away from this run's start",
-        "In three windows in a row the effective number of experts was below 80 % of the run's own first windows.",
+        "For three windows or more the effective number of experts has been below 80 % of the run's baseline, by more "
+        "than chance explains.",
         "The data changed (a new domain or language), or the router is still adapting to the task.",
-        "Look at the loss beside it: if it falls, this is specialisation and nothing needs doing. If it stalls, "
-        "protect the routing.",
-        "ChronoConfig.protect()",
+        "Look at the evaluation loss beside it: if it falls, this is specialisation and nothing needs doing. If it "
+        "rises, resume from a checkpoint before it with balancing on.",
+        "ChronoConfig.balance()",
     ),
     "NOT_OBSERVED": Rule(
         "act",
@@ -102,41 +104,77 @@ ALERTS: dict[str, Rule] = {
 }
 
 STATES: dict[str, Rule] = {
+    "DIED": Rule(
+        "act",
+        "experts died in this run",
+        "Experts that worked at the baseline have had no token for three windows or more, in which the baseline's "
+        "share would have brought them at least 100.",
+        "Routing that concentrates. An expert without tokens gets no gradient, so it does not come back by itself.",
+        "Resume from the last checkpoint before they fell silent with balancing on.",
+        "ChronoConfig.balance()",
+    ),
+    "UNFOLDED": Rule(
+        "fine",
+        "other software routes this model differently",
+        "The routing bias of this run has no place in the weights of this family: without chronomoe_hf, in a plain "
+        "server for example, some tokens go to other experts than in training. Above 10 % of a layer's tokens this is "
+        "urgent.",
+        "A preset that moves a bias, on a family without a bias of its own.",
+        "Keep the model wrapped where it is used, `wrap(model, state=checkpoint)`, or train the last part of the run "
+        "without steering.",
+        "ChronoConfig.observe()",
+    ),
     "EMPTY": Rule(
         "watch",
         "no window yet",
         "The run has not closed a telemetry window, so there is nothing to judge.",
-        "Fewer optimizer steps than `interval`, or the run was killed before the first window closed.",
-        "Use a shorter window for short runs.",
-        "ChronoConfig(interval=10)",
+        "The run was killed before its first window closed, or `interval` is larger than the run is long.",
+        "Leave `interval` out: a window is then a twentieth of the run.",
+        "ChronoConfig(interval=None)",
+    ),
+    "ONE_WINDOW": Rule(
+        "watch",
+        "one window: no alert can be raised",
+        "The run closed one window, which is its baseline: nothing can have changed since then, and an alert needs at "
+        "least three windows.",
+        "`interval` is as large as the run is long, or the run has just begun.",
+        "Leave `interval` out: a window is then a twentieth of the run.",
+        "ChronoConfig(interval=None)",
     ),
     "INSUFFICIENT": Rule(
         "watch",
         "too little evidence",
-        "Windows held too few assignments per expert to judge some layers; they raise no alert.",
+        "No window held enough assignments per expert to judge these layers; they raise no alert.",
         "Small batches, short windows, or many experts.",
         "Close windows less often, so that each holds more tokens.",
         "ChronoConfig(interval=500)",
     ),
-    "DEAD": Rule(
-        "watch",
-        "experts without a token",
-        "Some experts received no token in the last window.",
-        "Routing that concentrates, or a window too small to reach every expert.",
-        "If the same experts stay dead over several windows, balance the load; if you want a smaller model, they are "
-        "the first to look at with `chronomoe candidates`.",
-        "ChronoConfig.balance()",
-    ),
     "CEILING": Rule(
         "watch",
-        "the load is near its worst case",
-        "In some layer the busiest expert got more than three quarters of what it can get at most (E/k - 1).",
+        "the load moved towards its worst case",
+        "In some layer the busiest expert gets more than three quarters of what it can get at most (E/k - 1), and more "
+        "than at the baseline.",
         "A few experts serve nearly every token.",
         "Balance the load; on more than one GPU this layer also decides how long a step takes.",
         "ChronoConfig.balance()",
     ),
+    "AS_IT_CAME": Rule(
+        "fine",
+        "part of the experts does the work, as the model came",
+        "Below a level that an alert names (60 % of the experts in effective use, two experts with more than 75 % of "
+        "what they can take), and so it was at the baseline: training has not changed that.",
+        "The model was trained on more kinds of text than this data holds, or it was never balanced.",
+        "Nothing. If you want a smaller model for this data, `chronomoe plan` says which experts it would keep.",
+    ),
+    "DEAD": Rule(
+        "fine",
+        "experts without a token",
+        "Some experts have received no token, and had none or hardly one at the baseline already.",
+        "The model came with them, or this data does not reach them.",
+        "Nothing, or a smaller model: `chronomoe plan` drops them first, and `chronomoe measure` says what that costs.",
+    ),
     "HARM_BACKOFF": Rule(
-        "watch",
+        "fine",
         "the lens was taken back",
         "The controller opened a lens, the routing got more concentrated after it, and the lens was closed again.",
         "The layer concentrates for a reason that moving the router's input does not reach.",
@@ -144,11 +182,12 @@ STATES: dict[str, Rule] = {
         "ChronoConfig.balance()",
     ),
     "LENS_UNFIT": Rule(
-        "watch",
-        "a lens would scatter tokens",
-        "The controller wanted to act in some layers, but a lens would move their tokens unevenly: it stayed closed.",
+        "fine",
+        "the router input was left alone",
+        "The controller wanted to act in some layers, but moving their router's input would have moved tokens "
+        "unevenly: nothing was done there.",
         "The router's inputs have no common direction that a low-rank shift could use.",
-        "Use balancing for this model, which needs no lens.",
+        "Nothing where the layer is as it came. Balancing needs no such direction.",
         "ChronoConfig.balance()",
     ),
     "IDLE": Rule(
@@ -159,8 +198,17 @@ STATES: dict[str, Rule] = {
         "them, and an expert learns only from the tokens that it gets.",
         "Where all weights are trained, start once more with `revive` and compare the loss: it makes idle experts "
         "copies of busy ones before the first step. It writes weights, and gained in most of the settings that were "
-        "measured, not in all (Governance in the docs). With adapters or sharded weights, `balance` moves the load.",
+        "measured, not in all (Governance in the docs).",
         "ChronoConfig.revive()",
+    ),
+    "IDLE_ADAPTER": Rule(
+        "fine",
+        "experts with little to do from beginning to end",
+        "Some experts got less than half their fair share of the tokens in the first window and in the last.",
+        "Text unlike that of pretraining: the router does not ask for them.",
+        "Nothing, while an adapter trains: the weights of experts stay as they are. A selection bias would move the "
+        "load to them, at the price of some loss.",
+        "ChronoConfig.balance()",
     ),
     "OBSERVED_ONLY": Rule(
         "fine",
@@ -177,6 +225,14 @@ STATES: dict[str, Rule] = {
         "The preset.",
         "Keep the `chronomoe` folder with the checkpoint. Before serving elsewhere, fold what folds into the weights: "
         "`unwrap(model, fold=True)` says how much the routing differs without it.",
+    ),
+    "PROFILE": Rule(
+        "fine",
+        "a profile: sums over all its text",
+        "Text went through the model in evaluation mode. Nothing was trained, so there is nothing to alert about.",
+        "`chronomoe profile`.",
+        "`chronomoe plan` makes a smaller model for this text. After training, profile again and set the two side by "
+        "side with `chronomoe report AFTER --against BEFORE`.",
     ),
     "REVIVED": Rule(
         "fine",
@@ -211,7 +267,7 @@ STATES: dict[str, Rule] = {
     "HEALTHY": Rule(
         "fine",
         "the routing is healthy",
-        "No alert is in force, no expert is dead, and no layer is near its worst load.",
+        "No layer has become more concentrated than at the baseline, and no expert has died.",
         "Training does not concentrate the routing.",
         "Nothing.",
     ),
@@ -223,7 +279,7 @@ REASONS = {
     "harm_backoff": "opening it had made things worse",
     "insufficient_evidence": "the window held too few tokens",
     "lens_unsupported": "this router takes no lens",
-    "lens_unfit": "a lens would have scattered the tokens",
+    "lens_unfit": "moving the router input would have scattered the tokens",
     "lens_disabled": "the preset has no lens",
 }
 

@@ -1,18 +1,31 @@
-"""The verdict of a run: which rows of the rule table hold, with the numbers of this run."""
+"""The verdict of a run: which rows of the rule table hold, with the numbers of this run.
+
+A run is judged by what changed since its baseline. A level at which the model came is said, and asks for nothing.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-from chronomoe_hf.config import LifecycleConfig
-from chronomoe_hf.report.data import RunData, relative_load
+from chronomoe_hf import metrics
+from chronomoe_hf.config import AlertConfig, LifecycleConfig
+from chronomoe_hf.report.data import RunData, load_run, profile_counts, relative_load
 from chronomoe_hf.report.rules import ALERTS, LEVELS, REASONS, STATES, Level, Rule
+from chronomoe_hf.telemetry.alerts import LEVELS as LEVEL_ALERTS
+from chronomoe_hf.telemetry.alerts import PRE_COLLAPSE
 from chronomoe_hf.telemetry.arrays import Array
-from chronomoe_hf.telemetry.views import LayerView
+from chronomoe_hf.telemetry.baseline import ERRORS, MOVED
+from chronomoe_hf.telemetry.views import LayerView, Window
 
 NEAR_CEILING = 0.75  # of the largest possible violation E/k - 1
 IDLE = LifecycleConfig().split_idle  # fair shares: what `revive` calls idle
+UNFOLDED_WATCH, UNFOLDED_ACT = 0.01, 0.10  # share of a layer's tokens that a plain server routes otherwise
+VERDICT_SCHEMA = 1
+MACHINE_LEVELS: dict[Level, Literal["healthy", "watch", "act"]] = {"fine": "healthy", "watch": "watch", "act": "act"}
 
 
 @dataclass(frozen=True)
@@ -23,11 +36,22 @@ class Finding:
         key: in the rule table.
         rule: the row.
         seen: the numbers of this run, as a sentence.
+        layers: ids of the layers that it is about; empty for the whole run.
+        since: optimizer step at which it began, where known.
+        level: how urgent it is here, where that differs from the row's own level.
     """
 
     key: str
     rule: Rule
     seen: str
+    layers: tuple[str, ...] = ()
+    since: int | None = None
+    override: Level | None = None
+
+    @property
+    def level(self) -> Level:
+        """How urgent it is."""
+        return self.override or self.rule.level
 
 
 @dataclass(frozen=True)
@@ -39,78 +63,251 @@ class Verdict:
         sentence: in words.
         findings: worst first.
         numbers: ``(name, value, detail)`` of the strip.
+        measured: the same as plain numbers by name, for machines.
     """
 
     level: Level
     sentence: str
     findings: list[Finding]
     numbers: list[tuple[str, str, str]]
+    measured: dict[str, float | int | None]
+
+    @property
+    def advice(self) -> tuple[str, str]:
+        """What to do next, and the setting for it: of the worst finding; nothing for a healthy run."""
+        worst = self.findings[0]
+        return ("Nothing needs doing.", "") if worst.level == "fine" else (worst.rule.advice, worst.rule.config)
+
+    def to_record(self, report: str | None = None) -> dict[str, Any]:
+        """Strict-JSON dictionary for machines.
+
+        Args:
+            report: path of the page that was written, if one was.
+        """
+        text, config = self.advice
+        return {
+            "schema": VERDICT_SCHEMA,
+            "level": MACHINE_LEVELS[self.level],
+            "sentence": self.sentence,
+            "findings": [
+                {
+                    "code": finding.key,
+                    "level": MACHINE_LEVELS[finding.level],
+                    "layers": [int(layer) if layer.isdigit() else layer for layer in finding.layers],
+                    "since": finding.since,
+                    "seen": finding.seen,
+                }
+                for finding in self.findings
+            ],
+            "numbers": self.measured,
+            "advice": {"text": text, "config": config or None},
+            "report": report,
+        }
+
+
+def judge_directory(run_dir: str | Path, run: str | None = None) -> Verdict:
+    """The verdict on a run directory; see :func:`judge`.
+
+    Raises:
+        TelemetryError: there are no records, or no such run.
+    """
+    return judge(load_run(run_dir, run))
 
 
 def judge(run: RunData) -> Verdict:
-    """The verdict on a run."""
+    """The verdict on a run, or on a profile."""
+    if run.profile:
+        return _of_profile(run)
     findings = [*_alerts(run), *_states(run)]
-    if not any(finding.rule.level != "fine" for finding in findings):
+    # Where the model is served is no matter of how training went: that is said beside the level, in red above 10 %.
+    serving = [finding for finding in findings if finding.key == "UNFOLDED"]
+    weighed = [finding for finding in findings if finding.key != "UNFOLDED"]
+    held = {finding.level for finding in weighed}
+    level: Level = next((level for level in LEVELS if level in held), "fine")
+    if level == "fine":
         findings.insert(0, Finding("HEALTHY", STATES["HEALTHY"], STATES["HEALTHY"].meaning))
-    findings.sort(key=lambda finding: LEVELS.index(finding.rule.level))
-    level = findings[0].rule.level
-    worst = [finding for finding in findings if finding.rule.level == level]
+    findings.sort(key=lambda finding: (LEVELS.index(finding.level), finding in serving))
+    worst = [finding for finding in weighed if finding.level == level]
     titles = "; ".join(dict.fromkeys(finding.rule.title for finding in worst))
-    sentence = "Healthy: no alert is in force, every expert works, and no layer is near its worst load."
-    if level != "fine":
-        sentence = f"{'Act now' if level == 'act' else 'Worth watching'}: {titles}."
-    return Verdict(level, sentence, findings, _numbers(run))
+    sentence = _healthy(run) if level == "fine" else f"{'Act now' if level == 'act' else 'Worth watching'}: {titles}."
+    sentence += "".join(f" {finding.seen}" for finding in serving if finding.level == "act")
+    return Verdict(level, sentence, findings, _numbers(run), measured(run))
+
+
+def _healthy(run: RunData) -> str:
+    used, change = mean_neff(judged_layers(run)), mean_change(run)
+    if used is None:
+        return "Healthy: no layer got worse and no expert died."
+    if change is None:
+        return f"Healthy: this data uses {percent(used)} of the experts of this model, and no alert is in force."
+    moved = "training has not changed that" if abs(change) < MOVED / 2 else f"{points(change)} since the baseline"
+    return f"Healthy: this data uses {percent(used)} of the experts of this model; {moved}."
+
+
+# ---- which windows and layers count ----------------------------------------------------------------------------------
+
+
+def judged_layers(run: RunData) -> list[LayerView]:
+    """Every layer as its newest window with enough evidence shows it; as the newest window at all where none has."""
+    found: dict[int, LayerView] = {}
+    for window in reversed(run.windows):
+        for layer in window.layers:
+            if layer.index not in found or (layer.sufficient and not found[layer.index].sufficient):
+                found[layer.index] = layer
+        if len(found) == len(window.layers) and all(layer.sufficient for layer in found.values()):
+            break
+    return [found[index] for index in sorted(found)]
+
+
+def mean_neff(layers: Iterable[LayerView]) -> float | None:
+    """Mean over layers of the fraction of the experts in effective use."""
+    known = [fraction for layer in layers if (fraction := layer.neff_fraction) is not None]
+    return sum(known) / len(known) if known else None
+
+
+def neff_change(run: RunData, layer: LayerView) -> float | None:
+    """How much the fraction of experts in effective use changed in a layer since the baseline.
+
+    Records of older versions hold no baseline: their first window with evidence stands for it.
+    """
+    if "n_effective" in layer.change and layer.num_choices:
+        return layer.change["n_effective"] / layer.num_choices
+    first = _first(run, layer)
+    if first is None or first.neff_fraction is None or layer.neff_fraction is None:
+        return None
+    return layer.neff_fraction - first.neff_fraction
+
+
+def _first(run: RunData, layer: LayerView) -> LayerView | None:
+    for window in run.windows:
+        for seen in window.layers:
+            if seen.index == layer.index and seen.sufficient and seen.neff_fraction is not None:
+                return seen
+    return None
+
+
+def mean_change(run: RunData) -> float | None:
+    """Mean over layers of :func:`neff_change`."""
+    known = [change for layer in judged_layers(run) if (change := neff_change(run, layer)) is not None]
+    return sum(known) / len(known) if known else None
+
+
+# ---- alerts ----------------------------------------------------------------------------------------------------------
 
 
 def _alerts(run: RunData) -> list[Finding]:
+    """One finding a kind that is in force; levels at which the model came are one neutral finding together."""
+    layers = {layer.layer_id: layer for layer in judged_layers(run)}
     by_kind: dict[str, list[str]] = {}
     since: dict[str, int] = {}
+    came: dict[str, None] = {}
     for alert in run.windows[-1].active if run.windows else []:
+        if alert.kind in LEVEL_ALERTS and not _moved(run, alert.since, layers.get(alert.layer_id or "")):
+            came[alert.layer_id or ""] = None
+            continue
         by_kind.setdefault(alert.kind, []).append(alert.where)
         if alert.step is not None:
             since[alert.kind] = min(alert.step, since.get(alert.kind, alert.step))
     unknown = Rule("watch", "an alert of another version", "", "", "Install the chronomoe_hf that wrote the records.")
-    return [
+    findings = [
         Finding(
             kind,
             ALERTS.get(kind, unknown),
             f"{kind} is in force in {listed(where)}" + (f" since step {since[kind]}." if kind in since else "."),
+            tuple(name.removeprefix("layer ") for name in where if name != "run"),
+            since.get(kind),
         )
         for kind, where in by_kind.items()
     ]
+    if came:
+        findings.append(_as_it_came(run, [layers[name] for name in came if name in layers]))
+    return findings
+
+
+def _moved(run: RunData, since: str | None, layer: LayerView | None) -> bool:
+    """Whether a level alert is about a movement. Older records do not say: then the first window is the measure."""
+    if since is not None:
+        return since == "got_worse"
+    change = None if layer is None else neff_change(run, layer)
+    return change is None or change < -MOVED
+
+
+def _as_it_came(run: RunData, layers: list[LayerView]) -> Finding:
+    names = [f"layer {layer.layer_id}" for layer in layers]
+    used = mean_neff(layers)
+    lead = "Part of the experts does the work"
+    if used is not None:
+        lead = f"This data uses {percent(used)} of the experts of {'these layers' if len(layers) > 1 else 'this layer'}"
+    known = [change for layer in layers if (change := neff_change(run, layer)) is not None]
+    mean = sum(known) / len(known) if known else None
+    moved = "" if mean is None else f" (changed by {points(mean)})"
+    seen = f"{lead}; training has not changed that{moved}: {listed(names)}."
+    return Finding("AS_IT_CAME", STATES["AS_IT_CAME"], seen, tuple(layer.layer_id for layer in layers))
+
+
+# ---- states ----------------------------------------------------------------------------------------------------------
 
 
 def _states(run: RunData) -> list[Finding]:
-    seen: dict[str, str] = {}
+    found: list[Finding] = []
+
+    def add(key: str, seen: str, layers: Iterable[str] = (), override: Level | None = None) -> None:
+        found.append(Finding(key, STATES[key], seen, tuple(layers), override=override))
+
     if run.broken:
-        seen["BROKEN_RECORDS"] = f"{counted(run.broken, 'line')} could not be read."
+        add("BROKEN_RECORDS", f"{counted(run.broken, 'line')} could not be read.")
     if not run.windows:
-        seen["EMPTY"] = "No window has been closed."
-        return [Finding(key, STATES[key], text) for key, text in seen.items()]
-    layers = run.windows[-1].layers
+        add("EMPTY", "No window has been closed.")
+        return found
+    if len(run.windows) == 1:
+        add("ONE_WINDOW", f"One window, of step {run.windows[0].step}.")
+    layers = judged_layers(run)
     thin = [layer.layer_id for layer in layers if not layer.sufficient and layer.observed]
     if thin:
-        seen["INSUFFICIENT"] = f"The last window was too small to judge {listed([f'layer {i}' for i in thin])}."
-    dead = {layer.layer_id: int(layer.get("dead_experts") or 0) for layer in layers if layer.get("dead_experts")}
-    if dead:
-        where = listed([f"layer {i} ({n})" for i, n in dead.items()])
-        seen["DEAD"] = f"{counted(sum(dead.values()), 'expert')} without a token in the last window: {where}."
-    idle = {} if run.splits or run.profile else _idle_throughout(run)
+        where = listed([f"layer {i}" for i in thin])
+        add("INSUFFICIENT", f"No window was large enough to judge {where}.", thin)
+    _silence(layers, add)
+    key = "IDLE_ADAPTER" if run.manifest.get("adapter") is True else "IDLE"
+    idle = {} if run.splits else _idle_throughout(run)
     if idle:
         where = listed([f"layer {i} ({n})" for i, n in idle.items()])
-        seen["IDLE"] = f"{counted(sum(idle.values()), 'expert')}: {where}."
-    near = [layer for layer in layers if (layer.violation_fraction or 0.0) > NEAR_CEILING]
+        add(key, f"{counted(sum(idle.values()), 'expert')}: {where}.", map(str, idle))
+    near = [layer for layer in layers if (layer.violation_fraction or 0.0) > NEAR_CEILING and _busier(run, layer)]
     if near:
-        seen["CEILING"] = f"In the last window: {listed([f'layer {layer.layer_id}' for layer in near])}."
-    gone = [alert for alert in run.alerts if alert.state == "cleared"]
+        where = listed([f"layer {layer.layer_id}" for layer in near])
+        add("CEILING", f"At the end: {where}.", [layer.layer_id for layer in near])
+    gone = [alert for alert in run.alerts if alert.state == "cleared" and alert.since != "as_it_came"]
     if gone:
         kinds = listed(list(dict.fromkeys(f"{alert.kind} ({alert.where})" for alert in gone)))
-        seen["CLEARED"] = f"Raised and cleared again: {kinds}, the last at step {max(a.step or 0 for a in gone)}."
-    _governing(run, seen)
+        add("CLEARED", f"Raised and cleared again: {kinds}, the last at step {max(a.step or 0 for a in gone)}.")
+    _governing(run, add)
+    _unfolded(run, layers, add)
     confirmed = sum(case["state"] == "confirmed" for case in run.cases)
     if confirmed:
-        seen["CANDIDATES"] = f"{counted(confirmed, 'confirmed case')} in the dry run."
-    return [Finding(key, STATES[key], text) for key, text in seen.items()]
+        add("CANDIDATES", f"{counted(confirmed, 'confirmed case')} in the dry run.")
+    return found
+
+
+def _silence(layers: list[LayerView], add: Any) -> None:
+    died = {layer.layer_id: layer.died for layer in layers if layer.died}
+    if died:
+        where = listed([f"layer {i} (expert {', '.join(map(str, ids))})" for i, ids in died.items()])
+        add("DIED", f"{counted(sum(map(len, died.values())), 'expert')}: {where}.", died)
+    dead = {layer.layer_id: int(layer.get("dead_experts") or 0) - len(layer.died) for layer in layers}
+    dead = {name: count for name, count in dead.items() if count > 0}
+    if dead:
+        where = listed([f"layer {i} ({n})" for i, n in dead.items()])
+        add("DEAD", f"{counted(sum(dead.values()), 'expert')} without a token in the last window: {where}.", dead)
+
+
+def _busier(run: RunData, layer: LayerView) -> bool:
+    """Whether the busiest expert of a layer got busier than at the baseline, beyond the error of that."""
+    change, error = layer.change.get("max_violation"), layer.error.get("max_violation")
+    if change is None:
+        first, now = _first(run, layer), layer.violation_fraction
+        return first is not None and now is not None and now - (first.violation_fraction or 0.0) > MOVED
+    ceiling = layer.get("max_violation_ceiling") or 0.0
+    return change > max(ERRORS * (error or 0.0), MOVED * ceiling)
 
 
 def _idle_throughout(run: RunData) -> dict[int, int]:
@@ -129,25 +326,47 @@ def _idle_throughout(run: RunData) -> dict[int, int]:
     return {layer: count for layer, count in counts.items() if count}
 
 
-def _governing(run: RunData, seen: dict[str, str]) -> None:
+def _governing(run: RunData, add: Any) -> None:
     if run.splits:
         step, copies, layers = run.splits[-1]
-        seen["REVIVED"] = f"At step {step}, {counted(copies, 'expert')} in {counted(layers, 'layer')} became copies."
+        add("REVIVED", f"At step {step}, {counted(copies, 'expert')} in {counted(layers, 'layer')} became copies.")
     acted = [step for step, now in run.governing.items() if now.acting]
     biased = _is_biased(run)
     if acted or biased:
         parts = [f"a lens was open in {counted(len(acted), 'window')}"] if acted else []
         parts += ["a routing bias was in force at the end"] if biased else []
-        seen["GOVERNED"] = f"In this run {' and '.join(parts)}."
+        add("GOVERNED", f"In this run {' and '.join(parts)}.")
     else:
         why = sum((now.reasons for now in run.governing.values()), Counter[str]())
         usual = f": {REASONS.get(why.most_common(1)[0][0], why.most_common(1)[0][0])}" if why else ""
-        seen["OBSERVED_ONLY"] = f"Neither a lens nor a bias acted in the windows recorded{usual}."
+        add("OBSERVED_ONLY", f"Neither a lens nor a bias acted in the windows recorded{usual}.")
     if run.governing:
         last = run.governing[max(run.governing)]
         for reason, key in (("harm_backoff", "HARM_BACKOFF"), ("lens_unfit", "LENS_UNFIT")):
             if last.reasons.get(reason):
-                seen[key] = f"At the last evaluation: {counted(last.reasons[reason], 'layer')}."
+                add(key, f"At the last evaluation: {counted(last.reasons[reason], 'layer')}.")
+
+
+def _unfolded(run: RunData, layers: list[LayerView], add: Any) -> None:
+    """How many tokens a plain server would route otherwise, where the run's bias cannot be written into weights."""
+    rows = run.manifest.get("layers")
+    folds = {row.get("layer_id"): row.get("beta_folds") for row in rows if isinstance(row, dict)} if rows else {}
+    lost = [
+        (share, layer)
+        for layer in layers
+        if (share := layer.get("topk_disagreement")) is not None
+        and share > UNFOLDED_WATCH
+        and folds.get(layer.index) is False
+    ]
+    if lost:
+        worst, layer = max(lost, key=lambda pair: pair[0])
+        add(
+            "UNFOLDED",
+            f"A plain server would route up to {percent(worst)} of the tokens of a layer to other experts "
+            f"(layer {layer.layer_id}), and more than 1 % in {counted(len(lost), 'layer')}.",
+            [each.layer_id for _, each in lost],
+            "act" if worst > UNFOLDED_ACT else None,
+        )
 
 
 def _is_biased(run: RunData) -> bool:
@@ -158,32 +377,134 @@ def _is_biased(run: RunData) -> bool:
     return own or (isinstance(beta, dict) and beta.get("law") == "balance")
 
 
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def measured(run: RunData) -> dict[str, float | int | None]:
+    """The numbers of a run's verdict by name; what is not known is None."""
+    layers = judged_layers(run)
+    worst, high = lowest(layers), _busiest(layers)
+    change = None if worst is None else neff_change(run, worst)
+    return {
+        "step": run.windows[-1].step if run.windows else None,
+        "windows": len(run.windows),
+        "layers": len(layers),
+        "experts": sum(layer.num_choices or 0 for layer in layers),
+        "dead_experts": sum(int(layer.get("dead_experts") or 0) for layer in layers),
+        "died_experts": sum(len(layer.died) for layer in layers),
+        "neff_mean": mean_neff(layers),
+        "neff_mean_change": mean_change(run),
+        "neff_lowest": None if worst is None else worst.neff_fraction,
+        "neff_lowest_change": change,
+        "max_violation_fraction": None if high is None else high.violation_fraction,
+        "alerts": len(run.windows[-1].active) if run.windows else 0,
+        "alerts_urgent": sum(alert.urgent for alert in _in_force(run)),
+        "loss": run.loss[-1][1] if run.loss else None,
+        "eval_loss": run.eval_loss[-1][1] if run.eval_loss else None,
+    }
+
+
+def _in_force(run: RunData) -> list[Any]:
+    return list(run.windows[-1].active) if run.windows else []
+
+
 def _numbers(run: RunData) -> list[tuple[str, str, str]]:
     if not run.windows:
         return []
-    last = run.windows[-1]
-    dead = sum(int(layer.get("dead_experts") or 0) for layer in last.layers)
-    experts = sum(layer.num_choices or 0 for layer in last.layers)
-    worst = lowest(last.layers)
-    high = max(
-        (layer for layer in last.layers if layer.violation_fraction is not None),
-        key=lambda layer: layer.violation_fraction or 0.0,
-        default=None,
-    )
-    neff = "-" if worst is None else f"{100 * (worst.neff_fraction or 0):.0f} %"
-    ceiling = "-" if high is None else f"{100 * (high.violation_fraction or 0):.0f} %"
+    layers, last = judged_layers(run), run.windows[-1]
+    dead = sum(int(layer.get("dead_experts") or 0) for layer in layers)
+    died = sum(len(layer.died) for layer in layers)
+    experts = sum(layer.num_choices or 0 for layer in layers)
+    used, change = mean_neff(layers), mean_change(run)
+    worst, high = lowest(layers), _busiest(layers)
+    fell = None if worst is None else neff_change(run, worst)
     return [
-        ("dead experts", str(dead), f"of {experts}"),
-        ("fewest effective experts", neff, "" if worst is None else f"layer {worst.layer_id}"),
-        ("imbalance of its maximum", ceiling, "" if high is None else f"layer {high.layer_id}"),
-        ("alerts in force", str(len(last.active)), f"at step {last.step}"),
+        (
+            "experts in effective use",
+            percent(used),
+            "mean over layers" + ("" if change is None else f", {points(change)} since the baseline"),
+        ),
+        (
+            "fewest effective experts",
+            percent(None if worst is None else worst.neff_fraction),
+            ""
+            if worst is None
+            else f"layer {worst.layer_id}{'' if fell is None else f', {points(fell)} since the baseline'}",
+        ),
+        ("dead experts", str(dead), f"of {experts}, {died} died in this run"),
+        (
+            "imbalance of its maximum",
+            percent(None if high is None else high.violation_fraction),
+            "" if high is None else f"layer {high.layer_id}",
+        ),
+        ("alerts in force", str(len(last.active)), f"{sum(a.urgent for a in last.active)} urgent, step {last.step}"),
     ]
+
+
+def _busiest(layers: list[LayerView]) -> LayerView | None:
+    known = [layer for layer in layers if layer.violation_fraction is not None]
+    return max(known, key=lambda layer: layer.violation_fraction or 0.0, default=None)
+
+
+def _of_profile(run: RunData) -> Verdict:
+    """A profile: sums over all its text, and nothing to alert about."""
+    counts, table = profile_counts(run), run.profile.get("layers")
+    tops = [row.get("top_k") if isinstance(row, dict) else None for row in table] if isinstance(table, list) else []
+    loads = [
+        metrics.load_metrics(row, top_k if isinstance(top_k, int) and 0 < top_k <= len(row) else 1)
+        for row, top_k in zip(counts, [*tops, *[None] * len(counts)], strict=False)
+    ]
+    used = [load.n_effective / len(row) for load, row in zip(loads, counts, strict=True) if load.n_effective]
+    dead = sum(load.dead_experts or 0 for load in loads)
+    experts = sum(map(len, counts))
+    mean = sum(used) / len(used) if used else None
+    tokens = run.profile.get("tokens")
+    domains = run.profile.get("domains")
+    numbers: dict[str, float | int | None] = {
+        "layers": len(counts),
+        "experts": experts,
+        "dead_experts": dead,
+        "neff_mean": mean,
+        "neff_lowest": min(used, default=None),
+        "tokens": tokens if isinstance(tokens, int) else None,
+        "domains": len(domains) if isinstance(domains, list) else 0,
+    }
+    read = f"{tokens:,} tokens" if isinstance(tokens, int) else "its text"
+    sentence = f"A profile: over {read}, this model uses {percent(mean)} of its experts; {dead} of {experts} got none."
+    findings = [Finding("PROFILE", STATES["PROFILE"], sentence)]
+    low = AlertConfig().neff_floor
+    below = [at for at, load in enumerate(loads) if load.n_effective and load.n_effective < low * len(counts[at])]
+    if below:
+        where = listed([f"layer {at}" for at in below])
+        seen = f"Below {percent(low)} of the experts in effective use on this text ({PRE_COLLAPSE} in a run): {where}."
+        findings.append(Finding("AS_IT_CAME", STATES["AS_IT_CAME"], seen, tuple(map(str, below))))
+    strip = [
+        ("experts in effective use", percent(mean), "mean over layers, sums over the profile"),
+        ("fewest effective experts", percent(min(used, default=None)), ""),
+        ("experts without a token", str(dead), f"of {experts}"),
+    ]
+    return Verdict("fine", sentence, findings, strip, numbers)
 
 
 def lowest(layers: list[LayerView]) -> LayerView | None:
     """The layer with the smallest Neff/E."""
     known = [layer for layer in layers if layer.neff_fraction is not None]
     return min(known, key=lambda layer: layer.neff_fraction or 0.0, default=None)
+
+
+def last_window(run: RunData) -> Window | None:
+    """The newest window of a run."""
+    return run.windows[-1] if run.windows else None
+
+
+def percent(value: float | None) -> str:
+    """``57 %``, or a dash."""
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def points(change: float) -> str:
+    """``+3.1 points``: a change of a fraction in hundredths."""
+    return f"{100 * change:+.1f} points"
 
 
 def counted(number: int, noun: str) -> str:

@@ -78,6 +78,7 @@ NUMBERS = (
     "relevance",
     "lens_scale",
     "lens_spread",
+    "topk_disagreement",
 )
 
 
@@ -119,6 +120,8 @@ class RoutingEvent:
             (``LifecycleConfig(router_drift=True)``).
         lens_scale: scale of the lens.
         lens_spread: standard deviation over mean of what the lens reads in the tokens of the window's last step.
+        topk_disagreement: share of the tokens whose experts are not those of the plain router, of those that were
+            routed while beta or a lens steered; None where nothing did.
         cut: ids of the experts that were cut during the run and get no token; they are neither dead nor idle, and every
             metric of balance is over the others. In records only where there are some.
         notes: remarks in plain words.
@@ -157,6 +160,7 @@ class RoutingEvent:
     router_drift: Vector | None = None
     lens_scale: float | None = None
     lens_spread: float | None = None
+    topk_disagreement: float | None = None
     cut: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

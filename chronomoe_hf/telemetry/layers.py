@@ -44,6 +44,7 @@ LAYER_NUMBERS = (
     "relevance",
     "lens_scale",
     "lens_spread",
+    "topk_disagreement",
 )
 # When events are merged the newest reading of these counts.
 _READINGS = (
@@ -77,6 +78,10 @@ class LayerSnapshot:
         sufficient: enough assignments per expert to judge the layer; otherwise "insufficient evidence".
         roles: near-duplicate pairs, experts with two roles, basin and free energy (``CoherenceConfig(roles=True)``).
         cut: experts that were cut during the run; metrics are over the others.
+        change: of a training window, name of a number -> how much it changed since the run's baseline; empty while
+            there is none.
+        error: name of a number -> standard error of its change; numbers without one are left out.
+        died: experts that worked at the baseline and have had no token for too long since to be chance.
     """
 
     layer_id: int
@@ -121,11 +126,15 @@ class LayerSnapshot:
     router_drift: Vector | None = None
     lens_scale: float | None = None
     lens_spread: float | None = None
+    topk_disagreement: float | None = None
     observed: bool = True
     sufficient: bool = True
     cut: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     roles: dict[str, Any] | None = None
+    change: dict[str, float | None] = field(default_factory=dict)
+    error: dict[str, float | None] = field(default_factory=dict)
+    died: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         total = self.token_count
@@ -188,6 +197,7 @@ class LayerSnapshot:
             disagreement_js=_mean(events, "disagreement_js", weights),
             disagreement_flip=_mean(events, "disagreement_flip", weights),
             overlap_only=_mean(events, "overlap_only", weights),
+            topk_disagreement=_mean(events, "topk_disagreement", weights),
             observed=calls is None or calls > 0,
             cut=list(last.cut),
             notes=[note for event in events for note in event.notes],
@@ -213,6 +223,10 @@ class LayerSnapshot:
         }
         record.update({name: finite(getattr(self, name)) for name in LAYER_NUMBERS})
         record["notes"] = list(self.notes)
+        if self.change:
+            record["change"] = {name: finite(value) for name, value in self.change.items()}
+            record["error"] = {name: finite(value) for name, value in self.error.items()}
+            record["died"] = list(self.died)
         if self.roles is not None:
             record["roles"] = self.roles
         return record

@@ -71,6 +71,8 @@ EFFECTS = "lifecycle_effects"
 SPLITS = "lifecycle_splits"
 CUTS = "lifecycle_cuts"
 LOGS = "logs"  # losses, as Trainer logged them
+BASELINES = "baselines"  # what the run is compared with
+ENDS = "ends"  # the last record of an attempt: whether the run came to its end
 KINDS = (
     EVENTS,
     "snapshots",
@@ -80,6 +82,8 @@ KINDS = (
     SPLITS,
     CUTS,
     "alerts",
+    BASELINES,
+    ENDS,
     LOGS,
     ATTEMPTS,
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,3 +88,28 @@ class History:
         exact = [run for run in self.runs if run.name == name]
         close = [run for run in self.runs if run.name.startswith(name)]
         return (exact or close)[-1] if exact or close else None
+
+
+def this_process() -> dict[str, Any]:
+    """What a reader on this machine needs to see whether the run is alive: the process id and a digest of the host."""
+    return {"pid": os.getpid(), "host": _host()}
+
+
+def is_gone(process: Any) -> bool:
+    """Whether :func:`this_process` of a run names a process of this machine that does not exist any more."""
+    if not isinstance(process, Mapping) or process.get("host") != _host():
+        return False
+    pid = _count(process.get("pid"))
+    if not pid:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False  # it is someone else's
+    return False
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]

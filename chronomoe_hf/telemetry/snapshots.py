@@ -98,7 +98,7 @@ class SystemSnapshot:
             train_loss: as logged, if known.
             val_loss: as logged, if known.
             config: alert thresholds.
-            governed: beta or a lens has acted in this run; DRIFT baselines stop collecting.
+            governed: beta or a lens has acted in this run; baselines stop collecting.
             step_ms: host time of ``system.step`` per optimizer step, milliseconds.
             loss_tokens: positions whose label took part in the loss, if known.
 
@@ -122,7 +122,7 @@ class SystemSnapshot:
             for layer_id in sorted(by_layer)
         ]
         missing = [layer_id for layer_id in range(n_layers) if layer_id not in by_layer]
-        alerts = evaluate(layers, missing, step, history, config, governed)
+        alerts = evaluate(layers, missing, step, history, config, governed, training=modes <= {"TRAIN"})
         return cls(
             step=step,
             layers=layers,

@@ -7,7 +7,7 @@ shows comes from here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from chronomoe_hf.telemetry.layers import LAYER_NUMBERS
@@ -52,6 +52,9 @@ class LayerView:
         numbers: name -> finite number; what is missing or no number is left out.
         observed, sufficient: as recorded.
         notes: remarks.
+        change: name -> how much a number changed since the run's baseline; empty without one.
+        error: name -> standard error of the change.
+        died: experts that worked at the baseline and have had no token for too long to be chance.
     """
 
     layer_id: str
@@ -64,6 +67,9 @@ class LayerView:
     sufficient: bool
     notes: list[str]
     num_cut: int = 0
+    change: dict[str, float] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+    died: list[int] = field(default_factory=list)
 
     def get(self, name: str) -> float | None:
         """One number, None without evidence."""
@@ -89,13 +95,19 @@ class LayerView:
 
 @dataclass(frozen=True)
 class AlertView:
-    """One alert as a reader shows it; `layer_id` None for the whole model."""
+    """One alert as a reader shows it; `layer_id` None for the whole model, `since` as in :class:`Alert`."""
 
     kind: str
     layer_id: str | None
     state: str
     step: int | None
     detail: str
+    since: str | None = None
+
+    @property
+    def urgent(self) -> bool:
+        """Whether it asks for action: everything in force but a level at which the model came."""
+        return self.state != "cleared" and self.since != "as_it_came"
 
     @property
     def where(self) -> str:
@@ -171,6 +183,9 @@ def _layer(record: Mapping[str, Any], at: int) -> LayerView:
         sufficient=record.get("sufficient") is not False,
         notes=_texts(record.get("notes")),
         num_cut=whole(record.get("cut_experts")) or 0,
+        change=_by_name(record.get("change")),
+        error=_by_name(record.get("error")),
+        died=_whole_numbers(record.get("died")),
     )
 
 
@@ -184,10 +199,20 @@ def alert_views(records: Any) -> list[AlertView]:
             state=plain_text(item.get("state"), 40),
             step=whole(item.get("step")),
             detail=plain_text(item.get("detail") or ""),
+            since=item.get("since") if item.get("since") in ("as_it_came", "got_worse") else None,
         )
         for item in items
         if isinstance(item, Mapping)
     ]
+
+
+def _by_name(values: Any) -> dict[str, float]:
+    items = values.items() if isinstance(values, Mapping) else ()
+    return {plain_text(name, 40): known for name, value in items if (known := number(value)) is not None}
+
+
+def _whole_numbers(values: Any) -> list[int]:
+    return [known for value in values if (known := whole(value)) is not None] if isinstance(values, list) else []
 
 
 def _texts(values: Any) -> list[str]:

@@ -12,6 +12,7 @@ from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.trainer.callback import ChronoCallback
 from chronomoe_hf.trainer.hooks import refuse_data_parallel
+from chronomoe_hf.trainer.lines import say_attached
 
 
 def attach(trainer: Trainer, config: ChronoConfig | None = None) -> ChronoCallback:
@@ -48,6 +49,8 @@ def attach(trainer: Trainer, config: ChronoConfig | None = None) -> ChronoCallba
     if trainer.model is not None:  # after a hyperparameter search there is none until the next train()
         callback.bind(trainer.model)
     callback.hook(trainer)
+    if callback.system is not None:
+        say_attached(trainer, callback.system)
     return callback
 
 

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from chronomoe_hf.checkpoint.state_file import has_state
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError
+from chronomoe_hf.in_run.baseline import set_baseline
 from chronomoe_hf.in_run.dry_run import measure_dry_run
 from chronomoe_hf.in_run.split_at_start import split_at_start
 from chronomoe_hf.recording.scope import SCOPE
@@ -22,7 +23,14 @@ from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import SystemSnapshot
 from chronomoe_hf.trainer.binding import Binding
 from chronomoe_hf.trainer.evaluation import evaluate_apart
-from chronomoe_hf.trainer.hooks import TrainerHooks, calling_trainer, refuse_data_parallel, require_plain_engine
+from chronomoe_hf.trainer.hooks import (
+    TrainerHooks,
+    calling_trainer,
+    plain_engine,
+    refuse_data_parallel,
+    require_plain_engine,
+)
+from chronomoe_hf.trainer.lines import say_verdict
 from chronomoe_hf.trainer.logs import WindowLog, logs_now, record_log
 from chronomoe_hf.trainer.model_card import write_model_card
 from chronomoe_hf.trainer.resume_weights import ResumePath, check_weights, restore
@@ -137,6 +145,7 @@ class ChronoCallback(TrainerCallback):
         system = self.bind(kwargs["model"])
         if not resumed:
             system.cut.schedule(total)  # before anything changes
+            system.fit_interval(total)
         again = not self._new_run  # a second start within one train(), with a smaller batch
         system.begin(new_run=self._new_run)
         self._new_run = False
@@ -150,6 +159,8 @@ class ChronoCallback(TrainerCallback):
         except TelemetryError as error:
             # Training must not die for its telemetry; statistics and scalars go on.
             logger.error("%s; training goes on without record files", error)
+        if not (resumed or again) or not system.alerts.reference.data["layers"]:
+            self._set_baseline(system, kwargs)
         if system.config.lifecycle.split == "start" and not (resumed or again):
             require_plain_engine(self.hooks.trainer if self.hooks is not None else None)
             split_at_start(system, kwargs["model"], kwargs.get("optimizer"), kwargs["train_dataloader"])
@@ -157,6 +168,13 @@ class ChronoCallback(TrainerCallback):
             system.cut.record(system.records.writer)
         if resumed:  # after the records are open, so that a mismatch is among them
             check_weights(system, kwargs["model"], directory, saved, state.global_step)
+
+    def _set_baseline(self, system: ChronoSystem, kwargs: dict[str, Any]) -> None:
+        """The baseline before the first step; under an engine that shards weights, the engine's model runs."""
+        model, trainer = kwargs["model"], None if self.hooks is None else self.hooks.trainer
+        if trainer is not None and not plain_engine(trainer):
+            model = trainer.model_wrapped
+        set_baseline(system, model, kwargs["train_dataloader"])
 
     def _begin_unknown(self, resumed: bool) -> None:
         """Training begins under a Trainer that was built before this callback was added to it."""
@@ -216,8 +234,11 @@ class ChronoCallback(TrainerCallback):
             manifest = system.load(best, on_missing=system.config.checkpoint.on_missing)
             saved = None if manifest is None else manifest.get("fingerprint")
             check_weights(system, kwargs["model"], Path(best), saved, state.global_step)
+        recorded = None if system.records.writer is None else system.records.writer.directory.parent
         system.close_telemetry()
         system.require_saved()
+        if recorded is not None:
+            say_verdict(recorded)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Fallback where no method of the Trainer is replaced: it has written its checkpoint, ours goes beside it."""
@@ -277,7 +298,7 @@ class ChronoCallback(TrainerCallback):
         system.discard()
         if whole:  # after an error of our own the open window may lack a part
             system.close_window()
-        system.close_telemetry()
+        system.close_telemetry(completed=False)
 
     def evaluating(self, prefix: str, loop: Callable[[], Any]) -> Any:
         """Run an evaluation loop; its forwards are recorded apart, and its metrics gain ``<prefix>_moe/...``."""

@@ -185,11 +185,21 @@ class TrainerHooks:
         return removed
 
 
+def plain_engine(trainer: Trainer | None) -> bool:
+    """Whether every process holds the whole model: no engine, or DDP."""
+    engine = _engine_of(trainer)
+    return engine == "no" or engine.startswith("multi_")
+
+
+def _engine_of(trainer: Trainer | None) -> str:
+    return "no" if trainer is None else str(trainer.accelerator.distributed_type.value).lower()
+
+
 def require_plain_engine(trainer: Trainer | None) -> None:
     """Raise ConfigError under an engine that shards weights or optimizer state: no expert can be copied there."""
-    engine = "no" if trainer is None else str(trainer.accelerator.distributed_type.value).lower()
-    if engine == "no" or engine.startswith("multi_"):
+    if plain_engine(trainer):
         return
+    engine = _engine_of(trainer)
     raise ConfigError(
         f"LifecycleConfig(split='start') rewrites experts in place, but under {engine} weights or optimizer state are "
         "sharded over the ranks. Split first, in one process: wrap(model, ChronoConfig.revive()), "

@@ -50,7 +50,7 @@ class WindowLog:
         """Take a window that has just been closed; its alerts go to the log of the process."""
         self.pending = snapshot
         for alert in snapshot.alerts:
-            log = logger.warning if alert.state == "raised" else logger.info
+            log = logger.warning if alert.urgent else logger.info
             log("step %d: %s", snapshot.step, alert)
         unfit = {d.layer_id for d in system.decisions if d.abstain_reason == "lens_unfit"} - self._unfit
         if unfit:
@@ -200,7 +200,7 @@ def _show_in(tracker: Any, alert: Callable[..., Any], snapshot: SystemSnapshot, 
         }
         tracker.log({**pictures, **extra})
     for edge in snapshot.alerts:
-        level = tracker.AlertLevel.WARN if edge.state == "raised" else tracker.AlertLevel.INFO
+        level = tracker.AlertLevel.WARN if edge.urgent else tracker.AlertLevel.INFO
         alert(title=_title(edge), text=_text(edge), level=level)
 
 

@@ -225,6 +225,9 @@ def _window_numbers(row: Row, window_R: Any) -> dict[str, Any]:
         fields["disagreement_js"] = known(float(row.layer(window_R, "js")) / compared)
         fields["disagreement_flip"] = known(float(row.layer(window_R, "flip")) / compared)
         fields["overlap_only"] = known(float(row.layer(window_R, "overlap")) / compared)
+    steered = float(row.layer(window_R, "steered_tokens"))
+    if steered > 0:
+        fields["topk_disagreement"] = known(float(row.layer(window_R, "topk_differs")) / steered)
     return fields
 
 

@@ -116,7 +116,7 @@ class WindowHost:
             pruned = self.lifecycle.evaluate(snapshot) if self.config.lifecycle.enabled else []
             roles = self.lifecycle.roles
             proposals = [] if roles is None else roles.evaluate(snapshot, host.get("roles", {}))
-            self.records.window(events, snapshot, verdict.decisions, [*pruned, *proposals])
+            self.records.window(events, snapshot, verdict.decisions, [*pruned, *proposals], self.alerts.reference)
         except Exception:
             if self.config.telemetry.on_error == "raise" and not distributed.active():
                 raise

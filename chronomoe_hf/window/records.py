@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 from chronomoe_hf import distributed
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.telemetry.alerts import Alert
+from chronomoe_hf.telemetry.baseline import LayerShape, Reference
 from chronomoe_hf.telemetry.events import RoutingEvent
-from chronomoe_hf.telemetry.reader import next_attempt
+from chronomoe_hf.telemetry.reader import BASELINES, ENDS, next_attempt
+from chronomoe_hf.telemetry.runs import this_process
 from chronomoe_hf.telemetry.snapshots import SystemSnapshot
 from chronomoe_hf.telemetry.writer import TelemetryWriter, run_manifest
+from chronomoe_hf.wrapping.fold import folds_beta
 from chronomoe_hf.wrapping.layer import Layer
 
 
@@ -41,6 +45,8 @@ class RunRecords:
         layers: Sequence[Layer],
         model_class: str,
         resume_step: int | None = None,
+        interval: int | None = None,
+        adapter: bool = False,
     ) -> None:
         """Write records below ``<output_dir>/chronomoe`` from now on (main process only).
 
@@ -51,6 +57,8 @@ class RunRecords:
             layers: the wrapped layers.
             model_class: class name of the model.
             resume_step: optimizer step that is resumed from, None for a fresh start.
+            interval: optimizer steps in a window, as in force.
+            adapter: an adapter (PEFT) trains in place of the weights.
 
         Raises:
             TelemetryError: the directory cannot be written.
@@ -63,13 +71,15 @@ class RunRecords:
         manifest = run_manifest(
             run_id=run_id,
             config=config,
-            layers=[layer.table_row() for layer in layers],
+            layers=[{**layer.table_row(), "beta_folds": folds_beta(layer)} for layer in layers],
             model_class=model_class,
             world_size=distributed.world_size(),
             attempt=self.attempt,
             notes=[f"layer {layer.layer_id}: {note}" for layer in layers for note in layer.notes],
         )
-        self.writer.write_manifest(manifest, resumed_from=resume_step)
+        self.writer.write_manifest(
+            {**manifest, "interval": interval, "adapter": adapter, "process": this_process()}, resumed_from=resume_step
+        )
 
     def window(
         self,
@@ -77,15 +87,25 @@ class RunRecords:
         snapshot: SystemSnapshot,
         decisions: Sequence[Any] = (),
         lifecycle: Sequence[Any] = (),
+        reference: Reference | None = None,
     ) -> None:
-        """Record one closed window and what was decided on it."""
+        """Record one closed window and what was decided on it; and the baseline, when one is new."""
         if self.writer is None:
             return
+        if reference is not None:
+            self.baseline(reference, snapshot.layers, snapshot.step)
         self.writer.write_many("routing_events", events)
         self.writer.write("snapshots", snapshot)
         self.writer.write_many("control_decisions", decisions)
         self.writer.write_many("lifecycle_decisions", lifecycle)
         self.writer.write_many("alerts", snapshot.alerts)
+
+    def baseline(self, reference: Reference, layers: Sequence[LayerShape], step: int, again: bool = False) -> None:
+        """Record the baseline where some layer's is new; `again`: in any case, if there is one (a resume)."""
+        if self.writer is not None and (reference.take_new() or again):
+            record = reference.to_record(layers, step)
+            if record["layers"]:
+                self.writer.write(BASELINES, record)
 
     def evaluation(self, events: Sequence[RoutingEvent], name: str = "eval") -> None:
         """Record what was seen in the evaluation called `name`."""
@@ -102,8 +122,15 @@ class RunRecords:
         if self.writer is not None:
             self.writer.write("alerts", edge)
 
-    def close(self) -> None:
-        """Close the record files; reports dropped records."""
+    def close(self, step: int | None = None, completed: bool = True) -> None:
+        """Close the record files; reports dropped records.
+
+        Args:
+            step: optimizer steps done; with it the end of the attempt is recorded.
+            completed: the run came to its end; False for one that broke off.
+        """
         if self.writer is not None:
+            if step is not None:
+                self.writer.write(ENDS, {"step": step, "time": round(time.time(), 3), "completed": completed})
             self.writer.close()
             self.writer = None

@@ -126,6 +126,11 @@ def _fold_layer(model: nn.Module, layer: Layer, differs: float | None) -> FoldRe
     return FoldReport(layer.layer_id, layer.name, tuple(folded), lost, differs)
 
 
+def folds_beta(layer: Layer) -> bool:
+    """Whether a beta of this layer can be written into the model's own weights, so that a plain server routes alike."""
+    return layer.native_bias or _beta_target(layer)[1] is None
+
+
 def _has_beta(layer: Layer) -> bool:
     return layer.handle.state.beta_on and bool(layer.handle.state.beta_applied.any())
 

@@ -60,8 +60,8 @@ def test_profile_says_what_it_found(workplace: Path) -> None:
     assert all(len(line) <= 80 for line in text.splitlines() if str(workplace) not in line)
 
 
-def test_tail_and_plan_read_a_profile_like_a_run(workplace: Path) -> None:
-    assert "Neff/E" in run("tail", workplace / "profile").output
+def test_plan_reads_a_profile_and_tail_sends_it_to_the_report(workplace: Path) -> None:
+    assert "is a profile" in str(run("tail", workplace / "profile", code=1).exception)
     run("report", workplace / "profile", "-o", workplace / "report.html")
     assert "profile-" in (workplace / "report.html").read_text()  # the name of the run
     assert "Neff/E" in run("tail", workplace / "profile" / "domains" / "other").output

@@ -21,6 +21,7 @@ from chronomoe_hf.cli.output import bars, sparkline
 from chronomoe_hf.cli.tail import lines, read, summary
 from chronomoe_hf.errors import TelemetryError
 from chronomoe_hf.telemetry import reader
+from chronomoe_hf.telemetry.runs import this_process
 
 COMMAND = [sys.executable, "-c", "from chronomoe_hf.cli.main import main; main()"]
 
@@ -49,11 +50,11 @@ def test_every_line_fits_and_the_newest_window_is_never_dropped(width: int, tmp_
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     done = run("tail", str(tmp_path), "-n", "70", width=width)
     assert done.exit_code == 0, done.exception
-    assert max(len(line) for line in done.output.splitlines()) <= max(width, 56)
+    assert max(len(line) for line in done.output.splitlines()) <= max(width, 54)
     row = rows(done.output)["0"]
-    shown = re.search(r"1\.00 (▁*█)", row)
+    shown = re.search(r" (▁*█) ", row)
     assert shown is not None, row
-    assert len(shown[1]) == {40: 3, 80: 12, 200: 52}[width]
+    assert len(shown[1]) == {40: 3, 80: 29, 200: 70}[width]
     assert f"steps {700 - 10 * (len(shown[1]) - 1)} to 700" in done.output
 
 
@@ -87,7 +88,7 @@ def test_only_the_end_of_the_file_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     parse = reader.parse_line
     monkeypatch.setattr(reader, "parse_line", lambda raw: (parsed.append(raw), parse(raw))[1])
     assert [window.step for window in read(tmp_path, 5, None, None).windows] == list(range(960, 1001, 10))
-    assert len(parsed) == 5 + 1  # and the one attempt
+    assert len(parsed) == 5 + 2  # and the one attempt, for the runs and for how it ended
 
 
 def test_two_trainings_in_one_directory_are_two_runs(tmp_path: Path) -> None:
@@ -121,14 +122,14 @@ def test_one_layer(tmp_path: Path) -> None:
 
 
 def test_check_exits_with_three_while_an_alert_is_in_force(tmp_path: Path) -> None:
-    random_run(tmp_path)
+    random_run(tmp_path, dying=False)
     assert run("tail", str(tmp_path), "--check").exit_code == 0
     record = json.loads(snapshots(tmp_path).read_text().splitlines()[-1])
     record["active_alerts"] = [{"kind": "DRIFT", "layer_id": 1, "state": "raised", "step": 30, "detail": "why"}]
     with snapshots(tmp_path).open("a") as file:
         file.write(json.dumps({**record, "step": 100}) + "\n")
     done = run("tail", str(tmp_path), "--check")
-    assert done.exit_code == 3 and "! DRIFT, layer 1, since step 30: why" in done.output
+    assert done.exit_code == 3 and "! DRIFT in layer 1 since step 30" in done.output
     assert run("tail", str(tmp_path), "--check", "--layer", "0").exit_code == 0
     assert run("tail", str(tmp_path)).exit_code == 0
     assert run("tail", str(tmp_path), "--check", "--follow").exit_code == 2
@@ -194,8 +195,8 @@ def test_follow_prints_a_line_for_every_window_while_training_runs(tmp_path: Pat
         train_into(tmp_path, steps=5)
         assert follow.stdout is not None
         seen = [follow.stdout.readline() for _ in range(5)]
-        follow.send_signal(signal.SIGINT)
-        assert follow.wait(20) == 0
+        assert follow.stdout.readline() == "the run ended\n"
+        assert follow.wait(20) == 0, "it ends with the run"
     finally:
         follow.kill()
     assert [line.split(":")[0] for line in seen] == [f"step {step}" for step in range(1, 6)]
@@ -217,7 +218,7 @@ def test_follow_on_a_terminal_redraws_the_table(tmp_path: Path) -> None:
     finally:
         follow.kill()
         os.close(master)
-    assert b"worst of 40 layers" in seen
+    assert b"lost most of 40 layers" in seen and b"\x1b[?1049" not in seen, "the last table stays on the screen"
 
 
 def test_a_small_screen_shows_the_worst_layers(tmp_path: Path) -> None:
@@ -225,12 +226,90 @@ def test_a_small_screen_shows_the_worst_layers(tmp_path: Path) -> None:
     view = read(tmp_path, 3, None, None)
     drawn = lines(view, 80, bars("utf-8"), height=23)
     assert len(drawn) <= 23
-    fractions = {layer.layer_id: layer.neff_fraction for layer in view.windows[-1].layers}
-    shown = [line.split()[0] for line in drawn if line.split() and line.split()[0] in fractions]
-    assert shown == sorted(sorted(fractions, key=lambda name: fractions[name] or 0)[: len(shown)], key=int)
+    changes = {layer.layer_id: layer.change["n_effective"] for layer in view.windows[-1].layers}
+    shown = [line.split()[0] for line in drawn if line.split() and line.split()[0] in changes]
+    assert shown == sorted(sorted(changes, key=lambda name: changes[name])[: len(shown)], key=int)
     assert 10 <= len(shown) < 40
 
 
 def test_bars() -> None:
     assert sparkline([0.0, None, 0.5, 1.0, 7.0], 0.0, 1.0) == "▁ ▅██"
     assert sparkline([0.0, 1.0], 0.0, 1.0, bars("ascii")) == "_#" and bars("utf-8") != bars("latin-1")
+
+
+# ---- a monitor to be trusted -----------------------------------------------------------------------------------------
+
+
+def test_follow_refuses_what_does_not_exist(tmp_path: Path) -> None:
+    wrong = run("tail", str(tmp_path / "typo"), "--follow")
+    assert isinstance(wrong.exception, TelemetryError) and "typo" in str(wrong.exception)
+    random_run(tmp_path)
+    unknown = run("tail", str(tmp_path), "--follow", "--run", "zzz")
+    assert isinstance(unknown.exception, TelemetryError) and "zzz" in str(unknown.exception)
+
+
+@pytest.mark.parametrize("completed", [True, False])
+def test_follow_ends_when_the_run_does(completed: bool, tmp_path: Path) -> None:
+    random_run(tmp_path, windows=3)
+    end = {"schema": 2, "run_id": "run", "attempt": 0, "step": 30, "completed": completed}
+    (tmp_path / "chronomoe" / "ends.jsonl").write_text(json.dumps(end) + "\n")
+    done = run("tail", str(tmp_path), "--follow")
+    assert done.exit_code == (0 if completed else 3)
+    assert done.output.splitlines()[-1] == ("the run ended" if completed else "the run broke off")
+    assert f"the run {'ended' if completed else 'broke off'}" in run("tail", str(tmp_path)).output
+
+
+def test_follow_sees_that_the_process_is_gone(tmp_path: Path) -> None:
+    random_run(tmp_path, windows=3)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    path = tmp_path / "chronomoe" / "attempts.jsonl"
+    record = json.loads(path.read_text())
+    record["manifest"]["process"] = {**this_process(), "pid": ended.pid}
+    path.write_text(json.dumps(record) + "\n")
+    done = run("tail", str(tmp_path), "--follow")
+    assert done.exit_code == 3 and "is gone" in done.output
+    record["manifest"]["process"] = this_process()
+    path.write_text(json.dumps(record) + "\n")
+    assert read(tmp_path, 1, None, None).over is None
+
+
+def test_many_layers_of_one_alert_are_one_line(tmp_path: Path) -> None:
+    random_run(tmp_path, layers=48, windows=3, dying=False)
+    path = snapshots(tmp_path)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    alert = {"kind": "PRE_COLLAPSE", "state": "raised", "detail": "why"}
+    worse = [{**alert, "layer_id": at, "step": 20 + at % 2, "since": "got_worse"} for at in range(40)]
+    came = [{**alert, "layer_id": at, "step": 30, "since": "as_it_came"} for at in range(40, 47)]
+    records[-1]["active_alerts"] = worse + came
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    drawn = lines(read(tmp_path, 3, None, None), 80, bars("utf-8"), height=23)
+    assert len(drawn) <= 23 and max(map(len, drawn)) <= 80
+    assert "! PRE_COLLAPSE in 40 of 48 layers since step 20, got worse" in drawn
+    assert "= PRE_COLLAPSE in 7 of 48 layers since step 30, as the model came" in drawn
+    assert run("tail", str(tmp_path), "--check").exit_code == 3
+    assert run("tail", str(tmp_path), "--check", "--layer", "45").exit_code == 0, "a level alone asks for nothing"
+
+
+def test_json_has_one_shape_and_whole_numbers(tmp_path: Path) -> None:
+    train_into(tmp_path, steps=3)
+    whole = json.loads(run("tail", str(tmp_path), "--json").output)
+    followed = [json.loads(line) for line in run("tail", str(tmp_path), "--json", "--follow").output.splitlines()]
+    assert [len(each["windows"]) for each in followed] == [1, 1, 1] and whole["schema"] == 1
+    assert [each["windows"][0] for each in followed] == whole["windows"]
+    assert all(each.keys() == whole.keys() for each in followed) and whole["over"] == "ended"
+    layer = whole["windows"][-1]["layers"][0]
+    assert layer["layer_id"] == 0 and isinstance(layer["numbers"]["token_count"], int)
+    assert isinstance(layer["numbers"]["dead_experts"], int) and isinstance(layer["numbers"]["n_effective"], float)
+
+
+def test_a_profile_and_unreadable_lines_are_told(tmp_path: Path) -> None:
+    random_run(tmp_path / "run", windows=1)
+    snapshots(tmp_path / "run").write_text("garbage\n" * 30)
+    assert "none of the 30 lines" in str(run("tail", str(tmp_path / "run")).exception)
+    random_run(tmp_path / "newer", windows=2)
+    path = snapshots(tmp_path / "newer")
+    path.write_text(path.read_text().replace('"schema":2,"run_id"', '"schema":9,"run_id"'))
+    assert "2 windows are of a newer version" in run("tail", str(tmp_path / "newer")).output
+    (path.parent / "profile.json").write_text("{}")
+    assert "is a profile" in str(run("tail", str(tmp_path / "newer")).exception)

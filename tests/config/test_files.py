@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from chronomoe_hf.config import CONFIG_SCHEMA, BetaConfig, ChronoConfig, ControlConfig, HarmGuardConfig, TelemetryConfig
+from chronomoe_hf.config import (
+    CONFIG_SCHEMA,
+    AlertConfig,
+    BetaConfig,
+    ChronoConfig,
+    ControlConfig,
+    HarmGuardConfig,
+    TelemetryConfig,
+)
 from chronomoe_hf.config.files import MAX_BYTES
 from chronomoe_hf.errors import ConfigError
 
@@ -23,6 +31,7 @@ def test_a_config_of_schema_1_still_loads() -> None:
     config = ChronoConfig.from_pretrained(GOLDEN_1)
     assert config == ChronoConfig(
         interval=7,
+        alerts=AlertConfig(baseline_windows=3),
         beta=BetaConfig(law="balance", scope="selection", rate=0.1),
         control=ControlConfig(
             gate="pressure",

@@ -146,7 +146,9 @@ def test_the_verdict_of_a_healthy_run_and_of_one_with_dead_experts(tmp_path: Pat
     assert well.level == "fine" and well.findings[0].key == "HEALTHY"
     random_run(tmp_path / "dead", windows=9)
     ill = judge(load_run(tmp_path / "dead"))
-    assert ill.level == "watch" and "1 expert without a token" in ill.findings[0].seen
+    assert ill.level == "act", "it worked at the baseline and died in this run"
+    (died,) = [finding for finding in ill.findings if finding.key == "DIED"]
+    assert died.seen == "1 expert: layer 0 (expert 3)." and died.layers == ("0",)
     assert dict((name, value) for name, value, _ in ill.numbers)["dead experts"] == "1"
 
 
@@ -180,10 +182,13 @@ def test_an_alert_in_force_comes_first_with_its_advice(tmp_path: Path) -> None:
     path = tmp_path / "chronomoe" / "snapshots.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     raised = {"kind": "PRE_COLLAPSE", "layer_id": 1, "state": "raised", "step": 20, "detail": "why"}
+    raised["since"] = "got_worse"
     records[-1]["active_alerts"] = [raised, {**raised, "kind": "FROM_THE_FUTURE"}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     verdict = judge(load_run(tmp_path))
-    assert verdict.level == "act" and verdict.findings[0].seen == "PRE_COLLAPSE is in force in layer 1 since step 20."
+    assert verdict.level == "act"
+    (found,) = [finding for finding in verdict.findings if finding.key == "PRE_COLLAPSE"]
+    assert found.seen == "PRE_COLLAPSE is in force in layer 1 since step 20." and found.layers == ("1",)
     html = render(load_run(tmp_path))
     assert "ChronoConfig.balance()" in html and "FROM_THE_FUTURE" in html
 
@@ -196,9 +201,9 @@ def test_two_runs_are_compared_in_words_and_numbers(tmp_path: Path, trained: Pat
         tmp_path / "other", steps=6, interval=2, preset="balance", arguments={"save_strategy": "steps", "save_steps": 6}
     )
     one, two = load_run(trained), load_run(tmp_path / "other")
-    compared = compare(one, two)
+    compared = compare([one, two])
     assert compared.names == ("run", "other")
-    table = {row[0]: row[1:] for row in compared.figure.rows}
+    table = {row[0]: row[2:] for row in compared.figure.rows}
     for name, form, value in (
         ("training loss", ".3f", lambda r: r.loss[-1][1]),
         ("mean Neff / E", ".3f", lambda r: np.mean([layer.neff_fraction for layer in r.windows[-1].layers])),

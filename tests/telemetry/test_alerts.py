@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,23 +124,102 @@ def test_drift_is_measured_against_the_runs_own_first_windows():
     even, narrow = [1000] * 8, [1000] * 6 + [0, 0]  # n_effective 8 and 6: below 0.8 of 8, above 0.6 of 8
     for _ in range(3):
         run.see(even)
-    assert run.history.baseline(0, 3) == pytest.approx(8.0)
+    assert run.history.baseline(0) == pytest.approx(8.0)
     assert [run.see(narrow) for _ in range(4)] == [[], [], [("DRIFT", "raised")], []]
     assert run.see(even) == [("DRIFT", "cleared")]
 
 
 def test_governance_ends_the_baseline_for_good():
-    run = Run()
+    run = Run(config=AlertConfig(baseline_windows=3))
     run.see([1000] * 8)
     run.see([1000] * 6 + [0, 0], governed=True)
     run.see([1000] * 6 + [0, 0])  # not governed any more: still not part of the baseline
-    assert run.history.baseline(0, 3) == pytest.approx(8.0)
+    assert run.history.baseline(0) == pytest.approx(8.0)
     assert run.see([1000] * 6 + [0, 0]) == [("DRIFT", "raised")]
-    late = Run()
+
+
+def test_a_run_that_is_governed_from_the_start_has_its_first_windows_as_baseline():
+    run = Run()
     for _ in range(6):
-        late.see([1000] * 8, governed=True)
-    assert late.history.baseline(0, 3) is None
-    assert [late.see([1000] * 6 + [0, 0]) for _ in range(4)][-1] == []
+        run.see([1000] * 8, governed=True)
+    assert run.history.baseline(0) == pytest.approx(8.0)
+    assert [run.see([1000] * 6 + [0, 0], governed=True) for _ in range(4)][-2] == [("DRIFT", "raised")]
+
+
+# ---- level and movement ----------------------------------------------------------------------------------------------
+
+
+def noisy(shares, tokens, generator) -> list[int]:
+    """Counts of `tokens` tokens that choose one expert each."""
+    return generator.multinomial(tokens, np.array(shares) / sum(shares)).tolist()
+
+
+NARROW = [50, 22, 8, 6, 4, 4, 3, 3]  # n_effective 4.4 of 8, below the floor of 4.8
+NARROWER = [70, 20, 2, 2, 2, 2, 1, 1]
+
+
+def test_a_level_that_never_moves_is_as_it_came_however_long_the_run_is():
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        run = Run(top_k=1)
+        edges = [edge for _ in range(60) for edge in run.see(noisy(NARROW, 2000, generator))]
+        assert {kind for kind, _ in edges} <= {"PRE_COLLAPSE"}
+        assert not any(alert.urgent for alert in run.snapshot.active_alerts)
+        assert ("PRE_COLLAPSE", "worsened") not in edges
+
+
+def test_a_layer_that_concentrates_further_got_worse_within_three_windows():
+    generator = np.random.default_rng(0)
+    run = Run(top_k=1)
+    for _ in range(6):
+        run.see(noisy(NARROW, 2000, generator))
+    assert [alert.since for alert in run.snapshot.active_alerts] == ["as_it_came"]
+    edges = [run.see(noisy(NARROWER, 2000, generator)) for _ in range(3)]
+    assert ("PRE_COLLAPSE", "worsened") in edges[-1] and edges[0] == edges[1] == []
+    (alert,) = [a for a in run.snapshot.active_alerts if a.kind == "PRE_COLLAPSE"]
+    assert alert.since == "got_worse" and alert.urgent and alert.step == 900
+    assert "baseline" in alert.detail and alert.to_record()["since"] == "got_worse"
+    for _ in range(2):
+        run.see(noisy(NARROW, 2000, generator))
+    assert not any(alert.urgent for alert in run.snapshot.active_alerts), "back where it began"
+
+
+@pytest.mark.parametrize("after", [1, 3, 20])
+def test_a_planted_collapse_is_urgent_within_five_windows(after):
+    generator = np.random.default_rng(after)
+    run = Run(top_k=1)
+    for _ in range(after):
+        run.see(noisy([1] * 8, 2000, generator))
+    for _ in range(5):
+        run.see(noisy([90, 10, 0, 0, 0, 0, 0, 0], 2000, generator))
+    urgent = {alert.kind for alert in run.snapshot.active_alerts if alert.urgent}
+    assert {"PRE_COLLAPSE", "COLLAPSE_CONFIRMED", "DRIFT"} <= urgent
+    assert run.snapshot.layers[0].died == [2, 3, 4, 5, 6, 7]
+
+
+def test_an_expert_that_was_idle_from_the_start_does_not_die():
+    run = Run(top_k=1)
+    run.see([1000] * 7 + [0])
+    run.see([1000] * 6 + [60, 0])
+    for _ in range(6):
+        run.see([1000] * 6 + [0, 0])
+    assert run.snapshot.layers[0].died == [6]
+    thin = Run(top_k=1)
+    thin.see([100] * 7 + [30])
+    for _ in range(6):
+        thin.see([15] * 7 + [0])
+    assert thin.snapshot.layers[0].died == [], "six windows with two or three expected tokens each prove nothing"
+
+
+def test_an_evaluation_has_no_baseline():
+    event = RoutingEvent.from_router_output(
+        run_id="r", step=1, mode="EVAL", layer_id=0, used_capacity=[1000] * 4, n_experts=4, top_k=1
+    )
+    kept: dict = {}
+    snapshot = SystemSnapshot.from_events(
+        events=[event], step=1, run_id="r", model_name="m", n_layers=1, alert_history=kept
+    )
+    assert snapshot.layers[0].change == {} and kept["reference"]["layers"] == {}
 
 
 def test_unobserved_layers_are_named_at_once():
@@ -209,6 +289,9 @@ def test_edges_alternate_and_the_order_of_experts_is_irrelevant(story, seed):
         order.shuffle(counts)
         assert shuffled.see(counts) == edges
         for kind, edge in edges:
+            if edge == "worsened":
+                assert state[kind] == "raised"
+                continue
             assert edge == ("raised" if state.get(kind, "cleared") == "cleared" else "cleared")
             state[kind] = edge
         assert plain.active == {kind for kind, edge in state.items() if edge == "raised"}

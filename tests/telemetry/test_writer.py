@@ -319,6 +319,8 @@ def test_a_broken_manifest_is_no_manifest(tmp_path):
         "lifecycle_splits",
         "lifecycle_cuts",
         "alerts",
+        "baselines",
+        "ends",
         "logs",
         "attempts",
     }
