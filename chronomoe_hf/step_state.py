@@ -215,6 +215,11 @@ class StepState:
         self.gain_LE.mul_(self.mask_LE)
         self._gate_LE = (self.mask_LE & ~self.untouched_L[:, None]).double()
 
+    def set_top_k(self, top_k: list[int]) -> None:
+        """Tokens get another number of experts from now on: the edges of the balance law's zone follow."""
+        self.top_k = top_k
+        self._zones.clear()
+
     def checksum(self) -> Tensor:
         """What must be equal on all ranks, float64 ``(4,)``."""
         return torch.stack([self.beta_LE.double().sum(), self.ema_CLE.sum(), self.window_LR.sum(), self.std_L.sum()])

@@ -33,12 +33,12 @@ from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.step_state import StepState, check_step
 from chronomoe_hf.telemetry import AlertHistory, SystemSnapshot
 from chronomoe_hf.window.events import window_shares
+from chronomoe_hf.window.follow import follow_model, follow_step, new_window
 from chronomoe_hf.window.host import Moment, WindowHost
 from chronomoe_hf.window.records import RunRecords
 from chronomoe_hf.wrapping.build import check_layers
 from chronomoe_hf.wrapping.fold import FoldReport, fold_layers
 from chronomoe_hf.wrapping.layer import Layer
-from chronomoe_hf.wrapping.native_bias import restore_fp32_bias
 from chronomoe_hf.wrapping.placement import Placement
 
 logger = logging.getLogger("chronomoe_hf")
@@ -93,7 +93,6 @@ class ChronoSystem:
             n_layers=len(layers),
             n_experts_per_layer=sizes,
             config=config.control,
-            top_k_per_layer=top_k,
             floors=config.alerts,
         ).initialize(run_id=self.run_id)
         self.lifecycle = LifecycleCoordinator(config, n_layers=len(layers))
@@ -174,7 +173,8 @@ class ChronoSystem:
             self._warned_of_repeat = True
             logger.warning("system.step(%d) was called twice: once per optimizer step is enough", global_step)
         self.global_step = self._stepped = global_step
-        restore_fp32_bias(self.layers)
+        closing = global_step % self.interval == 0 and not repeated
+        follow_step(self.store.parts, closing)
         row_LR, loss_N, inputs, failed = self._take(with_inputs=self.switches.router_input)
         if failed is not None:
             self.store.require_saved(failed)
@@ -184,7 +184,6 @@ class ChronoSystem:
         if self.config.beta.law == "balance":
             actuate.balance(self.step_state, self.layers, self.config, self.step_state.row.count(row_LR))
             self.governed = self.beta_moved = True
-        closing = global_step % self.interval == 0 and not repeated
         snapshot = self._close_window(global_step, inputs) if closing else None
         if not repeated and self.cut.due(global_step):
             snapshot = snapshot or self.close_window()  # the open window ends before the cut
@@ -230,7 +229,7 @@ class ChronoSystem:
         self.global_step = 0
         self.controller.initialize(run_id=self.run_id)
         self.discard()
-        restore_fp32_bias(self.layers)
+        follow_model(self.store.parts)
         self.step_state.drop_window()
         self.window_steps, self.overhead_s = 0, 0.0
         self._stepped = None
@@ -331,8 +330,7 @@ class ChronoSystem:
         self.last_snapshot = snapshot or self.last_snapshot
         self.cut.observe(snapshot)
         self.step_state.close_window()
-        for layer in self.layers:
-            layer.recorder.missed = 0
+        new_window(self.store.parts)
         self.window_steps, self.overhead_s = 0, 0.0
 
     def set_alert(self, kind: str, step: int, holds: bool, detail: str = "") -> None:
@@ -386,7 +384,7 @@ class ChronoSystem:
         if self.config.interval is None and position.interval is not None:
             self.interval = position.interval
         self._stepped = None
-        restore_fp32_bias(self.layers)
+        follow_model(self.store.parts)
         self.controller.initialize(run_id=self.run_id)
         self.step_state.refresh(self.cap)
         self.step_state.publish()

@@ -129,7 +129,7 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Po
     parts.drift.load(tensors, pairs)
     if not parts.drift.on and any(START.fullmatch(name) for name in tensors):
         used.unused.append("the router rows that drift is measured from (lifecycle.router_drift is False)")
-    _warn_of_other_settings(parts.config, meta.get("config"), used.unused)
+    _warn_of_other_settings(parts.config, meta.get("config"), used.unused, _words_on_k(meta, live, pairs))
     return Position(
         step=int(meta["step"]),
         window_steps=window_steps,
@@ -233,8 +233,22 @@ def _load_matching(parts: Parts, tensors: dict[str, Tensor], pairs: list[tuple[i
     logger.warning("loaded the state of %d of %d layers; the others start fresh", len(pairs), len(parts.layers))
 
 
-def _warn_of_other_settings(live: ChronoConfig, saved: Any, unused: Sequence[str]) -> None:
-    lines = []
+def _words_on_k(
+    meta: Mapping[str, Any], live: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[int, int]]
+) -> list[str]:
+    """Layers in which a token gets another number of experts than when the state was saved."""
+    saved_k = {new: meta["layers"][old]["top_k"] for old, new in pairs}
+    other = [(new, before) for new, before in saved_k.items() if before != live[new]["top_k"]]
+    if not other:
+        return []
+    new, before = other[0]
+    return [
+        f"tokens get another number of experts than when this state was saved in {layers_named([at for at, _ in other])} "
+        f"({before} then, {live[new]['top_k']} now)"
+    ]
+
+
+def _warn_of_other_settings(live: ChronoConfig, saved: Any, unused: Sequence[str], lines: list[str]) -> None:
     try:
         before = None if saved is None else ChronoConfig.from_dict(saved)
     except ConfigError:

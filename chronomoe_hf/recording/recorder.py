@@ -45,6 +45,9 @@ class LayerRecorder:
         graph_train_R, graph_eval_R: float64 ``(R,)``: what compiled graphs add; see the top of this file.
         missed: calls of the router in training, in this window, outside a forward of the model that owns it.
         fault, outputs_fault: why nothing, or nothing of the experts' outputs, is recorded any more; None = it is.
+        top_k, least_top_k: experts per token in the last router call of this window, and the least of all of them;
+            None = no eager call yet.
+        other_width: experts of the router where they are not `num_experts` any more; None = they are.
         inputs: fp32 ``(2 D + 4,)``: sums over router inputs, laid out by ``lens.direction.input_sums``; None without
             a lens.
     """
@@ -70,6 +73,9 @@ class LayerRecorder:
         self.missed = 0
         self.fault: str | None = None
         self.outputs_fault: str | None = None
+        self.top_k: int | None = None
+        self.least_top_k: int | None = None
+        self.other_width: int | None = None
         self.graph_train_R = torch.zeros(sums.row.size, dtype=torch.float64)
         self.graph_eval_R = torch.zeros(sums.row.size, dtype=torch.float64)
         self.inputs = torch.zeros(sums_width(input_width)) if input_width else None
@@ -128,6 +134,16 @@ class LayerRecorder:
     def _graph_R(self) -> Tensor:
         return self.graph_train_R if self.scope.mode == "train" else self.graph_eval_R
 
+    def see_top_k(self, top_k: int) -> None:
+        """Tokens get `top_k` experts now."""
+        self.top_k = top_k
+        self.least_top_k = top_k if self.least_top_k is None else min(top_k, self.least_top_k)
+
+    def new_window(self) -> None:
+        """What is told of a window starts afresh."""
+        self.top_k = self.least_top_k = None
+        self.missed = 0
+
     # ---- routers -------------------------------------------------------------------------------------------------
 
     def routing(
@@ -158,8 +174,13 @@ class LayerRecorder:
         )
         if torch.compiler.is_compiling():
             self._sum_routing(call)
-        else:
-            self.scope.tape.calls.append(call)
+            return
+        if call.index_TK.shape[-1] != self.top_k:
+            self.see_top_k(call.index_TK.shape[-1])
+        if call.logits_TE.shape[-1] != self.num_experts:
+            self.other_width = call.logits_TE.shape[-1]  # the next step says so; the forward is none of ours
+            return
+        self.scope.tape.calls.append(call)
 
     def routed(self, num_rows: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Ids ``(T, K)`` of this layer's last router call and what capacity kept of it; None where it is not known."""
@@ -229,6 +250,8 @@ class LayerRecorder:
             valid_TK: bool, slots that count; None = all.
             divided: the rows hold weight times output.
         """
+        if self.other_width is not None:
+            return
         num_k, width = index_TK.shape[-1], rows_AD.shape[-1]
         num_tokens = (rows_AD.shape[0] if pick_A is None else pick_A.shape[0]) // num_k
         call = OutputCall(self, weight_TK.detach(), index_TK.detach(), valid_TK)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from chronomoe_hf.errors import WrapError
 from chronomoe_hf.router.state import (
     HANDLE,
     MASKS,
@@ -84,6 +85,7 @@ class ChronoRouter(nn.Module):
         routing = adapter.read(self, output)
         native_TK = None
         if steers or mask is not None:
+            self._check_width(routing.logits_TE.shape[-1], state.num_experts)
             shift_TE = None
             if lens_open:
                 assert lens is not None
@@ -104,6 +106,13 @@ class ChronoRouter(nn.Module):
             handle.recorder.router_input(hidden)
             handle.recorder.routing(self, routing, native_TK, state.beta_full if state.beta_on else None)
         return output
+
+    def _check_width(self, width: int, num_experts: int) -> None:
+        if width != num_experts:
+            raise WrapError(
+                f"{type(self).__name__} has {width} experts now and had {num_experts} when it was wrapped, and what acts "
+                "on it is made for these; call chronomoe_hf.unwrap(model), then chronomoe_hf.wrap(model) again"
+            )
 
     def _unsteered(self, mask: RouterMask, call: RouterCall) -> Tensor:
         """What the router would choose of the experts that are left, if nothing steered."""

@@ -100,7 +100,7 @@ def layer_events(
                 layer_id=at,
                 layer_name=layer.name,
                 n_experts=num,
-                top_k=layer.top_k,
+                top_k=_top_k(layer),
                 window_steps=window_steps,
                 expert_token_counts=counts[at][:num],
                 notes=[*layer.notes, *_faults(layer), *_remarks(row, window_LR[at], layer, reads, others_ran)],
@@ -111,6 +111,11 @@ def layer_events(
             )
         )
     return events
+
+
+def _top_k(layer: Layer) -> int:
+    """k of the window; where it changed in it the least, whose ceiling no share exceeds."""
+    return layer.recorder.least_top_k or layer.top_k
 
 
 def _drift_of(host: Mapping[str, Any], layer_id: int) -> list[float | int | None] | None:
@@ -145,7 +150,18 @@ def _remarks(row: Row, window: Any, layer: Layer, reads: bool, others_ran: bool)
     """What is to be said of this window of the layer."""
     if row.meta(window, "calls") == 0:
         return [UNOBSERVED + why_unobserved(layer, others_ran)]
-    return _unread(row, window) if reads else []
+    return [*_changed_top_k(layer), *(_unread(row, window) if reads else [])]
+
+
+def _changed_top_k(layer: Layer) -> list[str]:
+    """Says so where tokens did not get the same number of experts throughout."""
+    least = layer.recorder.least_top_k
+    if least is None or least == layer.top_k:
+        return []
+    return [
+        f"experts per token changed in this window, from {layer.top_k} at the end to {least} at the least: its shares are "
+        f"of both, its ceilings are those of {least}"
+    ]
 
 
 def _unread(row: Row, window: Any) -> list[str]:

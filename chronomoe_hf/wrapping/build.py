@@ -168,6 +168,13 @@ def check_layers(root: nn.Module, layers: list[Layer]) -> None:
             f"{len(strange)} MoE layers are not those that were wrapped (first: {strange[0]}): layers were added or "
             "replaced since. Call chronomoe_hf.unwrap(model), then chronomoe_hf.wrap(model) again"
         )
+    sizes = {layer.name: layer.num_experts for layer in layers}
+    for one in found:
+        if (width := one.adapter.num_experts(one.router)) != sizes.get(one.name, width):
+            raise WrapError(
+                f"{one.name} has {width} experts now and had {sizes[one.name]} when it was wrapped; call "
+                "chronomoe_hf.unwrap(model), then chronomoe_hf.wrap(model) again"
+            )
 
 
 def _make_layer(
