@@ -243,7 +243,7 @@ def _words_on_k(
         return []
     new, before = other[0]
     return [
-        f"tokens get another number of experts than when this state was saved in {layers_named([at for at, _ in other])} "
+        f"tokens of {layers_named([at for at, _ in other])} get another number of experts than when this state was saved "
         f"({before} then, {live[new]['top_k']} now)"
     ]
 

@@ -45,8 +45,8 @@ class LayerRecorder:
         graph_train_R, graph_eval_R: float64 ``(R,)``: what compiled graphs add; see the top of this file.
         missed: calls of the router in training, in this window, outside a forward of the model that owns it.
         fault, outputs_fault: why nothing, or nothing of the experts' outputs, is recorded any more; None = it is.
-        top_k, least_top_k: experts per token in the last router call of this window, and the least of all of them;
-            None = no eager call yet.
+        top_k: experts per token in the last router call of this window; None = no eager call yet.
+        least_top_k, most_top_k: the least and the most of all its calls.
         other_width: experts of the router where they are not `num_experts` any more; None = they are.
         inputs: fp32 ``(2 D + 4,)``: sums over router inputs, laid out by ``lens.direction.input_sums``; None without
             a lens.
@@ -75,6 +75,7 @@ class LayerRecorder:
         self.outputs_fault: str | None = None
         self.top_k: int | None = None
         self.least_top_k: int | None = None
+        self.most_top_k: int | None = None
         self.other_width: int | None = None
         self.graph_train_R = torch.zeros(sums.row.size, dtype=torch.float64)
         self.graph_eval_R = torch.zeros(sums.row.size, dtype=torch.float64)
@@ -138,10 +139,11 @@ class LayerRecorder:
         """Tokens get `top_k` experts now."""
         self.top_k = top_k
         self.least_top_k = top_k if self.least_top_k is None else min(top_k, self.least_top_k)
+        self.most_top_k = top_k if self.most_top_k is None else max(top_k, self.most_top_k)
 
     def new_window(self) -> None:
         """What is told of a window starts afresh."""
-        self.top_k = self.least_top_k = None
+        self.top_k = self.least_top_k = self.most_top_k = None
         self.missed = 0
 
     # ---- routers -------------------------------------------------------------------------------------------------

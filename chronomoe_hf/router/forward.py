@@ -110,8 +110,8 @@ class ChronoRouter(nn.Module):
     def _check_width(self, width: int, num_experts: int) -> None:
         if width != num_experts:
             raise WrapError(
-                f"{type(self).__name__} has {width} experts now and had {num_experts} when it was wrapped, and what acts "
-                "on it is made for these; call chronomoe_hf.unwrap(model), then chronomoe_hf.wrap(model) again"
+                f"{type(self).__name__} has {width} experts now and had {num_experts} when it was wrapped, and what "
+                "acts on it is made for these; call chronomoe_hf.unwrap(model), then chronomoe_hf.wrap(model) again"
             )
 
     def _unsteered(self, mask: RouterMask, call: RouterCall) -> Tensor:

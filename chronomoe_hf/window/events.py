@@ -155,12 +155,12 @@ def _remarks(row: Row, window: Any, layer: Layer, reads: bool, others_ran: bool)
 
 def _changed_top_k(layer: Layer) -> list[str]:
     """Says so where tokens did not get the same number of experts throughout."""
-    least = layer.recorder.least_top_k
-    if least is None or least == layer.top_k:
+    least, most = layer.recorder.least_top_k, layer.recorder.most_top_k
+    if least is None or least == most:
         return []
     return [
-        f"experts per token changed in this window, from {layer.top_k} at the end to {least} at the least: its shares are "
-        f"of both, its ceilings are those of {least}"
+        f"experts per token changed in this window, between {least} and {most}: its shares are of both, its ceilings are "
+        f"those of {least}"
     ]
 
 
