@@ -243,8 +243,8 @@ def _words_on_k(
         return []
     new, before = other[0]
     return [
-        f"tokens of {layers_named([at for at, _ in other])} get another number of experts than when this state was saved "
-        f"({before} then, {live[new]['top_k']} now)"
+        f"tokens of {layers_named([at for at, _ in other])} get another number of experts than when the state was "
+        f"saved ({before} then, {live[new]['top_k']} now)"
     ]
 
 

@@ -159,8 +159,8 @@ def _changed_top_k(layer: Layer) -> list[str]:
     if least is None or least == most:
         return []
     return [
-        f"experts per token changed in this window, between {least} and {most}: its shares are of both, its ceilings are "
-        f"those of {least}"
+        f"experts per token changed in this window, between {least} and {most}: its shares are of both, its ceilings "
+        f"are those of {least}"
     ]
 
 
