@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from chronomoe_hf.errors import TelemetryError
 from chronomoe_hf.metrics import effective_experts
 from chronomoe_hf.telemetry.arrays import Array, Frame
 from chronomoe_hf.telemetry.events import COUNTS
+from chronomoe_hf.telemetry.packed import PackedWindows
 from chronomoe_hf.telemetry.per_expert import read_events, read_windows
 from chronomoe_hf.telemetry.reader import (
     BASELINES,
@@ -27,6 +28,7 @@ from chronomoe_hf.telemetry.reader import (
     EFFECTS,
     LOGS,
     SPLITS,
+    read_each,
     read_jsonl,
     read_last,
     read_lines,
@@ -102,7 +104,7 @@ class RunData:
     name: str
     directory: Path
     manifest: dict[str, Any]
-    windows: list[Window]
+    windows: Sequence[Window]
     picked: list[Window]
     frames: dict[int, Frame]
     governing: dict[int, Governing]
@@ -165,9 +167,8 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
     if name is not None and run is None:
         known = ", ".join(plain_text(r.name, 80) for r in history.runs) or "none"
         raise TelemetryError(f"no run {name!r} in {directory}; it holds {known}")
-    records, broken = read_jsonl(directory / "snapshots.jsonl", run=run)
-    shown = [Window.from_record(record) for record in records]
-    windows = sorted((w for w in shown if w is not None), key=lambda window: window.step)
+    shown, broken = read_each(directory / "snapshots.jsonl", _packed, run=run)
+    windows = PackedWindows(packed for packed in shown if packed is not None)
     picked = pick(windows)
     alerts = [view for record in read_jsonl(directory / "alerts.jsonl", run=run)[0] for view in alert_views([record])]
     lifecycle, measured = (read_jsonl(directory / f"{name}.jsonl", run=run)[0] for name in (DECISIONS, EFFECTS))
@@ -188,7 +189,7 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         others=[plain_text(r.name, 80) for r in history.runs if run is None or r.name != run.name],
         broken=broken + len(shown) - len(windows),
         profile=_json(directory / "profile.json") or _domain_of(directory, run),
-        roles=roles_of(records[-1]) if records else [],
+        roles=roles_of(last.records[-1]) if last.records else [],
         proposals=last_proposals(lifecycle, measured),
         baseline=_baseline(read_jsonl(directory / f"{BASELINES}.jsonl", run=run)[0]),
         eval_loss=_logged(directory, run, "eval_loss") or _loss(root, "eval_loss"),
@@ -211,10 +212,15 @@ def relative_load(run: RunData, step: int) -> tuple[Array, list[int]]:
     return relative_LE, frame.layers
 
 
-def pick(windows: list[Window], most: int = MAX_FRAMES) -> list[Window]:
+def _packed(record: dict[str, Any]) -> tuple[int, bytes] | None:
+    window = Window.from_record(record)
+    return None if window is None else PackedWindows.pack(window)
+
+
+def pick(windows: Sequence[Window], most: int = MAX_FRAMES) -> list[Window]:
     """At most `most` windows, evenly spread, the first and the last among them."""
     if len(windows) <= most:
-        return windows
+        return list(windows)
     return [windows[round(i * (len(windows) - 1) / (most - 1))] for i in range(most)]
 
 

@@ -184,6 +184,10 @@ class FrameFile:
         self._offsets = {_window(frame): offset for offset, frame in frames if frame is not None}
         self._held: Frame | None = None
 
+    def __contains__(self, record: Mapping[str, Any]) -> bool:
+        """Whether there is a frame of the window that a record belongs to."""
+        return tuple(record.get(name) for name in _WINDOW) in self._offsets
+
     def of(self, record: Mapping[str, Any]) -> Frame | None:
         """The frame of the window that a record belongs to; None where it was lost."""
         key = tuple(record.get(name) for name in _WINDOW)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from chronomoe_hf.telemetry.arrays import ARRAYS, Frame, FrameFile, read_frames, stack
 from chronomoe_hf.telemetry.events import COUNTS, INTEGERS
-from chronomoe_hf.telemetry.reader import read_history, read_lines, with_arrays
+from chronomoe_hf.telemetry.reader import lines_from_end, parse_line, read_history, read_lines, with_arrays
 from chronomoe_hf.telemetry.runs import History, Run
 from chronomoe_hf.telemetry.views import number, whole
 
@@ -39,6 +39,71 @@ def read_events(directory: str | Path, run: Run | None = None) -> Iterator[dict[
             yield record
         elif (filled := with_arrays(record, frames)) is not None:
             yield filled
+
+
+def newest_events(
+    directory: str | Path, windows: int, mode: str | None, modes: Sequence[str]
+) -> tuple[list[dict[str, Any]], str, set[str]]:
+    """The routing events of the newest windows of one mode, in file order, with their per-expert lists.
+
+    In the directory of one run the file is read from its end, no further than that takes. Where several runs share a
+    directory, or its attempts are not known, steps may come in any order, and the file is read twice. Either way no
+    more than the events that are returned are held.
+
+    Args:
+        directory: a ``chronomoe`` directory.
+        windows: steps wanted.
+        mode: of the events; None = the first of `modes` that was recorded.
+        modes: see there.
+
+    Returns:
+        The events; the mode that was chosen, the first of `modes` where none was recorded; and the modes that were
+        seen, all of them where there are no events.
+    """
+    directory = Path(directory)
+    path, history = directory / EVENTS, read_history(directory)
+    in_order = len(history.runs) == 1
+    stands = set[tuple[str, int, int]]() if in_order else _standing_places(path, history)
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    raws = lines_from_end(path) if path.is_file() else iter(())
+    attempts: dict[int, int] = {}
+    frames = FrameFile(directory / ARRAYS)
+    for raw in raws:
+        record = parse_line(raw)
+        if record is None or history.overwritten(record) or (record.get("arrays") is True and record not in frames):
+            continue
+        step, attempt = record.get("step"), record.get("attempt", 0)
+        if not isinstance(step, int) or not isinstance(attempt, int):
+            continue
+        if in_order:
+            if attempt < attempts.setdefault(step, attempt):
+                continue
+        elif (history.run_of(record).name, step, attempt) not in stands:
+            continue
+        name = str(record.get("mode"))
+        steps = found.setdefault(name, {})
+        if step not in steps and len(steps) == windows:
+            if in_order and name == (mode or modes[0]):
+                break
+            if step < min(steps):
+                continue
+            steps.pop(min(steps))
+        steps.setdefault(step, []).append(record)
+    chosen = mode or next((name for name in modes if name in found), modes[0])
+    kept = [record for step in sorted(found.get(chosen, {})) for record in reversed(found[chosen][step])]
+    filled = [with_arrays(record, frames) for record in kept]
+    return [record for record in filled if record is not None], chosen, set(found)
+
+
+def _standing_places(path: Path, history: History) -> set[tuple[str, int, int]]:
+    """``(run, step, attempt)`` of the last attempt at every step."""
+    last: dict[tuple[str, int], int] = {}
+    for _, record in read_lines(path) if path.is_file() else ():
+        step, attempt = (None, None) if record is None else (record.get("step"), record.get("attempt", 0))
+        if record is not None and isinstance(step, int) and isinstance(attempt, int):
+            key = history.run_of(record).name, step
+            last[key] = max(attempt, last.get(key, attempt))
+    return {(*key, attempt) for key, attempt in last.items()}
 
 
 def read_windows(directory: str | Path, run: Run | None = None, names: tuple[str, ...] = (COUNTS,)) -> Iterator[Frame]:

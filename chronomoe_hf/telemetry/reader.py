@@ -9,10 +9,10 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from chronomoe_hf.metrics import expert_name
 from chronomoe_hf.telemetry.arrays import ARRAYS, FrameFile
@@ -62,6 +62,7 @@ def _renamed(part: Any) -> Any:
 
 
 logger = logging.getLogger("chronomoe_hf")
+T = TypeVar("T")
 
 DIRECTORY = "chronomoe"
 MANIFEST = "run_manifest.json"
@@ -141,17 +142,42 @@ def read_jsonl(path: str | Path, *, run: Run | None = None) -> tuple[list[dict[s
         their per-expert lists, from ``arrays.bin`` where they are kept there; ``read_events`` does not hold them all.
     """
     path = Path(path)
-    records, broken = _read_all(path)
+    kept, broken = read_each(path, lambda record: record, run=run)
+    if path.stem == EVENTS and any(record.get("arrays") is True for record in kept):
+        frames = FrameFile(path.with_name(ARRAYS))
+        kept = [filled for record in kept if (filled := with_arrays(record, frames)) is not None]
+    return kept, broken
+
+
+def read_each(path: str | Path, make: Callable[[dict[str, Any]], T], *, run: Run | None = None) -> tuple[list[T], int]:
+    """What `make` makes of every record of :func:`read_jsonl`, one after the other: no more of them is held.
+
+    Args:
+        path: a JSONL file of a TelemetryWriter; a missing file has no records.
+        make: called with every record, also of one that a later attempt turns out to have overwritten. The per-expert
+            lists of routing events are as in the file.
+        run: only the records of this run.
+
+    Returns:
+        What was made, in file order, without what was overwritten; and the number of broken lines.
+    """
+    path = Path(path)
+    history = History() if path.stem == ATTEMPTS else read_history(path.parent)
+    made: list[tuple[dict[str, Any], T]] = []
+    broken: list[int] = []
+    for number, record in read_lines(path) if path.is_file() else ():
+        if record is None:
+            broken.append(number)
+        else:
+            place = {name: record[name] for name in ("run_id", "attempt", "step") if name in record}
+            made.append((place, make(record)))
     if broken:
         shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
         logger.warning("%s: skipped %d broken lines (%s)", path, len(broken), shown)
     if path.stem == ATTEMPTS:
-        return records, len(broken)
-    kept = standing(records, read_history(path.parent), run)
-    if path.stem == EVENTS and any(record.get("arrays") is True for record in kept):
-        frames = FrameFile(path.with_name(ARRAYS))
-        kept = [filled for record in kept if (filled := with_arrays(record, frames)) is not None]
-    return kept, len(broken)
+        return [each for _, each in made], len(broken)
+    stands = standing([place for place, _ in made], history, run, keep=list(range(len(made))))
+    return [made[at][1] for at in stands], len(broken)
 
 
 def with_arrays(record: dict[str, Any], frames: FrameFile) -> dict[str, Any] | None:
@@ -164,20 +190,27 @@ def with_arrays(record: dict[str, Any], frames: FrameFile) -> dict[str, Any] | N
     return {**record, **{name: frame.row(name, layer) for name in (COUNTS, *VECTORS)}}
 
 
-def standing(records: list[dict[str, Any]], history: History, run: Run | None = None) -> list[dict[str, Any]]:
-    """The records that no later attempt has overwritten, in their order; with `run`, only those of that run."""
+def standing(records: list[dict[str, Any]], history: History, run: Run | None, keep: list[T]) -> list[T]:
+    """Those of `keep` whose records no later attempt has overwritten; with `run`, only those of that run.
+
+    Args:
+        records: with their ``run_id``, ``attempt`` and ``step``, in file order.
+        history: of the directory.
+        run: see above.
+        keep: one entry a record.
+    """
     last: dict[tuple[str, int], int] = {}
     for record in records:
         if (place := _place(record, history)) is not None:
             key, attempt = place
             last[key] = max(attempt, last.get(key, attempt))
     kept = []
-    for record in records:
+    for record, each in zip(records, keep, strict=True):
         place = _place(record, history)
         if run is not None and history.run_of(record).name != run.name:
             continue
         if place is None or (last[place[0]] == place[1] and not history.overwritten(record)):
-            kept.append(record)
+            kept.append(each)
     return kept
 
 

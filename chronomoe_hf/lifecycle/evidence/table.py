@@ -22,7 +22,8 @@ from chronomoe_hf.lifecycle.evidence.spec import (
     score_list,
     strict_fields,
 )
-from chronomoe_hf.telemetry import SystemSnapshot, read_jsonl, read_manifest
+from chronomoe_hf.telemetry import SystemSnapshot, read_manifest
+from chronomoe_hf.telemetry.per_expert import newest_events
 from chronomoe_hf.telemetry.reader import DIRECTORY
 
 # What is known about the experts of one layer, and how it is put together from the layer's routing events.
@@ -213,23 +214,19 @@ class Evidence:
         if windows < 1:
             raise EvidenceError(f"windows must be at least 1, got {windows}")
         path = root / DIRECTORY / "routing_events.jsonl"
-        records, _ = read_jsonl(path)
+        events, chosen, modes = newest_events(path.parent, windows, mode, ("TRAIN", "INFER", "EVAL"))
         manifest = read_manifest(root)
-        if not records or manifest is None:
+        if not modes or manifest is None:
             missing = "run_manifest.json" if manifest is None else "routing_events.jsonl"
             raise EvidenceError(
                 f"no evidence in {root}: {DIRECTORY}/{missing} is missing or empty; give the output_dir of a run that "
                 "wrote telemetry (telemetry.jsonl), or the directory of a profile"
             )
-        modes = {str(record.get("mode")) for record in records}
-        chosen = mode or next((name for name in ("TRAIN", "INFER", "EVAL") if name in modes), "TRAIN")
-        events = [record for record in records if record.get("mode") == chosen]
         if not events:
             raise EvidenceError(f"{path} has no records of mode {chosen!r}; it has {', '.join(sorted(modes))}")
-        steps = sorted({int(record["step"]) for record in events})[-windows:]
         return assemble(
             [spec_of(row) for row in manifest.get("layers", [])],
-            [record for record in events if record["step"] in steps],
+            events,
             kind="run",
             run_id=str(manifest.get("run_id", "")),
             model_class=str(manifest.get("model_class", "")),
