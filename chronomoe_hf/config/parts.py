@@ -405,6 +405,9 @@ class TelemetryConfig(ConfigBase):
         jsonl: write JSONL records below ``<output_dir>/chronomoe``.
         output_dir: ``None`` = the Trainer's output_dir (nothing is written without a Trainer). A path becomes a
             string.
+        events_every: write the routing events (the numbers of every expert, most of what a run writes) of every n-th
+            window only; snapshots, decisions and alerts are of every window. A plan is then made from the windows that
+            were written.
         scalars: add ``moe/...`` scalars to the Trainer's logs.
         per_layer_scalars: also one set of scalars per layer.
         evaluation: record evaluation apart from training (``eval_moe/...``).
@@ -416,11 +419,16 @@ class TelemetryConfig(ConfigBase):
 
     jsonl: bool = True
     output_dir: str | os.PathLike[str] | None = None
+    events_every: int = 1
     scalars: bool = True
     per_layer_scalars: bool = False
     evaluation: bool = True
     baseline: str | os.PathLike[str] = "windows"
     on_error: Literal["warn", "raise"] = "warn"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("telemetry.events_every", self.events_every)
 
 
 @dataclass(frozen=True, kw_only=True)

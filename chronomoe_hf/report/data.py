@@ -291,9 +291,7 @@ def _baseline(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 def _evaluations(directory: Path, run: Run | None) -> dict[tuple[int, str], dict[int, float]]:
     """Neff / E of every layer in every evaluation."""
     found: dict[tuple[int, str], dict[int, float]] = {}
-    for record in read_events(directory, run):
-        if record.get("mode") != "EVAL":
-            continue
+    for record in read_events(directory, run, "EVAL"):
         step, layer, counts = whole(record.get("step")), whole(record.get("layer_id")), record.get(COUNTS)
         if step is None or layer is None or not isinstance(counts, list) or not counts:
             continue

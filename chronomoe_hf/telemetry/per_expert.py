@@ -16,12 +16,13 @@ EVENTS = "routing_events.jsonl"
 _MOST_EXPERTS = 2**20
 
 
-def read_events(directory: str | Path, run: Run | None = None) -> Iterator[dict[str, Any]]:
+def read_events(directory: str | Path, run: Run | None = None, mode: str | None = None) -> Iterator[dict[str, Any]]:
     """Routing-event records with ``counts`` and the other per-expert lists, in file order, one window at a time.
 
     Args:
         directory: a ``chronomoe`` directory.
         run: only the events of this run, one of ``read_history(directory).runs``.
+        mode: only events of this mode; the per-expert lists of others are not read.
 
     Yields:
         Records as ``RoutingEvent.to_record`` made them; broken lines and events whose arrays are lost are left out,
@@ -31,7 +32,7 @@ def read_events(directory: str | Path, run: Run | None = None) -> Iterator[dict[
     frames = FrameFile(directory / ARRAYS)
     path = directory / EVENTS
     for _, record in read_lines(path) if path.is_file() else ():
-        if record is None or history.overwritten(record):
+        if record is None or history.overwritten(record) or (mode is not None and record.get("mode") != mode):
             continue
         if run is not None and history.run_of(record).name != run.name:
             continue

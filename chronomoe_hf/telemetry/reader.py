@@ -169,7 +169,7 @@ def read_each(path: str | Path, make: Callable[[dict[str, Any]], T], *, run: Run
         if record is None:
             broken.append(number)
         else:
-            place = {name: record[name] for name in ("run_id", "attempt", "step") if name in record}
+            place: dict[str, Any] = {name: record[name] for name in ("run_id", "attempt", "step") if name in record}
             made.append((place, make(record)))
     if broken:
         shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")

@@ -31,6 +31,7 @@ class RunRecords:
     def __init__(self) -> None:
         self.attempt = 0
         self.writer: TelemetryWriter | None = None
+        self._events_every = 1  # windows
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of the model is its own wrapped model: it must not write into this run's files.
@@ -66,6 +67,7 @@ class RunRecords:
         if not config.telemetry.jsonl or not distributed.is_main():
             return
         self.close()
+        self._events_every = config.telemetry.events_every
         self.attempt = next_attempt(output_dir)
         self.writer = TelemetryWriter(run_id, output_dir, attempt=self.attempt)
         manifest = run_manifest(
@@ -94,7 +96,9 @@ class RunRecords:
             return
         if reference is not None:
             self.baseline(reference, snapshot.layers, snapshot.step)
-        self.writer.write_many("routing_events", events)
+        steps = max([1, *(event.window_steps for event in events[:1])])
+        if snapshot.step // steps % self._events_every == 0:
+            self.writer.write_many("routing_events", events)
         self.writer.write("snapshots", snapshot)
         self.writer.write_many("control_decisions", decisions)
         self.writer.write_many("lifecycle_decisions", lifecycle)

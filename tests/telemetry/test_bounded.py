@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.made_runs import random_run
+from support.made_runs import random_run, train_into
 
+from chronomoe_hf import ChronoConfig
+from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.lifecycle import Evidence, plan_prune
+from chronomoe_hf.report import write_report
 from chronomoe_hf.report.data import load_run
 from chronomoe_hf.telemetry import per_expert, read_jsonl
 from chronomoe_hf.telemetry.packed import PackedWindows
@@ -126,3 +129,22 @@ def test_a_report_of_more_windows_holds_little_more(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert isinstance(run.windows, PackedWindows) and len(views) == 500
     assert peaks[500] - peaks[100] < 0.5 * 0.8 * objects, (peaks, objects)
+
+
+def test_routing_events_of_every_third_window_alone(tmp_path: Path) -> None:
+    train_into(tmp_path, steps=7, config={"telemetry": {"events_every": 3}})
+    directory = tmp_path / "chronomoe"
+    events, _ = read_jsonl(directory / "routing_events.jsonl")
+    snapshots, _ = read_jsonl(directory / "snapshots.jsonl")
+    assert sorted({event["step"] for event in events}) == [3, 6]
+    assert [snapshot["step"] for snapshot in snapshots] == [1, 2, 3, 4, 5, 6, 7]
+    assert Evidence.from_directory(tmp_path).source.last_step == 6
+    assert write_report(tmp_path).is_file()
+
+
+def test_a_window_of_several_steps_is_written_when_it_holds_the_step(tmp_path: Path) -> None:
+    train_into(tmp_path, steps=8, interval=2, config={"telemetry": {"events_every": 2}})
+    events, _ = read_jsonl(tmp_path / "chronomoe" / "routing_events.jsonl")
+    assert sorted({event["step"] for event in events}) == [4, 8]
+    with pytest.raises(ConfigError, match="telemetry.events_every"):
+        ChronoConfig.observe(telemetry__events_every=0)
