@@ -11,6 +11,7 @@ ChronoError
 |-- ContractError                    a router returned something its adapter does not describe
 |-- TelemetryError                   an output directory or record file cannot be used
 |-- DataError                        text to read is missing, empty, or not where it was said to be
+|-- ReplayError                      choices of another pass are missing, or belong to other tokens, layers or weights
 |-- NonFiniteLossError               a loss is NaN or infinite
 |-- LifecycleError                   evidence, a plan, a measurement or a refit cannot be had as asked
 |   |-- EvidenceError                there is no evidence, or too little, for what is asked
@@ -99,6 +100,10 @@ class ExportError(LifecycleError):
 
 class DataError(ChronoError, ValueError):
     """Text to read is missing, empty, or not where it was said to be."""
+
+
+class ReplayError(ChronoError, ValueError):
+    """Routing of another pass is missing, or belongs to other tokens, layers or weights."""
 
 
 class NonFiniteLossError(ChronoError, ArithmeticError):

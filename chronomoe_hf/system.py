@@ -40,6 +40,7 @@ from chronomoe_hf.wrapping.build import check_layers
 from chronomoe_hf.wrapping.fold import FoldReport, fold_layers
 from chronomoe_hf.wrapping.layer import Layer
 from chronomoe_hf.wrapping.placement import Placement
+from chronomoe_hf.wrapping.replay import make_replay
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -64,11 +65,10 @@ class ChronoSystem:
         switches: shared with every forward scope.
 
     Attributes:
-        last_snapshot: SystemSnapshot of the last closed window, or None.
-        last_evaluation: SystemSnapshot of the last recorded evaluation, or None.
-        decisions: ControlDecisions of the last closed window.
-        prune_decisions: every lifecycle state change so far.
+        last_snapshot, last_evaluation: SystemSnapshot of the last closed window and of the last recorded evaluation, or None.
+        decisions, prune_decisions: ControlDecisions of the last closed window; every lifecycle state change so far.
         drift: rows that router drift is measured from, see ``LifecycleConfig(router_drift=True)``.
+        replay: choices compared between passes, and repeated; see ``ReplayConfig``.
         cut: of this run, see ``LifecycleConfig(cut_at=...)``; ``cut.plan`` once it was made.
         global_step: last optimizer step added.
         run_id: of the run.
@@ -106,6 +106,7 @@ class ChronoSystem:
         self.on_unwrap: list[Callable[[], None]] = []  # called after unwrap has taken everything out
         self._stepped: int | None = None
         self._warned_of_repeat = False
+        self.replay = make_replay(model, layers, config, switches)
         self.cut = RunCut(config, layers, self.step_state, self.alerts)
         self.drift = RouterDrift(layers, config.lifecycle.router_drift)
         parts = Parts(
@@ -175,6 +176,7 @@ class ChronoSystem:
         self.global_step = self._stepped = global_step
         closing = global_step % self.interval == 0 and not repeated
         follow_step(self.store.parts, closing)
+        self.replay.stepped()
         row_LR, loss_N, inputs, failed = self._take(with_inputs=self.switches.router_input)
         if failed is not None:
             self.store.require_saved(failed)
@@ -203,6 +205,7 @@ class ChronoSystem:
         at, host = self._moment(), self._read()
         events = self.host.events(at, host)
         snapshot = self.host.summarise(at, events, host, self.alerts)
+        self.host.add_replay(snapshot, self.replay.window(self.step_state.device))
         self.records.window(events, snapshot, reference=self.alerts.reference)
         self._reset_window(snapshot)
         return snapshot
@@ -211,6 +214,7 @@ class ChronoSystem:
         """Throw away what was recorded since the last step (leftovers before a training run starts)."""
         for scope in {layer.recorder.scope for layer in self.layers}:
             scope.abandon()
+        self.replay.discard()
         for mode in ("train", "eval"):
             zero(self.sums, [layer.recorder for layer in self.layers], mode)
 
@@ -310,7 +314,7 @@ class ChronoSystem:
             distributed.require_agreement(state.checksum(), "chronomoe state")
         inputs = {layer_id: RouterInputs.from_sums(each) for layer_id, each in sums.items()}
         spread = RouterInputs.spreads(inputs)
-        host = self._read()
+        host = self._read() | {"replay": self.replay.window(state.device)}
         if state.roles is not None:
             host["roles"] = state.roles.close(state.device, distributed.batch_copies(self.model))
         seen = self.host.evaluate(self._moment(), host, spread, self.lenses)
@@ -445,15 +449,10 @@ class ChronoSystem:
             accelerator: an ``accelerate.Accelerator``. Its state hooks are used, not its checkpoint registry, which
                 pickles and refuses older checkpoints.
         """
-
-        def saving(models: Any, weights: Any, directory: str) -> None:
-            self.save(directory)
-
-        def loading(models: Any, directory: str) -> None:
-            self.load(directory, on_missing=self.config.checkpoint.on_missing)
-
-        accelerator.register_save_state_pre_hook(saving)
-        accelerator.register_load_state_pre_hook(loading)
+        accelerator.register_save_state_pre_hook(lambda models, weights, directory: self.save(directory))
+        accelerator.register_load_state_pre_hook(
+            lambda models, directory: self.load(directory, on_missing=self.config.checkpoint.on_missing)
+        )
 
     # ---- records -----------------------------------------------------------------------------------------------
 

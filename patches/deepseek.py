@@ -79,7 +79,8 @@ ADAPTERS = (
         family="deepseek_v4",
         router_class="DeepseekV4HashRouter",
         rule=V4,
-        refuse={"beta": _HASH_REASON, "lens": _HASH_REASON, "fold": _HASH_REASON},
+        by_token=True,
+        refuse={"beta": _HASH_REASON, "lens": _HASH_REASON, "fold": _HASH_REASON, "replay": _HASH_REASON},
         notes="Transformers does not record the logits of hash layers",
     ),
 )

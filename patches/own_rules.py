@@ -47,6 +47,7 @@ class InklingAdapter(Adapter):
             bias_E = self._bias_of_call(router, call)
             assert bias_E is not None
             index_TK = torch.topk(biased_TE.sigmoid() + bias_E.float(), router.top_k, dim=-1, sorted=False)[1]
+            index_TK = call.chosen(index_TK)
             chosen_TK = (biased_TE if call.scope == "routing" else lensed_TE).gather(-1, index_TK)
             log_p = F.logsigmoid(torch.cat([chosen_TK, shared_TN], dim=-1))
             weights = torch.exp(log_p - torch.logsumexp(log_p, dim=-1, keepdim=True))
@@ -94,7 +95,7 @@ class GemmaAdapter(Adapter):
         """Move the native probabilities by what beta changes: exact at beta = 0 although the logits are gone."""
         prob_TE, z_TE = call.output[0], call.logits_TE
         biased_TE = prob_TE + (F.softmax(z_TE + call.beta_E, dim=-1) - F.softmax(z_TE, dim=-1))
-        index_TK = torch.topk(biased_TE, self.top_k(router), dim=-1)[1]
+        index_TK = call.chosen(torch.topk(biased_TE, self.top_k(router), dim=-1)[1])
         w_TK = (biased_TE if call.scope == "routing" else prob_TE).gather(-1, index_TK)
         w_TK = w_TK / w_TK.sum(dim=-1, keepdim=True)
         return prob_TE, w_TK * router.per_expert_scale[index_TK], index_TK
@@ -159,6 +160,8 @@ _ZAYA_SKIP = (
 _GEMMA = "the router normalises its input, so its logits are not linear in it"
 _DBRX = "dbrx chooses in its block from the logits that Transformers records: a bias would falsify output_router_logits"
 _NLLB = "nllb_moe runs only experts 0 and 1, whatever its router says (Transformers 5.23): steering it means nothing"
+_DBRX_REPLAY = "dbrx chooses in its block, after its router: recorded ids could not be put in the place of that choice"
+_NLLB_REPLAY = "nllb_moe runs only experts 0 and 1, whatever its router says (Transformers 5.23): no choice to repeat"
 
 ADAPTERS = (
     InklingAdapter(
@@ -199,7 +202,7 @@ ADAPTERS = (
         logits_index=None,
         weight_at="layer.weight",
         experts_call="dbrx",
-        refuse={"beta": _DBRX, "lens": _DBRX, "fold": _DBRX},
+        refuse={"beta": _DBRX, "lens": _DBRX, "fold": _DBRX, "replay": _DBRX_REPLAY},
     ),
     NllbAdapter(
         family="nllb_moe",
@@ -209,7 +212,7 @@ ADAPTERS = (
         top_k_at=2,
         weight_at="classifier.weight",
         experts_call="none",
-        refuse={"beta": _NLLB, "lens": _NLLB, "fold": _NLLB, "coherence": _NLLB},
+        refuse={"beta": _NLLB, "lens": _NLLB, "fold": _NLLB, "coherence": _NLLB, "replay": _NLLB_REPLAY},
     ),
 )
 

@@ -2,6 +2,10 @@
 
 In training the router *samples* its experts and estimates the gradient of the sampling. Steering repeats the sampling
 with the same random numbers, so the class of a wrapped router remembers the random state before its native forward.
+
+Experts that are *given* (replay) are weighed as in evaluation mode: in training the native router multiplies the weight
+of a sampled expert by 1 or by a third, at random, and no two passes would agree. The gradient is the native one, which
+does not know of that factor. The random numbers that the choice would have taken are taken all the same.
 """
 
 from __future__ import annotations
@@ -67,9 +71,11 @@ class SparsemixerRule:
         weigh_TE = biased_TE if call.scope == "routing" else lensed_TE.to(dtype)
         multiplier = sys.modules[module_of("phimoe")].PhimoeMultiplier if router.training else None
         jitter = router.router_jitter_noise
-        first = _mix(biased_TE, weigh_TE, biased_TE, weigh_TE, jitter, multiplier)
+        given = (None, None) if call.index_TK is None else (call.index_TK[:, :1], call.index_TK[:, 1:])
+        own_T1 = call.own_T1
+        first = _mix(biased_TE, weigh_TE, biased_TE, weigh_TE, jitter, multiplier, given=given[0], own_T1=own_T1)
         rest = biased_TE.scatter(-1, first[1], float("-inf")), weigh_TE.scatter(-1, first[1], float("-inf"))
-        second = _mix(*rest, biased_TE, weigh_TE, jitter, multiplier, draws=2)
+        second = _mix(*rest, biased_TE, weigh_TE, jitter, multiplier, draws=2, given=given[1], own_T1=own_T1)
         return torch.cat((first[0], second[0]), dim=-1), torch.cat((first[1], second[1]), dim=-1)
 
 
@@ -88,18 +94,22 @@ def _mix(
     jitter: float,
     multiplier: Any,
     draws: int = 1,
+    given: Tensor | None = None,
+    own_T1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose one expert from ``choose`` and weigh it with ``weigh``.
 
     ``*_all`` are the scores before the first choice left. ``multiplier`` is the native gradient estimator in training,
     None in evaluation. ``draws`` is how often the native code fills its last random tensor; the last filling counts.
-    Returns ``(weight_T1, index_T1)``.
+    ``given`` are the experts to choose instead, but in the rows of ``own_T1``. Returns ``(weight_T1, index_T1)``.
     """
     best_T1, far_TE = _far(choose_TE, choose_all_TE, jitter)
     if multiplier is not None:
         gate_TE = choose_TE.masked_fill(far_TE, float("-inf"))
         noise_TE = torch.empty_like(gate_TE, memory_format=torch.legacy_contiguous_format).exponential_().log()
         best_T1 = (gate_TE - noise_TE).max(dim=-1)[1].unsqueeze(-1)
+    if given is not None and own_T1 is not None:
+        best_T1 = torch.where(own_T1, best_T1, given)
     # Beta may choose an expert below the clean threshold: a chosen expert always takes part in the weights.
     far_TE = _far(weigh_TE, weigh_all_TE, jitter)[1].scatter(-1, best_T1, False)
     gate_TE = torch.softmax(weigh_TE.masked_fill(far_TE, float("-inf")), dim=-1)
@@ -110,6 +120,8 @@ def _mix(
     for _ in range(draws):
         coin_T1 = torch.rand_like(top_T1)
     one_T1 = torch.logical_or(best_T1 == first_T1, coin_T1 > 0.75)
+    if own_T1 is not None:
+        one_T1 = one_T1 | ~own_T1
     one_T1 = torch.add(0.3333, one_T1, alpha=0.6667).type_as(gate_TE)
     return multiplier.apply(weigh_all_TE, weight_T1, best_T1, gate_TE, one_T1), best_T1
 
@@ -148,6 +160,7 @@ ADAPTERS = (
         router_class="PhimoeTopKRouter",
         rule=SparsemixerRule(),
         top_k_at=2,
+        samples=True,
         mixins=(ReplayRandomness,),
         notes="samples in training; exactly two experts per token; beta is rounded to the dtype of the logits",
     ),

@@ -16,7 +16,7 @@ from chronomoe_hf.errors import UnsupportedArchitectureError
 from chronomoe_hf.patches.rules import Rule, ScoreTopK, Setting, setting
 from chronomoe_hf.router.state import RouterCall, Routing
 
-CAPABILITIES = ("observe", "beta", "lens", "coherence", "fold")
+CAPABILITIES = ("observe", "beta", "lens", "coherence", "fold", "replay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,8 @@ class Adapter:
         bias_arg: name of the bias when the parent passes it as second argument of the router (and owns it).
         bias_when: router flag that switches the native bias on.
         mixins: classes that go between ChronoRouter and the native class.
+        by_token: the experts follow from the token id alone, so every pass of a text chooses the same.
+        samples: experts are drawn at random in training mode, so no two passes of a text choose the same.
         refuse: capability -> reason, for what cannot be done honestly with this router.
         notes: one line on what is unusual.
     """
@@ -101,6 +103,8 @@ class Adapter:
     bias_arg: str | None = None
     bias_when: Setting = True
     mixins: tuple[type[nn.Module], ...] = ()
+    by_token: bool = False
+    samples: bool = False
     refuse: Mapping[str, str] = field(default_factory=dict)
     notes: str = ""
 
@@ -182,7 +186,8 @@ class Adapter:
 
         Args:
             router: the router.
-            call: the native output and arguments, and what steers; see `RouterCall`.
+            call: the native output and arguments, what steers, and the ids to choose where they are given; see
+                `RouterCall`.
 
         Returns:
             The native structure: the clean logits object in its place, new weights and ids of native shapes and dtypes.

@@ -161,7 +161,7 @@ class ScoreTopK:
 
         Args:
             router: the native router, for the settings that the rule names.
-            call: logits to route with, beta, the lens's shift and the scope.
+            call: logits to route with, beta, the lens's shift, the scope, and the ids to choose where they are given.
             k: experts per token.
             bias_E: native bias, ``[E]``, in score units.
             dtype: dtype of the native weights.
@@ -175,8 +175,11 @@ class ScoreTopK:
             if mask_TE is not None:
                 choice_TE = choice_TE.masked_fill(~mask_TE, self.group.fill)
                 if self.group.fill_weights:
-                    weight_TE = weight_TE.masked_fill(~mask_TE, self.group.fill)
-        index_TK = torch.topk(choice_TE, k, dim=-1, sorted=self.sort)[1]
+                    # An expert that is given keeps its score: the engine that chose it may have kept other groups.
+                    own_T1 = call.own_T1
+                    out_TE = ~mask_TE if own_T1 is None else ~mask_TE & own_T1
+                    weight_TE = weight_TE.masked_fill(out_TE, self.group.fill)
+        index_TK = call.chosen(torch.topk(choice_TE, k, dim=-1, sorted=self.sort)[1])
         w_TK = weight_TE.gather(-1, index_TK)
         if self.renorm is not None:
             w_TK = self.renorm(router, w_TK)
@@ -230,7 +233,7 @@ class TopKSquash:
         """
         lensed_TE = lensed_logits(call)
         biased_TE = lensed_TE + call.beta_E
-        index_TK = torch.topk(biased_TE if bias_E is None else biased_TE + bias_E, k, dim=-1)[1]
+        index_TK = call.chosen(torch.topk(biased_TE if bias_E is None else biased_TE + bias_E, k, dim=-1)[1])
         chosen_TK = (biased_TE if call.scope == "routing" else lensed_TE).gather(-1, index_TK)
         if self.squash_name(router) == "softmax":
             w_TK = F.softmax(chosen_TK, dim=-1).to(dtype)

@@ -57,7 +57,7 @@ class SwitchAdapter(Adapter):
             choice_TE, weight_TE = steered_scores(score, call, None, fp32=True)
         else:
             choice_TE, weight_TE = _low_precision_scores(score, call)
-        index_T1 = choice_TE.argmax(dim=-1, keepdim=True)
+        index_T1 = call.chosen(choice_TE.argmax(dim=-1, keepdim=True))
         demand_BSE = torch.zeros_like(mask_BSE).scatter_(-1, index_T1.view(*mask_BSE.shape[:-1], 1), 1)
         kept_BSE = torch.cumsum(demand_BSE, dim=-2) <= router.expert_capacity
         weight_BS1 = weight_TE.gather(-1, index_T1).view(weight_BS1.shape)

@@ -57,7 +57,7 @@ class Llama4Adapter(Adapter):
         score_TE, logits_TE = call.output
         lensed_TE = lensed_logits(call)
         biased_TE = lensed_TE + call.beta_E
-        index_TK = torch.topk(biased_TE, self.top_k(router), dim=-1)[1]
+        index_TK = call.chosen(torch.topk(biased_TE, self.top_k(router), dim=-1)[1])
         chosen_TK = (biased_TE if call.scope == "routing" else lensed_TE).gather(-1, index_TK)
         dense_TE = torch.full_like(lensed_TE, float("-inf")).scatter(-1, index_TK, chosen_TK)
         return torch.sigmoid(dense_TE).to(score_TE.dtype), logits_TE

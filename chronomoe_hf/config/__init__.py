@@ -20,6 +20,7 @@ from chronomoe_hf.config.parts import (
     TelemetryConfig,
     VetoConfig,
 )
+from chronomoe_hf.config.replay import ReplayConfig
 
 __all__ = [
     "CONFIG_NAME",
@@ -38,6 +39,7 @@ __all__ = [
     "LifecycleConfig",
     "PresetName",
     "ReaderName",
+    "ReplayConfig",
     "TelemetryConfig",
     "VetoConfig",
 ]

@@ -26,6 +26,7 @@ from chronomoe_hf.config.parts import (
     TelemetryConfig,
     VetoConfig,
 )
+from chronomoe_hf.config.replay import ReplayConfig
 from chronomoe_hf.errors import ConfigError, did_you_mean, shown
 
 # What each preset sets, and which of it may not be overridden.
@@ -182,6 +183,7 @@ class ChronoConfig(ConfigBase):
     lifecycle: LifecycleConfig = field(default_factory=LifecycleConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     contract: PresetName | None = field(default=None, compare=False)
     schema_version: int = CONFIG_SCHEMA
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, compiler, nn
@@ -27,6 +27,19 @@ DECODER = "_chrono_decoder"
 """Name of the plain attribute of an encoder-decoder model that holds the scope of its decoder."""
 
 
+class ForwardWatcher(Protocol):
+    """What wants to know of every forward, and may stop it; implemented in ``replay.passes``."""
+
+    def open(self, training: bool, named: Mapping[str, Any], mask_T: Tensor | None) -> None:
+        """An owner's forward begins, with these arguments; `mask_T` says which rows are real tokens (None = all)."""
+
+    def close(self) -> None:
+        """It has ended."""
+
+    def abandon(self) -> None:
+        """It failed."""
+
+
 @dataclass
 class Switches:
     """Host-side switches shared by all scopes of a system.
@@ -37,6 +50,7 @@ class Switches:
         router_input: also sum router inputs (set for the one step before a lens may be steered).
         any_steering: beta or a lens acts in some layer (only compiled graphs go by it, see ``ChronoRouter.forward``).
         step: the optimizer step that the next training forward belongs to.
+        watcher: is told of every forward of an owner, recorded or not; None = nobody is.
     """
 
     training: bool = True
@@ -44,6 +58,7 @@ class Switches:
     router_input: bool = False
     any_steering: bool = False
     step: int = 1
+    watcher: ForwardWatcher | None = None
 
     @contextlib.contextmanager
     def recording_eval(self) -> Iterator[None]:
@@ -116,6 +131,19 @@ class ForwardScope(SharedInParts):
             step = self.switches.step
             self._step, self._micro = step, self._micro + 1 if step == self._step else 0
 
+    def show(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the watcher of the forward that was just opened; what it raises stops the forward."""
+        watcher = self.switches.watcher
+        if watcher is None or torch.compiler.is_compiling():
+            return
+        named = dict(zip(self.parameters, args, strict=False)) | kwargs
+        watcher.open(training, named, real_tokens(named, self.pad)[0] if self.mode == "off" else self.mask_T)
+
+    def shown(self) -> None:
+        """Tell the watcher that the forward has ended."""
+        if self.switches.watcher is not None and not torch.compiler.is_compiling():
+            self.switches.watcher.close()
+
     def fail(self, error: Exception) -> None:
         """Opening or closing a scope has failed: no forward of this owner is recorded from here on."""
         self.fault = self.fault or self.tape.sums.faults.tell("model", "routing", error)
@@ -148,6 +176,8 @@ class ForwardScope(SharedInParts):
         self.mode = "off"
         self.inside = False
         self.mask_T = None
+        if self.switches.watcher is not None:
+            self.switches.watcher.abandon()
         if not torch.compiler.is_compiling():
             self.tape.clear()
             self._cache = _Cache()
@@ -200,6 +230,7 @@ def open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Forward pre-hook of an owner whose forward was replaced on the instance: its class is bypassed."""
     scope: ForwardScope = module.__dict__[SCOPE]
     guarded(scope.fail, scope.open, module.training, args, kwargs)
+    scope.show(module.training, args, kwargs)
 
 
 def close_scope(module: nn.Module, args: Any, output: Any) -> None:
@@ -208,6 +239,7 @@ def close_scope(module: nn.Module, args: Any, output: Any) -> None:
     if output is None:
         scope.abandon()
     else:
+        scope.shown()
         guarded(scope.fail, scope.close)
 
 
@@ -229,7 +261,9 @@ class ChronoOwner(nn.Module):
             return output
         guarded(scope.fail, scope.open, self.training, args, kwargs)
         try:
+            scope.show(self.training, args, kwargs)
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
+            scope.shown()
         except BaseException:
             scope.abandon()
             raise

@@ -19,6 +19,7 @@ from chronomoe_hf.router.state import (
     RouterMask,
     RouterRule,
     RouterState,
+    Routing,
     input_of,
 )
 
@@ -47,7 +48,8 @@ class ChronoRouter(nn.Module):
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         handle: RouterHandle = self.__dict__[HANDLE]
         mask: RouterMask | None = self.__dict__.get(MASKS) or handle.mask
-        if torch.compiler.is_compiling() or mask is not None or handle.state.beta_on or handle.lens_open:
+        acts = mask is not None or handle.state.beta_on or handle.lens_open or handle.replays
+        if torch.compiler.is_compiling() or acts:
             return self._governed(handle, mask, output, args, kwargs)
         try:
             self._watched(handle, output, input_of(args, kwargs, self.input_name))
@@ -80,28 +82,23 @@ class ChronoRouter(nn.Module):
         steers = state.beta_on or lens_open
         if self.training and not (recording or torch.compiler.is_compiling()):
             handle.recorder.not_active()
-        if not (recording or steers or mask is not None):
+        replays = handle.replays
+        if not (recording or steers or mask is not None or replays):
             return output
-        routing = adapter.read(self, output)
-        native_TK = None
-        if steers or mask is not None:
+        routing, native_TK = adapter.read(self, output), None
+        if steers or mask is not None or replays:
             self._check_width(routing.logits_TE.shape[-1], state.num_experts)
             shift_TE = None
             if lens_open:
                 assert lens is not None
                 shift_TE = lens.logit_shift(_flat(hidden), adapter.weight(self)).float()
             beta_E = state.beta_applied if steers else torch.zeros_like(state.beta_applied)
-            clean = RouterCall(output, routing.logits_TE, beta_E, state.scope, args, kwargs)
-            if mask is None:
-                output, steered = adapter.steer(self, clean._replace(shift_TE=shift_TE), recording)
-                if steered is not None:
-                    native_TK, routing = routing.index_TK.detach(), steered
-            else:
-                output = mask.reroute(self, clean._replace(shift_TE=shift_TE))
-                if recording:
-                    native_TK = self._unsteered(mask, clean) if steers else None
-                    masked_E = mask.dropped_on(self, clean.logits_TE.device)
-                    routing = adapter.read(self, output)._replace(logits_TE=clean.logits_TE, masked_E=masked_E)
+            call = RouterCall(output, routing.logits_TE, beta_E, state.scope, args, kwargs, shift_TE)
+            if steers or mask is not None:
+                output, own, native_TK = self._steered(mask, call, routing, steers, recording or replays)
+                routing = routing if own is None else own
+            if replays:
+                output, routing = self._replayed(handle, mask, call, output, routing, recording)
         if recording:
             handle.recorder.router_input(hidden)
             handle.recorder.routing(self, routing, native_TK, state.beta_full if state.beta_on else None)
@@ -114,9 +111,47 @@ class ChronoRouter(nn.Module):
                 "acts on it is made for these; call chronomoe_hf.unwrap(model), then chronomoe_hf.wrap(model) again"
             )
 
+    def _steered(
+        self, mask: RouterMask | None, call: RouterCall, routing: Routing, steers: bool, recorded: bool
+    ) -> tuple[Any, Routing | None, Tensor | None]:
+        """The choice with what steers among the experts that are left; what it was, and what it is without steering."""
+        if mask is None:
+            output, steered = self.adapter.steer(self, call, recorded)
+            return output, steered, None if steered is None else routing.index_TK.detach()
+        output = mask.reroute(self, call)
+        if not recorded:
+            return output, None, None
+        return output, self._read_masked(mask, call, output), self._unsteered(mask, call) if steers else None
+
+    def _read_masked(self, mask: RouterMask, call: RouterCall, output: Any) -> Routing:
+        masked_E = mask.dropped_on(self, call.logits_TE.device)
+        return self.adapter.read(self, output)._replace(logits_TE=call.logits_TE, masked_E=masked_E)
+
+    def _replayed(
+        self,
+        handle: RouterHandle,
+        mask: RouterMask | None,
+        call: RouterCall,
+        output: Any,
+        own: Routing,
+        recording: bool,
+    ) -> tuple[Any, Routing]:
+        """The choice that another pass has made of the same tokens, where there is one; what is to be recorded."""
+        assert handle.replay is not None
+        given_TK = handle.replay.given(handle.state.layer_id, own.index_TK.detach(), own.masked_E)
+        if given_TK is None:
+            return output, own
+        call = call._replace(index_TK=given_TK)
+        if mask is None:
+            output, routing = self.adapter.steer(self, call, recording)
+        else:
+            output = mask.reroute(self, call)
+            routing = self._read_masked(mask, call, output) if recording else None
+        return output, own if routing is None or handle.replay.counts_own else routing
+
     def _unsteered(self, mask: RouterMask, call: RouterCall) -> Tensor:
         """What the router would choose of the experts that are left, if nothing steered."""
-        plain = mask.reroute(self, call._replace(beta_E=torch.zeros_like(call.beta_E)))
+        plain = mask.reroute(self, call._replace(beta_E=torch.zeros_like(call.beta_E), shift_TE=None))
         return self.adapter.read(self, plain).index_TK.detach()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -63,6 +63,8 @@ class RouterCall(NamedTuple):
         args: positional arguments of the native forward (without ``self``).
         kwargs: keyword arguments of the native forward.
         shift_TE: fp32 ``[T, E]``, what an open lens adds to the logits (choice and weights in both scopes), or None.
+        index_TK: int64 ``[T, K]``, the experts to choose instead; a row that holds -1 chooses itself. None = no row is
+            told what to choose. Their weights come from the live logits by the family's own rule.
     """
 
     output: Any
@@ -72,6 +74,20 @@ class RouterCall(NamedTuple):
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = {}
     shift_TE: Tensor | None = None
+    index_TK: Tensor | None = None
+
+    @property
+    def own_T1(self) -> Tensor | None:
+        """Bool ``[T, 1]``: rows that choose themselves; None where all do."""
+        return None if self.index_TK is None else (self.index_TK < 0).any(dim=-1, keepdim=True)
+
+    def chosen(self, index_TK: Tensor) -> Tensor:
+        """The given ids, row by row; `index_TK`, the router's own choice, in rows that are given none."""
+        if self.index_TK is None:
+            return index_TK
+        own_T1 = self.own_T1
+        assert own_T1 is not None
+        return torch.where(own_T1, index_TK, self.index_TK.to(index_TK.dtype))
 
 
 def lensed_logits(call: RouterCall) -> Tensor:
@@ -164,6 +180,27 @@ class Recorder(Protocol):
 
     def fail(self, error: Exception) -> None:
         """Something of ours failed in the router's forward: its layer is not recorded any more."""
+
+
+class Replayer(Protocol):
+    """What a router is told to choose, and what it would have chosen; implemented in ``replay.passes``."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the running forward, or the running recompute of a checkpoint, is one that matters to it."""
+
+    @property
+    def counts_own(self) -> bool:
+        """Whether what is recorded is the router's own choice, where it is told another one."""
+
+    def given(self, layer_id: int, own_TK: Tensor, masked_E: Tensor | None) -> Tensor | None:
+        """The ids to choose, int64 ``(T, K)`` with -1 in rows that choose themselves; None = nothing is told.
+
+        Args:
+            layer_id: whose call it is.
+            own_TK: what the router would choose itself, with all that steers and without the experts that are masked.
+            masked_E: bool, experts that no token may choose; None = there are none.
+        """
 
 
 class Placer(Protocol):
@@ -301,6 +338,7 @@ class RouterHandle(SharedInParts):
         lens: the layer's lens, if it has one.
         placer: where the state lies.
         mask: experts cut during the run; None = none are.
+        replay: what tells the router what to choose; None = nothing does.
     """
 
     state: RouterState
@@ -308,11 +346,17 @@ class RouterHandle(SharedInParts):
     lens: ChronoLens | None = None
     placer: Placer | None = None
     mask: RouterMask | None = None
+    replay: Replayer | None = None
 
     def follow(self, hidden: Tensor) -> None:
         """Have the state where the router runs, from its first forward there on."""
         if hidden.device != self.state.beta_applied.device and self.placer is not None:
             self.placer.place(self.state.layer_id, hidden.device)
+
+    @property
+    def replays(self) -> bool:
+        """Whether a pass is running that wants to know what is chosen, or to choose."""
+        return self.replay is not None and self.replay.active
 
     @property
     def lens_open(self) -> bool:

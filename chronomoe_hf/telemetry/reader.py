@@ -71,6 +71,7 @@ EVENTS = "routing_events"
 EFFECTS = "lifecycle_effects"
 SPLITS = "lifecycle_splits"
 CUTS = "lifecycle_cuts"
+REPLAY = "replay"
 LOGS = "logs"  # losses, as Trainer logged them
 BASELINES = "baselines"  # what the run is compared with
 ENDS = "ends"  # the last record of an attempt: whether the run came to its end
@@ -82,6 +83,7 @@ KINDS = (
     EFFECTS,
     SPLITS,
     CUTS,
+    REPLAY,
     "alerts",
     BASELINES,
     ENDS,

@@ -13,6 +13,7 @@ from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.telemetry.alerts import Alert, AlertHistory, evaluate
 from chronomoe_hf.telemetry.events import RECORD_SCHEMA, Mode, RoutingEvent
 from chronomoe_hf.telemetry.layers import LayerSnapshot
+from chronomoe_hf.telemetry.replay import replay_scalars
 from chronomoe_hf.telemetry.values import finite
 
 __all__ = ["LayerSnapshot", "SystemSnapshot"]
@@ -48,6 +49,7 @@ class SystemSnapshot:
             forwards add is not in it, see ``benchmarks/results/launches.md``.
         loss_tokens: positions whose label took part in the loss, over all ranks; None where no forward that was
             recorded was given labels (or all were compiled).
+        replay: what was compared between passes and repeated, see ``docs/replay.md``; None while replay is off.
         timestamp: seconds since the epoch.
         notes: remarks in plain words, layer by layer.
     """
@@ -65,6 +67,7 @@ class SystemSnapshot:
     active_alerts: list[Alert] = field(default_factory=list)
     step_ms: float | None = None
     loss_tokens: int | None = None
+    replay: dict[str, Any] | None = None
     timestamp: float = field(default_factory=time.time)
     notes: list[str] = field(default_factory=list)
 
@@ -141,7 +144,7 @@ class SystemSnapshot:
         )
 
     def scalars(self, prefix: str = "moe/") -> dict[str, float]:
-        """At most 13 numbers for a tracker; what is undefined is left out.
+        """At most 13 numbers for a tracker, 18 with replay; what is undefined is left out.
 
         Args:
             prefix: ``"moe/"``, or ``"eval_moe/"`` so that Trainer shows ``eval/moe/...``.
@@ -162,6 +165,7 @@ class SystemSnapshot:
         values["coherence_min"] = min(self._known("coherence_min"), default=None)
         values["alerts_active"] = len(self.active_alerts)
         values["step_ms"] = self.step_ms
+        values |= {} if self.replay is None else replay_scalars(self.replay)
         return _finite_floats(values, prefix)
 
     def layer_scalars(self, prefix: str = "moe/") -> dict[str, float]:

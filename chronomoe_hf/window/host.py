@@ -16,6 +16,7 @@ from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle.dry_run.cases import PruneDecision
 from chronomoe_hf.parts import Parts
 from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot
+from chronomoe_hf.telemetry.replay import replay_alerts
 from chronomoe_hf.window.events import layer_events
 from chronomoe_hf.window.records import RunRecords
 
@@ -111,6 +112,7 @@ class WindowHost:
         try:
             events = self.events(at, host, spread=spread)
             snapshot = self.summarise(at, events, host, self.alerts)
+            self.add_replay(snapshot, host.get("replay"))
             verdict = self.controller.decide(snapshot, lenses)
             self.controller.accept(verdict)
             pruned = self.lifecycle.evaluate(snapshot) if self.config.lifecycle.enabled else []
@@ -125,6 +127,14 @@ class WindowHost:
             self._logged = True
             return None
         return Evaluated(snapshot, verdict.decisions, pruned)
+
+    def add_replay(self, snapshot: SystemSnapshot, record: dict[str, Any] | None) -> None:
+        """Add what replay has to say of the window, and its alerts; `record` from ``Replay.window``."""
+        if record is None:
+            return
+        snapshot.replay = record
+        snapshot.alerts += replay_alerts(record, self.alerts, snapshot.step, self.config.replay)
+        snapshot.active_alerts = self.alerts.active
 
     def report_failures(self, step: int, failures: int) -> None:
         """Tell every rank of a failed evaluation on any of them, after the last collective of the window.

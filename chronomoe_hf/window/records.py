@@ -12,7 +12,7 @@ from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.telemetry.alerts import Alert
 from chronomoe_hf.telemetry.baseline import LayerShape, Reference
 from chronomoe_hf.telemetry.events import RoutingEvent
-from chronomoe_hf.telemetry.reader import BASELINES, ENDS, next_attempt
+from chronomoe_hf.telemetry.reader import BASELINES, ENDS, REPLAY, next_attempt
 from chronomoe_hf.telemetry.runs import this_process
 from chronomoe_hf.telemetry.snapshots import SystemSnapshot
 from chronomoe_hf.telemetry.writer import TelemetryWriter, run_manifest
@@ -103,6 +103,8 @@ class RunRecords:
         self.writer.write_many("control_decisions", decisions)
         self.writer.write_many("lifecycle_decisions", lifecycle)
         self.writer.write_many("alerts", snapshot.alerts)
+        if snapshot.replay is not None:
+            self.writer.write(REPLAY, {"step": snapshot.step, **snapshot.replay})
 
     def baseline(self, reference: Reference, layers: Sequence[LayerShape], step: int, again: bool = False) -> None:
         """Record the baseline where some layer's is new; `again`: in any case, if there is one (a resume)."""

@@ -24,6 +24,7 @@ from chronomoe_hf.config import (
     HarmGuardConfig,
     LensConfig,
     LifecycleConfig,
+    ReplayConfig,
     TelemetryConfig,
     VetoConfig,
 )
@@ -40,6 +41,7 @@ PARTS: dict[str, type[Any]] = {
     "lifecycle": LifecycleConfig,
     "telemetry": TelemetryConfig,
     "checkpoint": CheckpointConfig,
+    "replay": ReplayConfig,
 }
 
 
