@@ -65,7 +65,7 @@ class ChronoSystem:
         switches: shared with every forward scope.
 
     Attributes:
-        last_snapshot, last_evaluation: SystemSnapshot of the last closed window and of the last recorded evaluation, or None.
+        last_snapshot, last_evaluation: snapshot of the last closed window, of the last evaluation, or None.
         decisions, prune_decisions: ControlDecisions of the last closed window; every lifecycle state change so far.
         drift: rows that router drift is measured from, see ``LifecycleConfig(router_drift=True)``.
         replay: choices compared between passes, and repeated; see ``ReplayConfig``.
