@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import warnings
 from importlib.metadata import version
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from chronomoe_hf.checkpoint.store import warn_of_unloaded_state
-from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.config import ChronoConfig, PresetName, as_config
 from chronomoe_hf.errors import AlreadyWrappedError, ConfigError, NotWrappedError
 from chronomoe_hf.recording.scope import Switches, labelled_models
 from chronomoe_hf.router.forward import ChronoRouter
@@ -27,12 +26,11 @@ from chronomoe_hf.wrapping.owner import SYSTEM, find_system
 from chronomoe_hf.wrapping.save_pretrained import install_save_hook, remove_save_hook
 
 TESTED_VERSIONS = ("5.13.1", "5.16.1", "5.19.0", "5.23.0")
-_PRESETS = ("observe", "protect", "balance", "original")
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def wrap(model: Model, config: ChronoConfig | None = None, *, state: str | Path | None = None) -> Model:
+def wrap(model: Model, config: ChronoConfig | PresetName | None = None, *, state: str | Path | None = None) -> Model:
     """Make the routing of `model` observable and governable, in place.
 
     The classes of its routers (and of its experts, to read their outputs) are swapped for subclasses; no
@@ -40,7 +38,7 @@ def wrap(model: Model, config: ChronoConfig | None = None, *, state: str | Path 
 
     Args:
         model: any module that contains MoE layers of Transformers; before FSDP or DeepSpeed `prepare`.
-        config: settings; None = ``ChronoConfig()``, the protect preset.
+        config: settings, or the name of a preset (``"observe"``); None = ``ChronoConfig()``, the protect preset.
         state: a checkpoint whose chronomoe state is loaded too, see ``ChronoSystem.load``. If that fails, the model is
             left as it was.
 
@@ -48,7 +46,7 @@ def wrap(model: Model, config: ChronoConfig | None = None, *, state: str | Path 
         `model` itself. A second call with the same config (or none) does nothing but load `state`.
 
     Raises:
-        ConfigError: `model` is no torch.nn.Module, or `config` no ChronoConfig.
+        ConfigError: `model` is no torch.nn.Module, or `config` neither a ChronoConfig nor the name of a preset.
         AlreadyWrappedError: wrapped before, with another config.
         NoMoELayersError: nothing routes tokens to experts.
         UnsupportedArchitectureError: every router found is of an unsupported kind; the message says which and why.
@@ -56,7 +54,8 @@ def wrap(model: Model, config: ChronoConfig | None = None, *, state: str | Path 
         StateError: `state` cannot be loaded.
         WrapError: MoE layers were added or replaced since it was wrapped, or it holds several wrapped models.
     """
-    _check_arguments("wrap", model, config)
+    _check_model("wrap", model)
+    config = as_config(config)
     system = find_system(model)
     if system is not None:
         if config is not None and config != system.config:
@@ -111,7 +110,7 @@ def unwrap(model: Model, fold: bool = False) -> Model:
         WrapError: FSDP has sharded a router or its experts as units of their own (their classes cannot be put back),
             or, with `fold`, a weight that would change is sharded. Nothing was changed.
     """
-    _check_arguments("unwrap", model)
+    _check_model("unwrap", model)
     system = system_of(model)
     modules = dict.fromkeys([*model.named_modules(), *system.model.named_modules()])
     wrapped = {module: clean_name(path) for path, module in modules if HANDLE in module.__dict__}
@@ -151,14 +150,14 @@ def system_of(model: nn.Module) -> ChronoSystem:
         NotWrappedError: there is none; call ``chronomoe_hf.wrap(model)`` first.
         WrapError: `model` holds several wrapped models.
     """
-    _check_arguments("system_of", model)
+    _check_model("system_of", model)
     system: ChronoSystem | None = find_system(model)
     if system is None:
         raise NotWrappedError(f"{type(model).__name__} is not wrapped; call chronomoe_hf.wrap(model) first")
     return system
 
 
-def _check_arguments(verb: str, model: Any, config: Any = None) -> None:
+def _check_model(verb: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         if isinstance(getattr(model, "model", None), nn.Module):  # a Trainer, a pipeline
@@ -170,17 +169,6 @@ def _check_arguments(verb: str, model: Any, config: Any = None) -> None:
             f"{verb}() takes a model (torch.nn.Module) and got a {kind}; load it first, for example with "
             "AutoModelForCausalLM.from_pretrained(...)"
         )
-    if config is None or isinstance(config, ChronoConfig):
-        return
-    presets = [name for name in _PRESETS if hasattr(ChronoConfig, name)]
-    way_out = f"one of ChronoConfig(), {', '.join(f'ChronoConfig.{name}()' for name in presets)}"
-    if isinstance(config, str) and (close := difflib.get_close_matches(config.lower(), presets, n=1)):
-        way_out = f"did you mean ChronoConfig.{close[0]}()?"
-    elif isinstance(config, dict):
-        way_out = "ChronoConfig.from_dict(...) makes one of a dict"
-    elif getattr(config, "__name__", None) in presets:
-        way_out = f"call it: ChronoConfig.{config.__name__}()"
-    raise ConfigError(f"config is a {type(config).__name__}; give a ChronoConfig: {way_out}")
 
 
 @functools.cache

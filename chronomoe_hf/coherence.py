@@ -68,7 +68,7 @@ def phase_coherence(output_ED: Tensor, reference_ED: Tensor) -> tuple[Tensor, Te
     Returns:
         ``phi_E`` fp32 in [-1, 1], and ``valid_E`` bool: False (and phi 0) where either norm is zero or not finite.
 
-    Source: SPEC section 4, phi_e = cos(ybar_e, reference).
+    Source: docs/concepts.md, "Coherence": phi_e = cos(ybar_e, reference).
     """
     norm_E = output_ED.norm(dim=-1) * reference_ED.norm(dim=-1)
     valid_E = (norm_E > 0) & (norm_E < math.inf)
@@ -89,7 +89,7 @@ def update_clocks_(
         active_E: experts with evidence in this step, shape ``(..., E)``, bool.
         rate_C: 1 - alpha of each clock, in the dtype and on the device of `ema_CE`; None = the three of ALPHAS.
 
-    Source: Phi <- alpha Phi + (1 - alpha) phi, SPEC section 4.
+    Source: Phi <- alpha Phi + (1 - alpha) phi; docs/concepts.md, "Coherence".
     """
     if rate_C is None:
         rate_C = torch.tensor([1.0 - alpha for alpha in ALPHAS], dtype=ema_CE.dtype, device=ema_CE.device)

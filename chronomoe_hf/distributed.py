@@ -1,4 +1,7 @@
-"""The only module that talks to other ranks. Collectives run in ``system.step`` and at train begin, nowhere else."""
+"""The only module that talks to other ranks. Who calls it is in docs/architecture.md.
+
+Every function with a collective says so; all ranks must call it, at the same places.
+"""
 
 from __future__ import annotations
 

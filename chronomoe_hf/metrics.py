@@ -185,7 +185,7 @@ def _load_cv(share_E: np.ndarray[Any, Any]) -> float:
 
 
 class Load(NamedTuple):
-    """Balance of one layer's counts (SPEC section 3); None where nothing was counted."""
+    """Balance of one layer's counts (docs/concepts.md, "Load"); None where nothing was counted."""
 
     entropy: float | None
     n_effective: float | None

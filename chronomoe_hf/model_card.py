@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+CARD = "README.md"
 # Name of a section -> its heading. Sections that 0.2 wrote all had the markers without a name; the heading tells them
 # apart.
 HEADINGS = {"routing": "## Expert routing", "export": "## Experts removed"}
@@ -28,3 +30,23 @@ def put_section(text: str, name: str, section: str) -> str:
     if found is not None:
         return text[: found.start()] + marked + text[found.end() :]
     return f"{text.rstrip()}\n\n{marked}" if text.strip() else marked
+
+
+def write_section(directory: str | Path, name: str, section: str, *, create: bool = False) -> bool:
+    """:func:`put_section` into the ``README.md`` of `directory`.
+
+    Args:
+        directory: where the model card is.
+        name, section: of :func:`put_section`.
+        create: also where there is no model card yet.
+
+    Returns:
+        Whether a card was written.
+    """
+    path = Path(directory) / CARD
+    there = path.is_file()
+    if not there and not create:
+        return False
+    text = path.read_bytes().decode("utf-8") if there else ""
+    path.write_bytes(put_section(text, name, section).encode("utf-8"))
+    return True

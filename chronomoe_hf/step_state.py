@@ -317,7 +317,7 @@ class StepState:
             self.relevance_L.copy_(relevance_of(signal_L, veto.threshold))
 
     def _update_std(self, var_L: Tensor, tokens_L: Tensor) -> None:
-        """The EMA of the logit standard deviation, and its value corrected for its youth."""
+        """The EMA of the logit standard deviation, and its bias-corrected value."""
         std_L = (var_L / tokens_L.clamp_min(1.0)).sqrt_()
         seen_L = std_L > 0
         self.std_L.lerp_(std_L, seen_L * self._std_rate)

@@ -147,7 +147,7 @@ class PhimoeAdapter(Adapter):
         if state is None:
             raise ContractError(
                 "PhimoeTopKRouter samples its experts in training and its random state was not remembered; "
-                "its class must be that of a wrapped router (wrapping.class_swap.router_class)"
+                "wrap its model with chronomoe_hf.wrap(model) before it is trained"
             )
         _generator(hidden_states.device).set_state(state)
         if router.input_jitter_noise > 0:

@@ -56,7 +56,7 @@ def test_the_quick_start_runs_and_does_what_its_comments_promise():
     exec(QUICK_START.replace("chronomoe", "chronomoe_hf"), namespace)
     decisions, lenses = namespace["decisions"], namespace["lenses"]
     assert [decision.layer_id for decision in decisions] == [0, 1, 2, 3]
-    # 1. topology debt from metrics, 2. pressure, heat, forgetting: only the collapsed layer owes anything.
+    # 1. topology debt from metrics, 2. pressure, heat, forgetting: only the collapsed layer has a debt.
     assert [decision.debt.total > 0.5 for decision in decisions] == [False, False, False, True]
     assert [decision.pressure > 0.1 for decision in decisions] == [False, False, False, True]
     # 3. sets the lens scale

@@ -69,7 +69,6 @@ logger = logging.getLogger(__name__)
 
 STATE_FOLDER = "chronomoe"
 PREVIOUS_SUFFIX = ".prev"
-PREVIOUS_FILE = TENSOR_FILE + PREVIOUS_SUFFIX
 _STALE_TMP = re.compile(r"\.(state|chronomoe)\.(safetensors|json)\.tmp\.\d+")
 
 

@@ -3,7 +3,7 @@
 Units are given per field. "interval" everywhere means optimizer steps.
 """
 
-from chronomoe_hf.config.config import PRESETS, ChronoConfig, PresetName
+from chronomoe_hf.config.config import PRESETS, ChronoConfig, PresetName, as_config
 from chronomoe_hf.config.files import CONFIG_NAME, CONFIG_SCHEMA
 from chronomoe_hf.config.parts import (
     AlertConfig,
@@ -42,4 +42,5 @@ __all__ = [
     "ReplayConfig",
     "TelemetryConfig",
     "VetoConfig",
+    "as_config",
 ]

@@ -236,10 +236,10 @@ class ChronoConfig(ConfigBase):
     def revive(cls, **overrides: Any) -> typing.Self:
         """**Rewrites the weights of idle experts** when training begins: they become copies of busy ones.
 
-        Copy first, route second: what makes balancing dear is that tokens reach experts that never learned them. So an
-        idle expert first gets the weights of the expert whose tokens it is to share
-        (:func:`chronomoe_hf.lifecycle.plan_split`), and a balance law with a wide dead zone keeps it at work. Where no
-        expert is idle, no weight is written. Needs whole, trainable experts: full fine-tuning, alone or under DDP.
+        Balancing is costly because tokens reach experts that never learned them. So an idle expert first gets the
+        weights of the expert whose tokens it is to share (:func:`chronomoe_hf.lifecycle.plan_split`), and a balance law
+        with a wide dead zone keeps it at work. Where no expert is idle, no weight is written. Needs whole, trainable
+        experts: full fine-tuning, alone or under DDP.
 
         Fixed: the balance law, no lens, the split at the start.
         """
@@ -312,6 +312,24 @@ class ChronoConfig(ConfigBase):
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> typing.Self:
         """Read ``chronomoe_config.json`` from `directory` (or the file itself)."""
         return cls.from_json(files.read(directory))
+
+
+def as_config(value: ChronoConfig | PresetName | None) -> ChronoConfig | None:
+    """A config from what may stand in its place: itself, the name of a preset, or None.
+
+    Raises:
+        ConfigError: anything else, with the way out.
+    """
+    if value is None or isinstance(value, ChronoConfig):
+        return value
+    if isinstance(value, str):
+        return ChronoConfig.preset(value)
+    way_out = f"for example ChronoConfig.observe(), or the name of a preset ({', '.join(PRESETS)})"
+    if isinstance(value, dict):
+        way_out = "ChronoConfig.from_dict(...) makes one of a dict"
+    elif getattr(value, "__name__", None) in PRESETS:
+        way_out = f"call it: ChronoConfig.{value.__name__}()"
+    raise ConfigError(f"config is a {type(value).__name__}; give a ChronoConfig, {way_out}")
 
 
 def _differences(one: ConfigBase, two: ConfigBase) -> list[str]:

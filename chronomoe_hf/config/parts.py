@@ -17,7 +17,9 @@ ReaderName = Literal["ridge", "mean"]
 
 @dataclass(frozen=True, kw_only=True)
 class BetaConfig(ConfigBase):
-    """The slow routing bias (SPEC section 4). Biases are in units of one logit standard deviation.
+    """The slow routing bias (docs/concepts.md, "beta, the slow routing bias").
+
+    Biases are in units of one logit standard deviation.
 
     Args:
         law: ``"none"`` (never acts), ``"coherence"`` (every interval) or ``"balance"`` (every step).
@@ -86,7 +88,7 @@ class BetaConfig(ConfigBase):
 
 @dataclass(frozen=True, kw_only=True)
 class VetoConfig(ConfigBase):
-    """The bridge veto (SPEC section 4).
+    """The bridge veto (docs/concepts.md, "Bridge veto").
 
     Args:
         enabled: without it relevance is always 1.
@@ -112,7 +114,7 @@ class VetoConfig(ConfigBase):
 
 @dataclass(frozen=True, kw_only=True)
 class HarmGuardConfig(ConfigBase):
-    """When the controller takes its own action back (SPEC section 5).
+    """When the controller takes its own action back (docs/concepts.md, "The lens").
 
     Args:
         threshold: rise of the relative top-2 share between two evaluations that counts as harm.
@@ -145,7 +147,7 @@ class HarmGuardConfig(ConfigBase):
 
 @dataclass(frozen=True, kw_only=True)
 class ControlConfig(ConfigBase):
-    """The controller (SPEC section 5).
+    """The controller (docs/concepts.md, "Pressure, heat, forgetting").
 
     Args:
         enabled: evaluate debt, pressure, heat at every interval.
@@ -222,7 +224,7 @@ class ControlConfig(ConfigBase):
 
 @dataclass(frozen=True, kw_only=True)
 class LensConfig(ConfigBase):
-    """The low-rank lens on the router input (SPEC section 5).
+    """The low-rank lens on the router input (docs/concepts.md, "The lens").
 
     Args:
         enabled: open a lens when the controller asks for it.
@@ -252,7 +254,7 @@ class LensConfig(ConfigBase):
 
 @dataclass(frozen=True, kw_only=True)
 class CoherenceConfig(ConfigBase):
-    """How expert outputs are read (SPEC section 4).
+    """How expert outputs are read (docs/concepts.md, "Coherence").
 
     Args:
         enabled: read expert outputs at all; without them phi and contributions are reported as null.
@@ -283,7 +285,7 @@ class CoherenceConfig(ConfigBase):
 
 @dataclass(frozen=True, kw_only=True)
 class AlertConfig(ConfigBase):
-    """Alert thresholds (SPEC section 3).
+    """Alert thresholds (docs/alerts.md).
 
     Args:
         neff_floor: PRE_COLLAPSE below this fraction of E; topology debt starts there too.
@@ -318,11 +320,12 @@ class AlertConfig(ConfigBase):
 
 @dataclass(frozen=True, kw_only=True)
 class LifecycleConfig(ConfigBase):
-    """The dry-run lifecycle, and the one thing that is more than a dry run: `cut_at` (SPEC section 6).
+    """The dry-run lifecycle, and the one thing that is more than a dry run: `cut_at` (docs/lifecycle.md).
 
     Args:
         enabled: look for prune candidates at every interval. Weights are never touched.
-        prune_threshold: Phi_slow, ``"auto"`` = layer mean - 2 standard deviations.
+        prune_threshold: Phi_slow, ``"auto"`` = layer median - 3 robust standard deviations, see
+            :func:`~chronomoe_hf.lifecycle.dry_run.cases.prune_threshold`.
         starvation_threshold: token-weighted mean Phi_slow, ``"auto"`` = below 0.8 of its own baseline.
         min_tokens: fewer tokens than this after `after_step` is low observability.
         coherence_tokens: tokens seen before low coherence can be judged.
@@ -399,7 +402,7 @@ class LifecycleConfig(ConfigBase):
 
 @dataclass(frozen=True, kw_only=True)
 class TelemetryConfig(ConfigBase):
-    """What is written where (SPEC sections 3 and 7).
+    """What is written where (docs/report.md).
 
     Args:
         jsonl: write JSONL records below ``<output_dir>/chronomoe``.
@@ -433,7 +436,7 @@ class TelemetryConfig(ConfigBase):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(ConfigBase):
-    """Saving and resuming (SPEC section 7).
+    """Saving and resuming (docs/checkpoints.md).
 
     Args:
         save: write the state (a folder ``chronomoe``) into every checkpoint.

@@ -1,4 +1,6 @@
-"""The one place that writes beta, native correction biases, lens scales and lens bases. Decisions in, state out.
+"""Decisions in, state out: the one place where governing writes beta, native correction biases and lenses.
+
+Other writers are no governing: loading a state, folding at unwrap, a cut, a split.
 
 Every rank does the same arithmetic on rank 0's decisions. Shape suffixes: L layers, E experts, D router input width.
 """

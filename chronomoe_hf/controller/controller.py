@@ -231,7 +231,7 @@ class Controller:
             fit = lens is None or policy.is_fit(spread, config)
             debt, quota, harmed = self._observe(state, evidence, self._top_k(layer), fit)
         drive = policy.drive_of(state.pressure, state.integral, config)
-        heat = policy.heat_of(state.pressure)
+        heat = state.pressure  # in [0, 1] already
         requested = policy.lens_scale(
             drive=drive, heat=heat, harm_backoff=state.harm_backoff, step=snapshot.step, config=config
         )

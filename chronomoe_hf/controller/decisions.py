@@ -1,4 +1,4 @@
-"""The paper trail: one record per layer and evaluation, acting or not."""
+"""ControlDecision: one record per layer and evaluation, acting or not."""
 
 from __future__ import annotations
 

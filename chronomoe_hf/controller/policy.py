@@ -61,7 +61,7 @@ def topology_debt(
 
     A perfectly balanced layer has t = (2/E) / min(1, 2/k), which reaches 0.75 only where nearly all experts run for
     every token (k > 3E/4, or E = 2 with k = 1). There the top-2 share says little about dominance, so debt is counted
-    from the balanced value on instead of from 0.75, and a balanced layer never owes anything.
+    from the balanced value on instead of from 0.75, and a balanced layer has debt 0.
 
     Args:
         n_effective: exp(entropy) of the shares, in [1, E].
@@ -91,11 +91,6 @@ def top2_start(threshold: float, n_experts: int, top_k: int) -> float:
 def next_pressure(pressure: float, debt: float, config: ControlConfig) -> float:
     """``decay * pressure + (1 - decay) * debt``, in [0, 1]."""
     return clip(config.pressure_decay * pressure + (1.0 - config.pressure_decay) * debt)
-
-
-def heat_of(pressure: float) -> float:
-    """Pressure limited to [0, 1]."""
-    return clip(pressure)
 
 
 def forgetting_of(pressure: float, config: ControlConfig) -> float:
@@ -160,7 +155,7 @@ def lens_scale(*, drive: float, heat: float, harm_backoff: float, step: int, con
 
 
 def is_harm(last_scale: float, top2_rise: float | None, config: ControlConfig) -> bool:
-    """Whether the last action is blamed: its scale was above `harm.min_scale` and t rose by more than the threshold.
+    """Whether the last action counts as harmful: scale above `harm.min_scale`, and t rose by more than the threshold.
 
     Args:
         last_scale: lens scale in force during the window.

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from chronomoe_hf.jsonfiles import write_json, write_text
-from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
+from chronomoe_hf.lifecycle.pruning.plan import EXPORT_FORMAT, PrunePlan
+from chronomoe_hf.model_card import HEADINGS, put_section
 
 PLAN_FILE = "prune_plan.json"
 CARD_FILE = "README.md"
-FORMAT = "chronomoe_hf.export"
 SCHEMA = 1
-START, END = "<!-- chronomoe:start -->", "<!-- chronomoe:end -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,7 @@ def write_plan(directory: Path, plan: PrunePlan, extra: dict[str, Any]) -> None:
         extra: further entries (measured effect, refit), JSON-ready.
     """
     record = {
-        "format": FORMAT,
+        "format": EXPORT_FORMAT,
         "schema": SCHEMA,
         "old_to_new": [
             {
@@ -91,13 +89,7 @@ def write_card(directory: Path, plan: PrunePlan, report: ExportReport, extra: di
     """Put our section into the model card, in place of an earlier one; a checkpoint without a card gets one."""
     path = directory / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else _HEAD
-    section = f"{START}\n{_section(plan, report, extra)}\n{END}"
-    pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
-    if pattern.search(text):
-        text = pattern.sub(lambda _: section, text, count=1)
-    else:
-        text = text.rstrip("\n") + "\n\n" + section + "\n"
-    write_text(path, text)
+    write_text(path, put_section(text, "export", _section(plan, report, extra)))
 
 
 _HEAD = """---
@@ -115,7 +107,7 @@ tags:
 def _section(plan: PrunePlan, report: ExportReport, extra: dict[str, Any]) -> str:
     source = plan.source
     lines = [
-        "## Experts removed",
+        HEADINGS["export"],
         "",
         f"{report.num_kept} of {report.num_experts} experts stay in each of {len(plan.layers)} layers; every token "
         f"still uses {report.top_k}. Which ones, and their old ids: `{PLAN_FILE}`.",

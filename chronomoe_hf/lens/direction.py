@@ -142,7 +142,7 @@ def sum_real(x_TD: Tensor, real_T: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _mean(x_PFD: Tensor, real_PF: Tensor) -> Tensor:
-    """mu / |mu|^2 of each fold, the reader of SPEC section 5."""
+    """mu / |mu|^2 of each fold, the reader ``"mean"`` (docs/concepts.md, "The lens")."""
     mean_PD = x_PFD.sum(1) / real_PF.sum(1, keepdim=True).clamp_min(1.0)
     return mean_PD / mean_PD.square().sum(-1, keepdim=True).clamp_min(1e-12)
 

@@ -3,7 +3,7 @@
 Only the router sees x'; the experts get x. On a linear router with weight W the lens is a shift of the logits,
 ``x' W^T = x W^T + s (x V)(U W^T)``, and it folds exactly into the weight: ``W' = W + s (W U^T) V^T``.
 
-Shape suffixes: T tokens, D hidden size, E experts, R rank. All lens math is fp32 (`steering` solves the bases in
+Shape suffixes: T tokens, D hidden size, E experts, R rank. All lens math is fp32 (`direction` solves the bases in
 fp64 on the host); the model's dtype is left alone.
 """
 

@@ -365,7 +365,7 @@ def output_sums(
     Returns:
         fp32 ``(G, 7 * width)``: what is added to ``Row.outputs``.
 
-    Source: SPEC section 4 (phi), REAP (gate * |expert output|).
+    Source: docs/concepts.md, "Coherence" (phi), REAP (gate * |expert output|).
     """
     num_groups, _, num_k, _ = batch.rows_GSKD.shape
     wide = torch.float64 if batch.rows_GSKD.dtype == torch.float64 else torch.float32

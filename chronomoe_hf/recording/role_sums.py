@@ -93,7 +93,7 @@ class LayerRoleState:
         return [getattr(self, name) for name in WINDOW]
 
     def role_vectors(self) -> Tensor:
-        """r_e, fp32 ``(E, D)``, corrected for their youth; 0 for an expert that was never read."""
+        """r_e, fp32 ``(E, D)``, bias-corrected; 0 for an expert that was never read."""
         weight_E = 1.0 - ALPHA ** self.updates_E.double()
         return (self.mean_ED / weight_E.clamp_min(1e-30)[:, None]).masked_fill(weight_E[:, None] == 0.0, 0.0).float()
 

@@ -125,7 +125,7 @@ class OutputChunk:
 
 
 class Tape:
-    """What the running forward has left, until it is summed.
+    """References kept until the forward ends, when they are summed.
 
     Args:
         sums: where it goes.

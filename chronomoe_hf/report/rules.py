@@ -280,13 +280,7 @@ REASONS = {
     "insufficient_evidence": "the window held too few tokens",
     "lens_unsupported": "this router takes no lens",
     "lens_unfit": "moving the router input would have scattered the tokens",
-    "lens_disabled": "the preset has no lens",
 }
-
-
-def rule_of(key: str) -> Rule | None:
-    """The row of an alert or a state; None for an alert kind that this version does not know."""
-    return ALERTS.get(key) or STATES.get(key)
 
 
 def rules_markdown() -> str:

@@ -30,7 +30,7 @@ def relevance_of(disagreement: Tensor, theta: float) -> Tensor:
     Raises:
         ConfigError: theta is not positive.
 
-    Source: SPEC section 4, r = 1 - (d - theta) / (2 theta) between theta and 3 theta.
+    Source: docs/concepts.md, "Bridge veto": r = 1 - (d - theta) / (2 theta) between theta and 3 theta.
     """
     if theta <= 0:
         raise ConfigError(f"the veto's threshold must be positive, got {theta}")
@@ -97,7 +97,7 @@ def coherence_law(
     Returns:
         New coefficients, fp32.
 
-    Source: SPEC section 4.
+    Source: docs/concepts.md, "beta, the slow routing bias".
     """
     phi = phi_slow_LE.double()
     if tau == "layer_mean":
@@ -164,8 +164,8 @@ def balance_step(error_LE: Tensor, rule: str = "quadratic", gain_LE: Tensor | No
     Returns:
         float64 in [-1, 1], shape of `error_LE`; 0 for a layer without a count.
 
-    Source: SPEC section 4; the sign rule is arXiv 2408.15664. The quadratic rule is ours: the
-    step of the proportional one at an error of 1, smaller steps below.
+    Source: docs/concepts.md, "beta, the slow routing bias"; the sign rule is arXiv 2408.15664. The quadratic rule is
+    ours: the step of the proportional one at an error of 1, smaller steps below.
     """
     if rule == "sign":
         return error_LE.sign()
@@ -177,7 +177,7 @@ def balance_step(error_LE: Tensor, rule: str = "quadratic", gain_LE: Tensor | No
     return gain * error_LE * error_LE.abs()
 
 
-# Shares that the balance law leaves alone: a zone around the fair share, and an easier one in the first layer.
+# Shares that the balance law leaves alone: a zone around the fair share, and a wider one in the first layer.
 #
 # All bounds are in units of the fair share 1/E. Shape suffixes: L layers, E experts.
 

@@ -46,7 +46,8 @@ def plan_split(
 
     *Several experts per token (k > 1).* A bias on the router's logits is found that brings every share into
     [1/2, 2] fair shares (in the first layer only above 0.4); rows stay. An idle expert becomes a copy of the expert
-    that most of its new tokens lose for it. :func:`~chronomoe_hf.lifecycle.apply` then refits all output projections.
+    that lost most of the tokens that the idle one gained. :func:`~chronomoe_hf.lifecycle.apply` then refits all
+    output projections.
 
     Args:
         model: the model; wrapped under the balance law (``ChronoConfig.revive()``) where k > 1.
@@ -230,7 +231,7 @@ def solve_bias(
 ) -> Tensor:
     """A shift of the logits under which shares lie in [1 / BOUND, BOUND] (in the first layer: at FLOOR or above).
 
-    Each expert outside moves by a step of its own, which is halved when it arrives and grows while it does not.
+    Experts outside the bounds take individual steps, halved on arrival and growing until then.
 
     Args:
         tap: calls of the router, and where the shift may act for a while.
@@ -273,7 +274,7 @@ def solve_bias(
 
 
 def _relieved(target: int, before_TK: Tensor, after_TK: Tensor, idle: set[int], num_experts: int) -> int | None:
-    """The expert that most of the target's new tokens lose for it; an idle one is no donor."""
+    """The expert that lost most of the tokens the target gained; an idle one is no donor."""
     new_T = (after_TK == target).any(-1) & ~(before_TK == target).any(-1)
     old_NK, now_NK = before_TK[new_T], after_TK[new_T]
     gone_NK = ~(old_NK[:, :, None] == now_NK[:, None, :]).any(-1)

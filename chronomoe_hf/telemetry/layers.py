@@ -63,7 +63,7 @@ _READINGS = (
 
 @dataclass(kw_only=True)
 class LayerSnapshot:
-    """One layer over one window. Fields as in RoutingEvent, and the metrics of its counts (SPEC section 3).
+    """One layer over one window. Fields as in RoutingEvent, and the metrics of its counts (docs/concepts.md, "Load").
 
     Metrics are None where nothing was counted. Build it from events with :meth:`from_events`; built by hand from
     ``expert_token_counts``, the metrics left out are computed.

@@ -219,7 +219,7 @@ def _texts(values: Any) -> list[str]:
     return [plain_text(value) for value in values] if isinstance(values, list) else []
 
 
-# The dry-run lifecycle read back: per expert the last word on each case against it.
+# The dry-run lifecycle read back: per expert the latest state of each case against it.
 
 EVIDENCE = ("total_tokens_seen", "share", "phi_slow", "contribution", "contribution_rank", "saliency")
 

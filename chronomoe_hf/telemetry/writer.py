@@ -269,7 +269,7 @@ def run_manifest(
     Args:
         run_id: the run.
         config: the settings in force.
-        layers: one mapping per MoE layer, by layer_id: ``layer_id``, ``name``, ``router_class``, ``n_experts``,
+        layers: one mapping per MoE layer, by layer_id: ``layer_id``, ``name``, ``router_class``, ``num_experts``,
             ``top_k`` and whatever else helps a reader.
         model_class: class name of the model.
         model_name: name or path of the model, for people.

@@ -8,14 +8,14 @@ from torch import nn
 from transformers import Trainer
 
 from chronomoe_hf.api import wrap
-from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.config import ChronoConfig, PresetName, as_config
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.trainer.callback import ChronoCallback
 from chronomoe_hf.trainer.hooks import refuse_data_parallel
 from chronomoe_hf.trainer.lines import say_attached
 
 
-def attach(trainer: Trainer, config: ChronoConfig | None = None) -> ChronoCallback:
+def attach(trainer: Trainer, config: ChronoConfig | PresetName | None = None) -> ChronoCallback:
     """Watch (and, by config, govern) the routing of a Trainer's model: the one line before ``trainer.train()``.
 
     Wraps ``trainer.model`` if needed, puts the callback first so that every reporter sees its scalars, and records
@@ -24,7 +24,8 @@ def attach(trainer: Trainer, config: ChronoConfig | None = None) -> ChronoCallba
 
     Args:
         trainer: a Transformers Trainer or a subclass (TRL, Seq2SeqTrainer), before ``train()``.
-        config: settings; None = those the model was wrapped with, else the protect preset.
+        config: settings, or the name of a preset (``"observe"``); None = those the model was wrapped
+            with, else the protect preset.
 
     Returns:
         The callback; ``callback.system`` is the ChronoSystem. A second call returns the first's callback.
@@ -34,6 +35,7 @@ def attach(trainer: Trainer, config: ChronoConfig | None = None) -> ChronoCallba
         WrapError: the model cannot be wrapped, see ``wrap``.
     """
     check_trainer(trainer, "attach")
+    config = as_config(config)
     callback = _callback_of(trainer)
     if callback is not None and callback.gives_way and config is not None:
         callback.detach()

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from chronomoe_hf.checkpoint.state_file import has_state
-from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.config import ChronoConfig, PresetName, as_config
 from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError
 from chronomoe_hf.in_run.baseline import set_baseline
 from chronomoe_hf.in_run.dry_run import measure_dry_run
@@ -47,24 +47,20 @@ class ChronoCallback(TrainerCallback):
     ``system_of(model).step(global_step)`` after each optimizer step yourself.
 
     Args:
-        config: settings for a model that is not wrapped yet; None = the default preset.
+        config: settings for a model that is not wrapped yet, or the name of a preset; None = the default preset.
 
     Attributes:
         attached: it stands first among the Trainer's callbacks.
         gives_way: to a callback or a config that the script makes itself (what a launcher puts there).
 
     Raises:
-        ConfigError: `config` is not a ChronoConfig.
+        ConfigError: `config` is neither a ChronoConfig nor the name of a preset.
     """
 
     gives_way = False
 
-    def __init__(self, config: ChronoConfig | None = None) -> None:
-        if config is not None and not isinstance(config, ChronoConfig):
-            raise ConfigError(
-                f"config is a {type(config).__name__}; give a ChronoConfig, for example ChronoConfig.balance()"
-            )
-        self.config = config
+    def __init__(self, config: ChronoConfig | PresetName | None = None) -> None:
+        self.config = as_config(config)
         self.attached = False
         self.hooks: TrainerHooks | None = None
         self.resume_path = ResumePath()

@@ -34,7 +34,7 @@ class Hooked(Protocol):
         """After ``create_model_card``."""
 
     def bind(self, model: nn.Module) -> Any:
-        """Takes over a model that was made anew."""
+        """Takes over a model that was rebuilt."""
 
     def release(self) -> None:
         """Lets go of the model before the next one is made."""
@@ -46,8 +46,8 @@ class Hooked(Protocol):
 class Replaced:
     """Methods replaced on instances; the classes are never touched.
 
-    ``replace`` may be called while another library has replaced the same method before or will do so later: what was
-    there is called, and what came later stays. A replacement that cannot be taken off any more passes its calls on.
+    ``replace`` may be called while another library has replaced the same method before or will do so later: the wrapped
+    method is called, and later wrappers are kept. A replacement that cannot be taken off any more passes its calls on.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class TrainerHooks:
     ``save_model``            our state beside every set of weights
     ``train``                 what is resumed from, a new run id, and tidying up when it raises
     ``create_model_card``     the card gets a section about the routing
-    ``call_model_init``       a model made anew is wrapped before the engine prepares it
+    ``call_model_init``       a rebuilt model is wrapped before the engine prepares it
     ``evaluation_loop``       evaluation is recorded apart, under its own prefix
     callback handler's        ``trainer.remove_callback(callback)`` detaches
     ``remove_callback``,

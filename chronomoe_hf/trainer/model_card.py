@@ -1,23 +1,22 @@
-"""A section about the routing in a model card, between markers, so that writing it again replaces it."""
+"""The section about the routing of a run in a model card."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from chronomoe_hf.checkpoint.card import CARD, END, ONLY_IN_STATE, START, put_section
+from chronomoe_hf.checkpoint.card import ONLY_IN_STATE
 from chronomoe_hf.checkpoint.correction import missing_from_weights
+from chronomoe_hf.model_card import HEADINGS, write_section
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import SystemSnapshot
 
-__all__ = ["CARD", "END", "START", "model_card_section", "write_model_card"]
-
 
 def model_card_section(system: ChronoSystem) -> str:
-    """Markdown about the last window of a run: what acted, and one row a layer. Ends with a newline."""
+    """Markdown about the last window of a run: what acted, and one row a layer. No markers, a newline at its end."""
     snapshot = system.last_snapshot
-    lines = [START, "## Expert routing", ""]
+    lines = [HEADINGS["routing"], ""]
     lines.append(f"Recorded with chronomoe_hf over the run `{system.run_id}`. {_acted(system)}")
-    lines += ["", *(_table(snapshot) if snapshot is not None else ["No telemetry window was closed."]), END]
+    lines += ["", *(_table(snapshot) if snapshot is not None else ["No telemetry window was closed."])]
     return "\n".join(lines) + "\n"
 
 
@@ -61,4 +60,4 @@ def write_model_card(directory: str | Path, system: ChronoSystem, *, create: boo
     Returns:
         Whether a card was written.
     """
-    return put_section(directory, model_card_section(system), create=create)
+    return write_section(directory, "routing", model_card_section(system), create=create)

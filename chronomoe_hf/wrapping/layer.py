@@ -30,7 +30,7 @@ class Layer:
         wrapped: the modules that ran when the model was wrapped.
         num_experts, top_k: E and k.
         handle: what the router points to.
-        recorder: the layer's accumulators.
+        recorder: the layer's row of the sums.
         reads_experts: expert outputs are read.
         native_bias: the model's own correction bias, when the balance law updates that instead of beta.
         bias_is_parameter: that bias is a parameter (which FSDP2 and ZeRO-3 shard) and not a buffer.

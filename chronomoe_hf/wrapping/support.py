@@ -244,7 +244,7 @@ def support_rows() -> list[dict[str, Any]]:
 
 
 def support_table() -> str:
-    """The Markdown table of every adapter, reasons below it; the README holds it between markers."""
+    """The Markdown table of every adapter, reasons below it; docs/families.md holds it between markers."""
     columns = ("family", "router", "rule", "native bias", *CAPABILITIES)
     notes: list[str] = []
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]

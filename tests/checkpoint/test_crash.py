@@ -16,7 +16,7 @@ import pytest
 from chronomoe_hf.checkpoint import state_file as checkpoint
 from chronomoe_hf.checkpoint.state_file import (
     MANIFEST_FILE,
-    PREVIOUS_FILE,
+    PREVIOUS_SUFFIX,
     STATE_FOLDER,
     TENSOR_FILE,
     read_state,
@@ -173,7 +173,7 @@ def test_a_crash_at_any_call_of_two_saves_in_a_row(tmp_path, sample_state, step_
             middle = step_in(directory)
             crash(directory, 3, second)
             outcomes.add((middle, step_in(directory)))
-            through_previous += (directory / STATE_FOLDER / PREVIOUS_FILE).exists()
+            through_previous += (directory / STATE_FOLDER / (TENSOR_FILE + PREVIOUS_SUFFIX)).exists()
             assert write_state(directory, *sample_state(4), strict=True)
             assert step_in(directory) == 4
             assert sorted(os.listdir(directory / STATE_FOLDER)) == COMMITTED

@@ -59,9 +59,7 @@ def test_every_signal_stays_in_its_range_over_any_history(step, n_experts, confi
         pressure = policy.next_pressure(pressure, debt.total, config)
         integral = policy.next_integral(integral, n_effective=neff, n_experts=n_experts, config=config)
         drive = policy.drive_of(pressure, integral, config)
-        scale = policy.lens_scale(
-            drive=drive, heat=policy.heat_of(pressure), harm_backoff=backoff, step=step, config=config
-        )
+        scale = policy.lens_scale(drive=drive, heat=pressure, harm_backoff=backoff, step=step, config=config)
         assert 0.0 <= pressure <= 1.0
         assert 0.0 <= integral <= config.scale_max
         assert config.harm.floor <= backoff <= 1.0

@@ -117,3 +117,16 @@ def test_links_between_pages_lead_somewhere() -> None:
         here = (ROOT / page).parent
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text("utf-8")):
             assert (here / target).exists(), f"{page} links to {target}"
+
+
+def test_docstrings_cite_pages_and_sections_that_exist() -> None:
+    """A formula's source is a page of docs/ or a paper, never a document that the repository does not have."""
+    seen = 0
+    for path in [*(ROOT / "chronomoe_hf").rglob("*.py"), *(ROOT / "patches").rglob("*.py")]:
+        text = path.read_text("utf-8")
+        assert not re.search(r"\b(SPEC|DESIGN)\b(?!\w)", text), f"{path.name} cites a document that is not here"
+        for page, section in re.findall(r'(docs/\w+\.md)(?:, "([^"]+)")?', text):
+            headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text("utf-8"), flags=re.M)
+            assert not section or re.sub(r"\s+", " ", section) in headings, f"{path.name}: {page} has no {section!r}"
+            seen += 1
+    assert seen > 15

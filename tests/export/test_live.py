@@ -47,11 +47,11 @@ def test_the_directory_says_what_it_is(tmp_path: Path) -> None:
     report = lifecycle.export(model, plan, tmp_path / "out", tokenizer=texts.tokenizer())
     assert only(tmp_path) == ["out"] and model.training
     record = json.loads((tmp_path / "out" / "prune_plan.json").read_text())
-    assert PrunePlan.from_dict(record["plan"]) == plan
+    assert PrunePlan.from_dict(record["plan"]) == plan == PrunePlan.load(tmp_path / "out" / "prune_plan.json")
     for planned, mapping in zip(plan.layers, record["old_to_new"], strict=True):
         assert {int(old): new for old, new in mapping["ids"].items()} == planned.new_ids
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers") and card.count("<!-- chronomoe:start -->") == 1
+    assert card.startswith("---\nlibrary_name: transformers") and card.count("<!-- chronomoe:export:start -->") == 1
     assert f"{plan.num_kept} of 8 experts stay" in card
     assert report.parameters_after == sum(p.numel() for p in type(model).from_pretrained(tmp_path / "out").parameters())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -71,7 +71,7 @@ def test_an_exported_model_can_be_cut_again(tmp_path: Path) -> None:
     assert smaller.config.num_local_experts == plan.num_kept < small.config.num_local_experts < 8
     lifecycle.export_checkpoint(tmp_path / "one", plan, tmp_path / "files")
     card = (tmp_path / "files" / "README.md").read_text()
-    assert card.count("<!-- chronomoe:start -->") == 1 and f"{plan.num_kept} of 5 experts stay" in card
+    assert card.count("<!-- chronomoe:export:start -->") == 1 and f"{plan.num_kept} of 5 experts stay" in card
 
 
 def test_stock_transformers_loads_and_generates(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_runs_checkpoint_with_our_state_is_cut_from_its_files(tmp_path: Path) 
     for planned in plan.layers:
         at, kept = planned.spec.layer_id, list(planned.kept)
         assert torch.equal(restored.router_state(at).beta_coeff, system.router_state(at).beta_coeff[kept])
-    # And training goes on from it, with the optimizer made anew.
+    # And training goes on from it, with a new optimizer.
     job = Job(output_dir=str(tmp_path / "more"), preset="balance", config={"interval": 2})
     job.pretrained, job.arguments = str(tmp_path / "out"), {"max_steps": 2}
     more = make_trainer(job)

@@ -7,6 +7,7 @@ import logging
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chronomoe_hf.config import LifecycleConfig
@@ -123,17 +124,43 @@ def test_layer_coherence_is_weighted_by_tokens():
     assert layer_coherence([0.5], None) is None
 
 
-def test_auto_prune_threshold_is_mean_minus_two_deviations_of_the_judged_experts():
-    phi: list[float | None] = [0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.2, 0.9, None]
+def test_auto_prune_threshold_is_the_robust_rule_over_the_judged_experts():
+    phi: list[float | None] = [0.6, 0.5, 0.7, 0.4, 0.8, 0.6, 0.55, 0.2, 0.9, None]
     seen = [5000] * 8 + [1000, 5000]  # the ninth is too young, the tenth has no phi
-    mean = (7 * 0.6 + 0.2) / 8
-    deviation = math.sqrt((7 * (0.6 - mean) ** 2 + (0.2 - mean) ** 2) / 8)
+    ordered = sorted(phi[:8])
+    median = (ordered[3] + ordered[4]) / 2
+    distances = sorted(abs(value - median) for value in ordered)
+    deviation = 1.4826 * (distances[3] + distances[4]) / 2
     threshold = prune_threshold(phi, seen, LifecycleConfig())
-    assert threshold == pytest.approx(mean - 2 * deviation, abs=1e-12)
-    assert 0.2 < threshold < 0.6
+    assert threshold == pytest.approx(median - 3 * deviation, abs=1e-12) and deviation > 0.05
+    close = [0.6, 0.61, 0.6, 0.59]
+    assert prune_threshold(close, [5000] * 4, LifecycleConfig()) == pytest.approx(0.6 - 3 * 0.05)
     assert prune_threshold(phi, seen, NUMERIC) == 0.3
-    assert prune_threshold([0.5, None], [5000, 5000], LifecycleConfig()) is None
+    assert prune_threshold([0.5, None, 0.1], [5000, 5000, 5000], LifecycleConfig()) is None
     assert prune_threshold(None, seen, LifecycleConfig()) is None
+
+
+@pytest.mark.parametrize(("experts", "bad"), [(3, 1), (4, 1), (5, 2), (8, 2), (16, 4), (16, 7), (128, 32)])
+def test_auto_is_not_masked_by_its_own_outliers(experts: int, bad: int):
+    """Mean - 2 standard deviations, the rule of before, finds none of these."""
+    random = np.random.default_rng(experts + bad)
+    healthy = random.normal(0.6, 0.03, experts)
+    phi = np.concatenate([healthy[bad:], random.normal(0.1, 0.03, bad)])
+    threshold = prune_threshold(phi.tolist(), [5000] * experts, LifecycleConfig())
+    assert threshold is not None and (phi < threshold).tolist() == [False] * (experts - bad) + [True] * bad
+    if bad > 1:
+        assert not (phi < phi.mean() - 2 * phi.std()).any()
+
+
+def test_auto_accuses_fewer_healthy_layers_than_the_rule_of_before():
+    """Layers of normally distributed phi, in which nobody is to be accused."""
+    random = np.random.default_rng(0)
+    for experts, most in ((8, 0.15), (32, 0.15), (128, 0.3)):
+        layers = random.normal(0.5, 0.1, (300, experts))
+        seen = [5000] * experts
+        new = np.mean([(phi < prune_threshold(phi.tolist(), seen, LifecycleConfig())).any() for phi in layers])
+        old = np.mean([(phi < phi.mean() - 2 * phi.std()).any() for phi in layers])
+        assert new < most and new < old, (experts, new, old)
 
 
 def test_auto_finds_the_outlier_at_any_level_of_coherence_and_nobody_among_equals():

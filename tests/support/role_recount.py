@@ -98,7 +98,7 @@ class RoleRecount:
             self.offset[expert] = dot(mean, self.direction[expert])
 
     def role_vectors(self) -> list[list[float]]:
-        """r_e, corrected for their youth; zeros where nothing was seen."""
+        """r_e, bias-corrected; zeros where nothing was seen."""
         return [
             [value / (1.0 - ALPHA**n) if n else 0.0 for value in row]
             for row, n in zip(self.mean, self.updates, strict=True)

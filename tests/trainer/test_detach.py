@@ -248,6 +248,8 @@ def test_anything_but_a_trainer_is_refused_with_the_way_out(verb: str, tmp_path:
         call(tiny.tiny_model("mixtral"))
     with pytest.raises(ConfigError, match="got a TrainingArguments; give a transformers.Trainer"):
         call(TrainingArguments(str(tmp_path), report_to=[]))
+    with pytest.raises(ConfigError, match="no preset 'obsreve'; did you mean 'observe'"):
+        ChronoCallback("obsreve")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="config is a dict; give a ChronoConfig"):
         ChronoCallback({"interval": 1})  # type: ignore[arg-type]
 
@@ -259,5 +261,5 @@ def test_a_trainer_in_the_place_of_a_model_is_refused_with_the_way_out(verb: str
         getattr(chronomoe_hf, verb)(trainer)
     with pytest.raises(ConfigError, match=rf"{verb}\(\) takes a model \(torch.nn.Module\) and got a str"):
         getattr(chronomoe_hf, verb)("mistralai/Mixtral-8x7B-v0.1")
-    with pytest.raises(ConfigError, match="config is a str"):
-        chronomoe_hf.wrap(trainer.model, "balance")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no preset 'balanced'"):
+        chronomoe_hf.wrap(trainer.model, "balanced")  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from chronomoe_hf import ChronoConfig
 from chronomoe_hf.report.data import load_run
 from chronomoe_hf.telemetry import LayerSnapshot, SystemSnapshot, read_jsonl
 from chronomoe_hf.trainer import logs as trackers
-from chronomoe_hf.trainer.model_card import END, START, model_card_section, write_model_card
+from chronomoe_hf.trainer.model_card import model_card_section, write_model_card
 
 # Under these every window raises an alert.
 ALWAYS = {"alerts": {"neff_floor": 1.0, "pre_after": 1, "min_window_tokens": 0}}
@@ -119,6 +119,8 @@ def test_losses_stand_beside_the_records(tmp_path: Path) -> None:
     records, _ = read_jsonl(tmp_path / "chronomoe" / "logs.jsonl")
     assert [record["step"] for record in records if "eval_loss" in record] == [2, 4]
 
+
+START, END = "<!-- chronomoe:routing:start -->", "<!-- chronomoe:routing:end -->"
 
 # ---- model card ------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from support import models as tiny
 from torch import nn
 
 import chronomoe_hf
-from chronomoe_hf import ChronoConfig
+from chronomoe_hf import ChronoCallback, ChronoConfig
+from chronomoe_hf.config import PRESETS
 from chronomoe_hf.errors import ChronoError, ConfigError, NotWrappedError, WrapError
 
 
@@ -25,14 +26,13 @@ def test_what_is_no_model(function: Any, model: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ("observe", r"str; .*did you mean ChronoConfig\.observe\(\)\?"),
-        ("Balanced", r"str; .*did you mean ChronoConfig\.balance\(\)\?"),
-        ("x" * 5000, r"str; .*one of .*ChronoConfig\.protect\(\)"),
-        ({"interval": 5}, r"dict; .*ChronoConfig\.from_dict"),
-        (ChronoConfig.observe, r"method; .*call it: ChronoConfig\.observe\(\)"),
-        (7, r"int; .*one of ChronoConfig\(\), ChronoConfig\.observe\(\)"),
+        ("Balanced", r"no preset 'Balanced'.*did you mean 'balance'\?.*known: observe, .*revive"),
+        ("x" * 5000, r"no preset .*; known: observe, protect, balance, revive, original"),
+        ({"interval": 5}, r"config is a dict; .*ChronoConfig\.from_dict"),
+        (ChronoConfig.revive, r"config is a method; .*call it: ChronoConfig\.revive\(\)"),
+        (7, r"config is a int; .*the name of a preset \(observe, protect, balance, revive, original\)"),
     ],
-    ids=["name", "close name", "long", "dict", "not called", "number"],
+    ids=["close name", "long", "dict", "not called", "number"],
 )
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_what_is_no_config(config: Any, says: str, wrapped: bool) -> None:
@@ -40,9 +40,16 @@ def test_what_is_no_config(config: Any, says: str, wrapped: bool) -> None:
     if wrapped:
         chronomoe_hf.wrap(model)
     before = {name: (type(module), set(module.__dict__)) for name, module in model.named_modules()}
-    with pytest.raises(ConfigError, match=f"config is a {says}"):
+    with pytest.raises(ConfigError, match=says):
         chronomoe_hf.wrap(model, config)
     assert {name: (type(module), set(module.__dict__)) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_name_of_a_preset_stands_for_the_preset(name: str) -> None:
+    model = chronomoe_hf.wrap(tiny.tiny_model("mixtral"), name)
+    assert chronomoe_hf.system_of(model).config == ChronoConfig.preset(name)
+    assert chronomoe_hf.wrap(model, name) is model and ChronoCallback(name).config == ChronoConfig.preset(name)
 
 
 def test_a_router_is_not_a_model() -> None:

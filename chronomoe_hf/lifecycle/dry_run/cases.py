@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -105,7 +106,11 @@ def log_line(decision: PruneDecision) -> str:
 # What one layer shows about its experts at one evaluation, and the thresholds that follow from it.
 
 Known = Sequence[float | None] | None
-AUTO_DEVIATIONS = 2.0  # prune threshold "auto": layer mean minus this many standard deviations
+# Prune threshold "auto": layer median minus this many deviations, each 1.4826 times the median absolute deviation (the
+# standard deviation where values are normally distributed) but not below the floor.
+AUTO_DEVIATIONS = 3.0
+AUTO_FLOOR = 0.05
+_MAD_TO_DEVIATION = 1.4826
 
 
 class LayerEvaluation(NamedTuple):
@@ -166,19 +171,19 @@ def prune_threshold(
 ) -> float | None:
     """Phi_slow below which an expert is incoherent.
 
-    ``"auto"``: mean - 2 population standard deviations over the experts that may be judged (more than
-    `coherence_tokens` tokens), each counting once. One expert among n deviates by at most sqrt(n - 1) standard
-    deviations, so with fewer than six judged experts "auto" accuses nobody; use a number there. None without two
-    experts to compare.
+    ``"auto"``: median - 3 deviations over the experts that may be judged (more than `coherence_tokens` tokens), each
+    counting once. The deviation is 1.4826 times the median absolute deviation, at least 0.05: half of the experts may
+    be incoherent without moving it, and experts that agree closely are not told apart by their noise. None without
+    three experts to compare.
     """
     if isinstance(config.prune_threshold, float):
         return config.prune_threshold
     values = [phi for phi, tokens in _known(phi_slow, total_tokens_seen) if tokens > config.coherence_tokens]
-    if len(values) < 2:
+    if len(values) < 3:
         return None
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
-    return mean - AUTO_DEVIATIONS * math.sqrt(variance)
+    middle = statistics.median(values)
+    deviation = _MAD_TO_DEVIATION * statistics.median(abs(value - middle) for value in values)
+    return middle - AUTO_DEVIATIONS * max(deviation, AUTO_FLOOR)
 
 
 def _known(

@@ -61,7 +61,7 @@ class _LayerCases:
 
 
 class LifecycleCoordinator:
-    """Collects evidence against experts and logs changes of mind. Reads numbers, writes nothing but its own memory.
+    """Collects evidence against experts and logs changes of state. Reads numbers, writes nothing but its own memory.
 
     Args:
         config: thresholds; of a whole ChronoConfig its ``lifecycle`` part.

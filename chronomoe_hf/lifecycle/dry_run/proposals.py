@@ -1,4 +1,4 @@
-"""Merge, split and spawn: what roles speak for, as dry-run records. Nothing here touches a model.
+"""Merge, split and spawn: proposals that follow from roles, as dry-run records. Nothing here touches a model.
 
 Once per window, per layer:
 

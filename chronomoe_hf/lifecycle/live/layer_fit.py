@@ -29,7 +29,7 @@ from chronomoe_hf.lifecycle.live.samples import LayerSamples
 #
 # Shape suffixes: T tokens, N tokens of one block, I width of a block's design, D width of the residual.
 
-_FACTOR_BYTES = 2**30  # factors of all blocks are kept between sweeps up to this; beyond it they are made anew
+_FACTOR_BYTES = 2**30  # factors of all blocks are kept between sweeps up to this; beyond it they are rebuilt
 
 
 @dataclass(frozen=True)

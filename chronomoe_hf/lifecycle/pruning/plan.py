@@ -25,6 +25,7 @@ from chronomoe_hf.lifecycle.evidence.spec import (
 )
 
 FORMAT = "chronomoe_hf.prune_plan"
+EXPORT_FORMAT = "chronomoe_hf.export"  # what an export writes: the plan is its entry `plan`
 SCHEMA = 1
 _TOP = ("format", "schema", "rank", "seed", "num_kept", "source", "layers", "notes")
 _SPEC = tuple(item.name for item in dataclasses.fields(LayerSpec))
@@ -173,9 +174,14 @@ class PrunePlan:
     def from_dict(cls, data: Any) -> PrunePlan:
         """Inverse of :meth:`to_dict`; ``dropped`` and ``num_kept`` may be missing, but must be right where they stand.
 
+        What an export writes into its ``prune_plan.json`` is read too: the plan that it followed, for the model before
+        the cut.
+
         Raises:
             PlanError: not a plan, another schema, or a plan that no model could hold.
         """
+        if isinstance(data, dict) and data.get("format") == EXPORT_FORMAT:
+            data = data.get("plan")
         record = strict_fields(data, "a prune plan", _TOP, ("num_kept", "notes", "seed"), PlanError)
         if record["format"] != FORMAT or record["schema"] != SCHEMA:
             raise PlanError(
