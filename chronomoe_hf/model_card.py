@@ -37,7 +37,8 @@ def write_section(directory: str | Path, name: str, section: str, *, create: boo
 
     Args:
         directory: where the model card is.
-        name, section: of :func:`put_section`.
+        name: of the section.
+        section: its Markdown.
         create: also where there is no model card yet.
 
     Returns:
