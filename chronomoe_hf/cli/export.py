@@ -47,7 +47,7 @@ def export(
 
     Files are cut a buffer at a time, whatever the size of the model; with --refit the model is loaded.
     """
-    if check not in ("auto", "logits", "shapes"):
+    if check != "auto" and check != "logits" and check != "shapes":  # in this form it narrows the type
         raise typer.BadParameter(f"{check!r} is none of auto, logits, shapes", param_hint="--check")
     models.quiet(progress and not as_json)
     from chronomoe_hf import lifecycle
