@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,9 @@ from chronomoe_hf.cli.output import JsonOption, console, print_json
 if TYPE_CHECKING:
     from chronomoe_hf.export import ExportReport
     from chronomoe_hf.lifecycle import PrunePlan, RefitReport
+
+
+_CHECKS: dict[str, Literal["auto", "logits", "shapes"]] = {"auto": "auto", "logits": "logits", "shapes": "shapes"}
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +50,7 @@ def export(
 
     Files are cut a buffer at a time, whatever the size of the model; with --refit the model is loaded.
     """
-    if check != "auto" and check != "logits" and check != "shapes":  # in this form it narrows the type
+    if check not in _CHECKS:
         raise typer.BadParameter(f"{check!r} is none of auto, logits, shapes", param_hint="--check")
     models.quiet(progress and not as_json)
     from chronomoe_hf import lifecycle
@@ -57,7 +60,7 @@ def export(
     fresh_target(out)
     if refit is None:
         source = models.local_directory(model)
-        report = lifecycle.export_checkpoint(source, made, out, check=check, drop_unknown=drop_unknown)
+        report = lifecycle.export_checkpoint(source, made, out, check=_CHECKS[check], drop_unknown=drop_unknown)
         refitted = None
     else:
         options = {"tokens": tokens, "length": length, "batch_size": batch_size, "column": column}
