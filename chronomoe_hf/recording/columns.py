@@ -7,17 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from chronomoe_hf.expert_numbers import OUTPUT_SUMS, ROUTING_SUMS
+
 META = ("tokens", "dropped", "nonfinite", "calls")
-PER_EXPERT = (
-    "prob",
-    "phi_weighted",
-    "phi_weight",
-    "phi_rows",
-    "contribution",
-    "gate_sum",
-    "norm_sum",
-    "contribution_weight",
-)
+PER_EXPERT = (*ROUTING_SUMS, *OUTPUT_SUMS)
 PER_LAYER = ("logit_var", "js", "flip", "overlap", "compared", "topk_differs", "steered_tokens")
 
 
@@ -31,7 +24,7 @@ class Row:
 
     Attributes:
         size: R.
-        head: counts, META and the probability sums: what every router call adds to.
+        head: counts, META and ROUTING_SUMS: what every router call adds to.
         outputs: what a reading of expert outputs adds to.
         tail: PER_LAYER.
     """
@@ -39,7 +32,7 @@ class Row:
     def __init__(self, width: int) -> None:
         self.width = width
         self.size = width + len(META) + len(PER_EXPERT) * width + len(PER_LAYER)
-        self.head = slice(0, 2 * width + len(META))
+        self.head = slice(0, width + len(META) + len(ROUTING_SUMS) * width)
         self.outputs = slice(self.head.stop, self.size - len(PER_LAYER))
         self.tail = slice(self.outputs.stop, self.size)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from chronomoe_hf import metrics
 from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.expert_numbers import PER_EXPERT
 from chronomoe_hf.metrics import Load, load_metrics
 from chronomoe_hf.telemetry.values import finite, finite_list, known, plain_counts, plain_list, plain_number
 
@@ -50,21 +51,8 @@ Vector = list[float | None]
 
 COUNTS = "expert_token_counts"  # the one per-expert field that every event has
 # Per-expert fields, length E where present; an entry of None means "no evidence for this expert".
-VECTORS = (
-    "prob_mean",
-    "phi_fast",
-    "phi_mid",
-    "phi_slow",
-    "phi_rows",
-    "contribution",
-    "saliency",
-    "gate_sum",
-    "mean_norm",
-    "total_tokens_seen",
-    "beta",
-    "router_drift",
-)
-INTEGERS = (COUNTS, "phi_rows", "total_tokens_seen")  # of these, whole numbers
+VECTORS = tuple(PER_EXPERT)
+INTEGERS = (COUNTS, *(name for name, number in PER_EXPERT.items() if number.whole))
 # One number per layer and window; None means "not measured".
 NUMBERS = (
     "tokens",

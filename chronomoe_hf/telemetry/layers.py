@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.expert_numbers import Merge, merged_by
 from chronomoe_hf.metrics import load_metrics
 from chronomoe_hf.telemetry.events import RoutingEvent, Vector
 from chronomoe_hf.telemetry.values import finite
@@ -47,18 +48,7 @@ LAYER_NUMBERS = (
     "topk_disagreement",
 )
 # When events are merged the newest reading of these counts.
-_READINGS = (
-    "phi_fast",
-    "phi_mid",
-    "phi_slow",
-    "total_tokens_seen",
-    "logit_std",
-    "relevance",
-    "beta",
-    "router_drift",
-    "lens_scale",
-    "lens_spread",
-)
+_READINGS = (*merged_by("newest"), "logit_std", "relevance", "lens_scale", "lens_spread")
 
 
 @dataclass(kw_only=True)
@@ -177,6 +167,14 @@ class LayerSnapshot:
             counts = [sum(each) for each in zip(*(event.expert_token_counts for event in events), strict=True)]
         calls = _sum(event.calls for event in events)
         weights = [float(event.token_count if event.tokens is None else event.tokens) for event in events]
+        weighed: dict[Merge, Any] = {
+            "sum": None,
+            "token mean": [[weight] * last.n_experts for weight in weights],
+            "count mean": [event.expert_token_counts for event in events],
+        }
+        merged: dict[str, Any] = {
+            name: _merge(events, name, each) for merge, each in weighed.items() for name in merged_by(merge)
+        }
         layer = cls(
             layer_id=last.layer_id,
             layer_name=last.layer_name,
@@ -188,12 +186,6 @@ class LayerSnapshot:
             dropped=_sum(event.dropped for event in events),
             nonfinite_tokens=sum(event.nonfinite_tokens for event in events),
             calls=calls,
-            phi_rows=_merge(events, "phi_rows", None),
-            contribution=_merge(events, "contribution", None),
-            gate_sum=_merge(events, "gate_sum", None),
-            prob_mean=_merge(events, "prob_mean", [[weight] * last.n_experts for weight in weights]),
-            saliency=_merge(events, "saliency", [event.expert_token_counts for event in events]),
-            mean_norm=_merge(events, "mean_norm", [event.expert_token_counts for event in events]),
             disagreement_js=_mean(events, "disagreement_js", weights),
             disagreement_flip=_mean(events, "disagreement_flip", weights),
             overlap_only=_mean(events, "overlap_only", weights),
@@ -201,6 +193,7 @@ class LayerSnapshot:
             observed=calls is None or calls > 0,
             cut=list(last.cut),
             notes=[note for event in events for note in event.notes],
+            **merged,
             **{name: _last(events, name) for name in _READINGS},
             **(last.load_metrics() if len(events) == 1 else {}),
         )

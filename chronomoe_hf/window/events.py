@@ -9,6 +9,7 @@ import numpy as np
 
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.expert_numbers import PER_EXPERT
 from chronomoe_hf.recording.columns import Row
 from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.telemetry import RoutingEvent
@@ -188,22 +189,21 @@ def _counts(count_LE: Any) -> list[list[int]]:
 
 def _window_vectors(row: Row, window_LR: Any) -> dict[str, list[list[Any]]]:
     """Per-expert fields that the window's sums say, for all layers at once: ``[L][E]``, padded to the widest layer."""
-    contribution_LE = row.expert(window_LR, "contribution")
-    with np.errstate(divide="ignore", invalid="ignore"):  # no evidence becomes None
-        prob_LE = row.expert(window_LR, "prob") / row.meta(window_LR, "tokens")[:, None]
-        weight_LE = row.expert(window_LR, "contribution_weight")
-        saliency_LE, norm_LE = (
-            np.where(weight_LE > 0, sum_LE / weight_LE, np.nan)
-            for sum_LE in (contribution_LE, row.expert(window_LR, "norm_sum"))
-        )
-    return {
-        "prob_mean": evidence_rows(prob_LE),
-        "phi_rows": np.rint(row.expert(window_LR, "phi_rows")).astype(np.int64).tolist(),
-        "contribution": evidence_rows(contribution_LE),
-        "saliency": evidence_rows(saliency_LE),
-        "gate_sum": evidence_rows(row.expert(window_LR, "gate_sum")),
-        "mean_norm": evidence_rows(norm_LE),
-    }
+    out: dict[str, list[list[Any]]] = {}
+    for name, number in PER_EXPERT.items():
+        if number.column is None:
+            continue
+        value_LE = row.expert(window_LR, number.column)
+        if number.whole:
+            out[name] = np.rint(value_LE).astype(np.int64).tolist()
+            continue
+        if number.over is not None:
+            tokens = number.over == "tokens"
+            over_LE = row.meta(window_LR, "tokens")[:, None] if tokens else row.expert(window_LR, number.over)
+            with np.errstate(divide="ignore", invalid="ignore"):  # no evidence becomes None
+                value_LE = np.where(over_LE > 0, value_LE / over_LE, np.nan)
+        out[name] = evidence_rows(value_LE)
+    return out
 
 
 def _state_vectors(host: Mapping[str, Any]) -> dict[str, list[list[Any]]]:
@@ -218,15 +218,10 @@ def _state_vectors(host: Mapping[str, Any]) -> dict[str, list[list[Any]]]:
 
 
 def _vectors_of(layer: Layer, config: ChronoConfig, reads: bool, has_tokens: bool) -> list[str]:
-    """The per-expert fields that are measured in a layer."""
-    names = ["total_tokens_seen"]
-    if has_tokens:
-        names.append("prob_mean")
-    if reads:
-        names += ["phi_rows", "contribution", "saliency", "gate_sum", "mean_norm", "phi_fast", "phi_mid", "phi_slow"]
-    if config.beta.law != "none" and not layer.native_bias:
-        names.append("beta")
-    return names
+    """The per-expert fields that are measured in a layer; router drift has a way of its own."""
+    known = {"state": True, "tokens": has_tokens, "outputs": reads, "drift": False}
+    known["beta"] = config.beta.law != "none" and not layer.native_bias
+    return [name for name, number in PER_EXPERT.items() if known[number.needs]]
 
 
 def _window_numbers(row: Row, window_R: Any) -> dict[str, Any]:

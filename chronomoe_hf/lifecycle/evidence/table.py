@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from chronomoe_hf.errors import EvidenceError
+from chronomoe_hf.expert_numbers import PER_EXPERT, ExpertNumber
 from chronomoe_hf.jsonfiles import parse_json, write_json
 from chronomoe_hf.lifecycle.evidence.spec import (
     EvidenceSource,
@@ -28,7 +29,8 @@ from chronomoe_hf.telemetry.reader import DIRECTORY
 
 # What is known about the experts of one layer, and how it is put together from the layer's routing events.
 
-READINGS = ("phi_fast", "phi_mid", "phi_slow", "total_tokens_seen", "router_drift")
+# A number that goes by another name in evidence than in events.
+_NAMED = {"phi_rows": "rows"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +105,26 @@ def layer_from_events(spec: LayerSpec, events: list[dict[str, Any]]) -> LayerEvi
             )
     counts = tuple(sum(int(values[expert]) for values in rows) for expert in range(num))
     tokens = [_tokens_of(event) for event in events]
-    fields: dict[str, Scores | None] = {
-        "rows": _merge(events, "phi_rows", num, sum),
-        "contribution": _merge(events, "contribution", num, sum),
-        "saliency": _mean(events, "saliency", tokens, num),
-        "mean_norm": _mean(events, "mean_norm", tokens, num),
-        "fisher": _merge(events, "fisher", num, sum),
-        "max_norm": _merge(events, "max_norm", num, max),
-    }
-    read = [event for event in events if event.get("contribution") is not None]
-    if all(event.get("gate_sum") is not None for event in read):  # older records lack it: a part is no sum of all
-        fields["gate_sum"] = _merge(read, "gate_sum", num, sum)
-    for name in READINGS:
-        fields[name] = _merge(events, name, num, lambda values: values[-1])
+    fields: dict[str, Scores | None] = {}
+    for name, number in PER_EXPERT.items():
+        if number.evidence:
+            fields[_NAMED.get(name, name)] = _together(events, name, number, tokens, num)
     return LayerEvidence(spec=spec, counts=counts, **fields)
+
+
+def _together(
+    events: list[dict[str, Any]], name: str, number: ExpertNumber, tokens: list[list[float | None]], num: int
+) -> Scores | None:
+    """One number over all events, as the table says that its windows are put together."""
+    if number.merge == "newest":
+        return _merge(events, name, num, lambda values: values[-1])
+    if number.merge == "count mean":
+        return _mean(events, name, tokens, num)
+    beside = "contribution" if number.needs == "outputs" else "tokens"
+    read = [event for event in events if event.get(beside) is not None] or events
+    if any(event.get(name) is None for event in read):
+        return None  # older records lack it: a part is no sum of all
+    return _merge(read, name, num, sum)
 
 
 def _merge(events: list[dict[str, Any]], name: str, num: int, reduce: Callable[[list[float]], float]) -> Scores | None:
