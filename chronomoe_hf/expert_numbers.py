@@ -13,7 +13,7 @@ Needs = Literal["tokens", "outputs", "beta", "state", "drift"]
 
 # Sums of a forward, per expert, in the order in which a row holds them: of every router call, of every reading of
 # expert outputs. A state on disk holds the open window in this order: new ones go to the end of their line.
-ROUTING_SUMS = ("prob",)
+ROUTING_SUMS = ("prob", "first")
 OUTPUT_SUMS = (
     "phi_weighted",
     "phi_weight",
@@ -49,6 +49,7 @@ class ExpertNumber(NamedTuple):
 
 PER_EXPERT: dict[str, ExpertNumber] = {
     "prob_mean": ExpertNumber("token mean", "tokens", "prob", over="tokens", evidence=False),
+    "first_choices": ExpertNumber("sum", "tokens", "first", whole=True, evidence=False),
     "phi_fast": ExpertNumber("newest", "outputs"),
     "phi_mid": ExpertNumber("newest", "outputs"),
     "phi_slow": ExpertNumber("newest", "outputs"),

@@ -255,20 +255,28 @@ def _without_loss(tensors: Tensors) -> Tensors:
     return tensors
 
 
-def _with_gates_and_norms(tensors: Tensors) -> Tensors:
-    """Before 2.3 a row had no sums of gates and of norms.
+def _with_new_sums(tensors: Tensors, outputs: bool) -> Tensors:
+    """Before 2.4 a row had no first choices, and before 2.3 no sums of gates and of norms either.
 
-    So that sums and the number of outputs that they are over agree, what the open window has read of expert outputs
-    starts afresh; its counts and probabilities stay.
+    So that sums and the number of outputs that they are over agree, what the open window of the older ones has read of
+    expert outputs starts afresh; its counts and probabilities stay.
+
+    Args:
+        tensors: by name.
+        outputs: the row has every sum of expert outputs.
     """
     window_LR, beta_LE = tensors.get("window_LR"), tensors.get("beta_LE")
     if window_LR is None or beta_LE is None or not window_LR.dim() == beta_LE.dim() == 2:
         return tensors  # what it is will be said when it is checked
     row = Row(beta_LE.shape[-1])
-    if window_LR.shape[-1] != row.size - 2 * row.width:
+    missing = 1 if outputs else 3
+    if window_LR.shape[-1] != row.size - missing * row.width:
         return tensors
     new_LR = window_LR.new_zeros(window_LR.shape[0], row.size)
-    new_LR[:, row.head] = window_LR[:, row.head]
+    head = row.head.stop - row.width
+    new_LR[:, :head] = window_LR[:, :head]
+    if outputs:
+        new_LR[:, row.outputs] = window_LR[:, head : head + row.outputs.stop - row.outputs.start]
     new_LR[:, row.tail] = window_LR[:, row.tail.start - row.size :]
     return {**tensors, "window_LR": new_LR}
 
@@ -298,4 +306,4 @@ def migrate(tensors: Tensors, meta: Meta, source: str) -> tuple[Tensors, Meta]:
         tensors, meta = MIGRATIONS[version](tensors, meta)
         meta = {**meta, "schema_version": version + 1}
     tensors = _without_loss(tensors) if saved < (2, 1) else tensors
-    return _with_gates_and_norms(tensors) if saved < (2, 3) else tensors, meta
+    return _with_new_sums(tensors, outputs=saved >= (2, 3)) if saved < (2, 4) else tensors, meta

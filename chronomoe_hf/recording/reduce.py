@@ -166,6 +166,7 @@ class RouterBatch:
         mask_T: bool, real tokens; None = all.
         distribution: the family's scores of logits, ``[..., E]`` to fp32 ``[..., E]``.
         masked_GE: bool, experts that no token may choose; None = there are none.
+        ordered: a token's choices stand in the order of their scores, the first one first.
     """
 
     logits_GTE: Tensor
@@ -175,6 +176,7 @@ class RouterBatch:
     mask_T: Tensor | None
     distribution: Callable[[Tensor], Tensor]
     masked_GE: Tensor | None = None
+    ordered: bool = True
 
 
 class Scores(NamedTuple):
@@ -249,16 +251,18 @@ def routing_sums(
     kept_GTK = weight_GT[..., None].expand_as(batch.index_GTK)
     if batch.kept_GTK is not None:
         kept_GTK = kept_GTK * batch.kept_GTK
-    # Whole numbers in float64: exact in any order. The last column stays zero.
-    count_GF = tokens_G1.new_zeros(num_groups, row.width + 1)
+    # Whole numbers in float64: exact in any order. Assignments, a column that stays zero, first choices.
+    count_GF = tokens_G1.new_zeros(num_groups, 2 * row.width + 1)
     count_GF.scatter_add_(1, batch.index_GTK.flatten(1), kept_GTK.flatten(1))
-    count_GE, zero_G1 = count_GF[:, :-1], count_GF[:, -1:]
+    count_GE, zero_G1, first_GE = count_GF.split([row.width, 1, row.width], dim=1)
+    first_GE.scatter_add_(1, _first_choices(batch, scores), weight_GT)
     dropped_G1 = zero_G1 if batch.kept_GTK is None else tokens_G1 * num_k - count_GE.sum(-1, keepdim=True)
     expected = num_rows if batch.mask_T is None else batch.mask_T.sum()
     prob_GE = scores.prob_GTE.sum(1, dtype=torch.float64)
     head = [count_GE, tokens_G1, dropped_G1, expected - tokens_G1, torch.ones_like(tokens_G1), prob_GE]
     if num_experts < row.width:
         head.append(prob_GE.new_zeros(num_groups, row.width - num_experts))
+    head.append(first_GE)
     var_G1 = scores.var_GT.masked_fill(scores.left_out_GT, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
     differs = [zero_G1, zero_G1]
     if batch.native_GTK is not None:
@@ -267,6 +271,14 @@ def routing_sums(
     if disagreement_G4 is None:
         disagreement_G4 = zero_G1.expand(-1, 4)
     return torch.cat(head, dim=-1), torch.cat([var_G1, disagreement_G4, *differs], dim=-1)
+
+
+def _first_choices(batch: RouterBatch, scores: Scores) -> Tensor:
+    """Id of every token's first choice, int64 ``(G, T)``: the highest-scoring one where the slots are in no order."""
+    if batch.ordered or batch.index_GTK.shape[-1] == 1:
+        return batch.index_GTK[..., 0]
+    best_GT1 = scores.prob_GTE.gather(-1, batch.index_GTK).argmax(-1, keepdim=True)
+    return batch.index_GTK.gather(-1, best_GT1).squeeze(-1)
 
 
 def experts_differ(native_TK: Tensor, steered_TK: Tensor) -> Tensor:

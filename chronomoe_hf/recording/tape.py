@@ -240,6 +240,7 @@ def router_batch(calls: list[RoutedCall], mask_T: Tensor | None, rows: slice | N
         mask_T=mask_T,
         distribution=calls[0].distribution,
         masked_GE=_stack(masked) if masked else None,
+        ordered=getattr(calls[0].router.adapter.rule, "sort", True),
     )
 
 

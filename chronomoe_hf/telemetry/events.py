@@ -90,6 +90,7 @@ class RoutingEvent:
         dropped: assignments refused by capacity.
         nonfinite_tokens: tokens excluded because their router logits held NaN or infinities.
         calls: recorded calls of the router; 0 means the layer was not observed; None means not counted.
+        first_choices: tokens at which the expert was the first choice, before capacity dropping, over the window.
         prob_mean: mean router probability per expert; 0 for one that was cut, and over the others then.
         phi_fast, phi_mid, phi_slow: phase coherence of the three clocks, in [-1, 1]; None without evidence.
         phi_rows: expert outputs read per expert for phi in this window.
@@ -130,6 +131,7 @@ class RoutingEvent:
     nonfinite_tokens: int = 0
     calls: int | None = None
     prob_mean: Vector | None = None
+    first_choices: Vector | None = None
     phi_fast: Vector | None = None
     phi_mid: Vector | None = None
     phi_slow: Vector | None = None

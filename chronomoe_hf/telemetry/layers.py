@@ -96,6 +96,7 @@ class LayerSnapshot:
     gini: float | None = None
     load_cv: float | None = None
     prob_mean: Vector | None = None
+    first_choices: Vector | None = None
     phi_fast: Vector | None = None
     phi_mid: Vector | None = None
     phi_slow: Vector | None = None

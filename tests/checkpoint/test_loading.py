@@ -259,7 +259,7 @@ def test_a_system_of_schema_2_comes_back() -> None:
     assert torch.equal(system.step_state.gain_LE, tensors["gain_LE"]) and tensors["gain_LE"].all()
     raw = safetensors.torch.load_file(DATA / "state_v2_system" / "chronomoe" / "state.safetensors")["window_LR"]
     row, window = system.step_state.row, system.step_state.window_LR
-    assert raw.shape[1] == row.size - 2 * 8, "bad test setup: it knows gates and norms"
+    assert raw.shape[1] == row.size - 3 * 8, "bad test setup: it knows gates, norms and first choices"
     assert torch.equal(window[:, : 8 + 4 + 8], raw[:, : 8 + 4 + 8]) and row.count(window).sum() > 0, "counts, scores"
     assert torch.equal(window[:, -7:], raw[:, -7:]) and not window[:, row.outputs].any()
     expected = [-0.3358, -0.0809, 0.1511, 0.1722, -0.0305, 0.0219, 0.1734, -0.0715]

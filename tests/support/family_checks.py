@@ -157,6 +157,12 @@ def check_phi(family: str, model: Any) -> None:
     states = system.coherence(layer.layer_id).snapshot(1)
     seen_layer = system.snapshot().layers[layer.layer_id]
     tokens = [t for t in range(len(real)) if real[t]]
+    if family == "switch_transformers":  # a token that capacity drops has no expert here, and a first choice there
+        assert sum(seen_layer.first_choices) == seen_layer.tokens
+    else:
+        ordered = getattr(layer.adapter.rule, "sort", True)
+        first = Counter(int(index[t, 0 if ordered else int(weights[t].argmax())]) for t in tokens)
+        assert seen_layer.first_choices == [first[e] for e in range(seen_layer.n_experts)]
     mixture = {t: sum(weights[t, j] * outputs[e][t] for j, e in enumerate(index[t].tolist())) for t in tokens}
     compared = 0
     for e, out in outputs.items():

@@ -30,7 +30,8 @@ def filled() -> tuple[ChronoSystem, dict[str, Any]]:
     generator = torch.Generator().manual_seed(3)
     state.window_LR.copy_(torch.rand(state.window_LR.shape, generator=generator, dtype=torch.float64) * 50)
     row.count(state.window_LR).round_()
-    row.expert(state.window_LR, "phi_rows").round_()
+    for name in ("phi_rows", "first"):
+        row.expert(state.window_LR, name).round_()
     row.expert(state.window_LR, "contribution_weight")[0, 1] = 0.0
     row.expert(state.window_LR, "contribution")[0, 2] = math.inf
     state.tokens_LE.copy_(row.count(state.window_LR))
@@ -58,6 +59,7 @@ def test_every_field_is_its_definition() -> None:
             want = {
                 "expert_token_counts": int(row.count(window)[expert]),
                 "prob_mean": of("prob") / tokens,
+                "first_choices": int(of("first")),
                 "phi_rows": int(of("phi_rows")),
                 "contribution": own,
                 "saliency": own / weight if weight > 0 else None,
