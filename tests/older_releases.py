@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Release -> what it cannot share with the newest one.
 PINS = {
+    "5.6.0": ["huggingface_hub==1.33.0", "tokenizers==0.22.2"],
     "5.13.1": ["huggingface_hub==1.33.0", "tokenizers==0.22.2"],
     "5.16.1": ["huggingface_hub==1.33.0"],
     "5.19.0": [],

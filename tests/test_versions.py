@@ -26,6 +26,27 @@ from chronomoe_hf.errors import ChronoError
 GRANITE = {"granitemoe", "granitemoehybrid", "granitemoeshared"}
 # Families whose routers return another layout in that release, or do not exist as modules yet.
 REFUSED = {
+    "5.6.0": {
+        "aria",
+        "deepseek_v3",
+        "dots1",
+        "ernie4_5_moe",
+        "ernie4_5_vl_moe",
+        "exaone_moe",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "glm4v_moe",
+        "hunyuan_v1_moe",
+        "jamba",
+        "lfm2_moe",
+        "longcat_flash",
+        "mistral4",
+        "nemotron_h",
+        "phimoe",
+        "solar_open",
+        "switch_transformers",
+        *GRANITE,
+    },
     "5.13.1": {"aria", "jamba", "longcat_flash", "switch_transformers", *GRANITE},
     "5.16.1": {"aria", "jamba", "longcat_flash", "switch_transformers", *GRANITE},
     "5.19.0": {"doge", "aria", "jamba", *GRANITE},
@@ -33,6 +54,7 @@ REFUSED = {
 }
 # Models that their own release cannot run from these tiny configs; nothing of ours is involved.
 BROKEN = {
+    "5.6.0": {"dbrx", "deepseek_v2", "doge", "glm_moe_dsa"},
     "5.13.1": {"dbrx", "diffusion_gemma", "doge"},
     "5.16.1": {"doge"},
     "5.19.0": set(),

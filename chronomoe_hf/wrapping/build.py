@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from chronomoe_hf import distributed
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import AlreadyWrappedError, NoMoELayersError, UnsupportedArchitectureError, WrapError
 from chronomoe_hf.lens.lens import ChronoLens
-from chronomoe_hf.patches import Adapter, probe
+from chronomoe_hf.patches import Adapter, all_adapters, probe
 from chronomoe_hf.recording.recorder import LayerRecorder
 from chronomoe_hf.recording.role_sums import RoleState
 from chronomoe_hf.recording.rows import PadToken
@@ -137,7 +138,8 @@ def discover(model: nn.Module) -> list[FoundLayer]:
     if not found:
         raise NoMoELayersError(
             f"{type(model).__name__} has no MoE layer that chronomoe_hf knows "
-            f"(searched {sum(1 for _ in model.modules())} modules); is this the model you meant to wrap?"
+            f"(searched {sum(1 for _ in model.modules())} modules){_older_release(model)}; is this the model you "
+            "meant to wrap?"
         )
     if any(not layer.name for layer in found):
         raise WrapError(
@@ -150,6 +152,15 @@ def discover(model: nn.Module) -> list[FoundLayer]:
     for line in refused:
         warnings.warn(f"chronomoe_hf leaves a layer alone: {line}", stacklevel=5)
     return found
+
+
+def _older_release(model: nn.Module) -> str:
+    """Says so where the family is known, but routes in a way of its own in the installed release."""
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if not any(adapter.family == family for adapter in all_adapters()):
+        return ""
+    installed = version("transformers")
+    return f": {family} routes without a router module in Transformers {installed}, and needs a newer release"
 
 
 def check_layers(root: nn.Module, layers: list[Layer]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
@@ -217,11 +218,32 @@ def find_layers(model: nn.Module) -> tuple[list[FoundLayer], list[RefusedLayer]]
             refused.setdefault(name, RefusedLayer(name, class_name, reason))
         elif adapter is not None and not any(refusal(above) for above in place.above):
             layer = _found(model, place, adapter)
-            if place.runs:
+            other = _other_layout(layer)
+            if other is not None:
+                refused.setdefault(name, RefusedLayer(name, class_name, other))
+            elif place.runs:
                 found.append(layer)
             else:
                 copies.setdefault(name, []).append(layer)
     return [replace(layer, copies=tuple(copies.get(layer.name, ()))) for layer in found], list(refused.values())
+
+
+def _other_layout(layer: FoundLayer) -> str | None:
+    """Why a router of a known class cannot be read in the installed Transformers, or None: releases differ."""
+    adapter, router = layer.adapter, layer.router
+    before = dict(router.__dict__)
+    try:
+        adapter.bind(router, layer.parent)
+        adapter.num_experts(router), adapter.top_k(router), adapter.weight(router)
+    except AttributeError as error:
+        return (
+            f"{adapter.router_class} is laid out otherwise in Transformers {version('transformers')} ({error}); "
+            f"{adapter.family} needs a newer release, see docs/families.md"
+        )
+    finally:
+        router.__dict__.clear()
+        router.__dict__.update(before)
+    return None
 
 
 def declared_routers(model: nn.Module) -> list[tuple[type, str | None]]:
