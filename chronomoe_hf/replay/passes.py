@@ -56,6 +56,7 @@ class _Forward:
     own: dict[int, Tensor] = field(default_factory=dict)
     cut: dict[int, Tensor] = field(default_factory=dict)
     named: Mapping[str, Any] = field(default_factory=dict)
+    past: int | None = 0  # tokens in the cache before it
 
 
 class Passes:
@@ -161,12 +162,13 @@ class Passes:
         if compiler.is_compiling():
             return
         self.phase = self._phase(training)
-        if self.phase == "old" and _cached(named):
+        past = _cached(named) if self.phase in ("old", "rollout") else 0
+        if self.phase == "old" and past:
             self.phase = "none"  # a step of somebody else's generation
         if self.phase == "none":
             return
         self.sums.count(self.phase)
-        self._forward = _Forward(named=named)
+        self._forward = _Forward(named=named, past=past)
         if self.phase == "gradient":
             if self.config.mode != "off":
                 self.pending.check()
@@ -300,7 +302,7 @@ class Passes:
             ids, mask = forward.named.get("input_ids"), forward.named.get("attention_mask")
             ids_BS = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
             mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            self.tape.forward(ids_BS, mask, self._stacked(), _cached(forward.named))
+            self.tape.forward(ids_BS, mask, self._stacked(), forward.past)
         if self.phase not in ("old", "gradient") or not forward.rows:
             return
         own_LTK = self._stacked()

@@ -31,7 +31,8 @@ def attach(trainer: Trainer, config: ChronoConfig | PresetName | None = None) ->
         The callback; ``callback.system`` is the ChronoSystem. A second call returns the first's callback.
 
     Raises:
-        ConfigError: `trainer` is no Trainer, or it would run nn.DataParallel, whose replicas lose what is recorded.
+        ConfigError: `trainer` is no Trainer, or it would run nn.DataParallel, whose replicas lose what is recorded, or
+            its settings and those of replay cannot be had together.
         WrapError: the model cannot be wrapped, see ``wrap``.
     """
     check_trainer(trainer, "attach")
@@ -51,6 +52,11 @@ def attach(trainer: Trainer, config: ChronoConfig | PresetName | None = None) ->
     if trainer.model is not None:  # after a hyperparameter search there is none until the next train()
         callback.bind(trainer.model)
     callback.hook(trainer)
+    try:
+        callback.hook_replay()
+    except ConfigError:
+        detach(trainer)
+        raise
     if callback.system is not None:
         say_attached(trainer, callback.system)
     return callback

@@ -33,6 +33,7 @@ from chronomoe_hf.trainer.hooks import (
 from chronomoe_hf.trainer.lines import say_verdict
 from chronomoe_hf.trainer.logs import WindowLog, logs_now, record_log
 from chronomoe_hf.trainer.model_card import write_model_card
+from chronomoe_hf.trainer.replay import ReplayHooks
 from chronomoe_hf.trainer.resume_weights import ResumePath, check_weights, restore
 from chronomoe_hf.wrapping.save_pretrained import state_saved
 
@@ -65,6 +66,7 @@ class ChronoCallback(TrainerCallback):
         self.hooks: TrainerHooks | None = None
         self.resume_path = ResumePath()
         self._binding = Binding(self._left)
+        self._replay: ReplayHooks | None = None
         self._new_run = True
         self._log = WindowLog()
 
@@ -103,6 +105,20 @@ class ChronoCallback(TrainerCallback):
         trainer.callback_handler.callbacks = [self, *others]
         self.attached = True
 
+    def hook_replay(self) -> None:
+        """Replace what replay needs on the Trainer, once for each model.
+
+        Raises:
+            ConfigError: its settings and those of replay cannot be had together.
+        """
+        if self.hooks is None or self.system is None:
+            return
+        if self._replay is not None:
+            if self._replay.system is self.system and self._replay.trainer is self.hooks.trainer:
+                return
+            self._replay.remove()
+        self._replay = ReplayHooks(self.hooks.trainer, self.system)
+
     def detach(self) -> None:
         """Undo ``attach``; see there for the function of the same name."""
         self.release()
@@ -112,6 +128,9 @@ class ChronoCallback(TrainerCallback):
         """The model is not wrapped any more, or the callback was removed: nothing of ours stays on the Trainer."""
         self._log.pending = None
         self.attached = False
+        if self._replay is not None:
+            self._replay.remove()
+            self._replay = None
         if self.hooks is None:
             return
         self.hooks.remove()
@@ -139,6 +158,7 @@ class ChronoCallback(TrainerCallback):
         if self.hooks is None:
             self._begin_unknown(resumed)
         system = self.bind(kwargs["model"])
+        self.hook_replay()
         if not resumed:
             system.cut.schedule(total)  # before anything changes
             system.fit_interval(total)
@@ -183,6 +203,13 @@ class ChronoCallback(TrainerCallback):
         self._new_run = True
         if trainer is not None:
             self.hook(trainer)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop before weights move by a gradient of another routing than that of the loss."""
+        if self.system is not None:
+            self.system.replay.check()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the step. Collective: runs on every rank."""
