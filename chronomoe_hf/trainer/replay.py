@@ -79,7 +79,7 @@ def _check_engine(trainer: Trainer, system: ChronoSystem) -> None:
         acting.append("lens.enabled=True")
     if acting:
         raise ConfigError(
-            f"replay.mode='rollout' with {' and '.join(acting)}: the engine that samples knows nothing of what is added "
+            f"replay.mode='rollout' with {' and '.join(acting)}: the engine knows nothing of what is added "
             "to routers here and would choose by other rules; use ChronoConfig.observe(replay__mode='rollout')"
         )
 
