@@ -145,6 +145,7 @@ class LayerRecorder:
         """What is told of a window starts afresh."""
         self.top_k = self.least_top_k = self.most_top_k = None
         self.missed = 0
+        self.scope.passes.new_window()
 
     # ---- routers -------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,13 @@ Rules, the first that applies:
 1. an ``attention_mask``: 2-D; or 4-D (3-D), bool or additive, reduced to its keys where that is unambiguous;
 2. the labels of an encoder-decoder model, for its decoder: what follows a row's last label is padding. A padded row
    then counts as many tokens as the same row alone would;
-3. a padding-free batch (one row, explicit ``position_ids``) marks its tail of padding by zeros;
+3. a padding-free batch (one row, explicit ``position_ids``; with several position axes, of all of them) marks its tail
+   of padding by zeros. Positions that only count up say nothing: models that are given images make them themselves;
 4. token ids with a known ``pad_token_id``: the runs of it before and after a row's text are padding, one inside the
    text is not. Where the pad token also begins or ends texts, the one next to the text is the text's own.
+
+A language model inside one for images or sound is given embeddings; the ids are those that the model around it was
+given.
 
 Shape suffixes: B batch, S sequence, T = B * S router rows, K keys.
 """
@@ -45,18 +49,20 @@ class PadToken:
         """Read off a model's config, or unknown where it names none."""
         pad = getattr(config, "pad_token_id", None)
         if not isinstance(pad, int):
-            return cls()
+            inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+            return cls() if inner is config else cls.of(inner)
         begin = (getattr(config, "bos_token_id", None), getattr(config, "decoder_start_token_id", None))
         end = getattr(config, "eos_token_id", None)
         return cls(pad, pad in begin, pad in end if isinstance(end, list | tuple) else pad == end)
 
 
-def real_tokens(named: Mapping[str, Any], pad: PadToken) -> tuple[Tensor | None, str | None]:
+def real_tokens(named: Mapping[str, Any], pad: PadToken, around: bool = False) -> tuple[Tensor | None, str | None]:
     """Which rows of a flattened batch are real tokens, by the rules at the top of this file.
 
     Args:
         named: arguments of the forward of the module that owns the routers, by name.
         pad: the model's padding token.
+        around: the ids are those of the model around this one, which may have made the positions.
 
     Returns:
         bool ``(B * S,)``, or None where every row counts as real; and why padding may be among them, or None.
@@ -72,12 +78,25 @@ def real_tokens(named: Mapping[str, Any], pad: PadToken) -> tuple[Tensor | None,
     labels = named.get(DECODER_LABELS)
     if isinstance(labels, Tensor) and labels.shape == (batch, length):
         return _followed(labels != IGNORED).reshape(-1), None
-    positions = named.get("position_ids")
-    if isinstance(positions, Tensor) and batch == 1 and length > 1 and positions.shape == (1, length):
-        return _from_positions(positions[0], tokens, pad.token_id), None
-    if isinstance(tokens, Tensor) and tokens.dim() == 2 and pad.token_id is not None:
-        return _from_ids(tokens, pad).reshape(-1), None
-    return None, None
+    by_ids = isinstance(tokens, Tensor) and tokens.dim() == 2 and pad.token_id is not None
+    position_S = _positions(named.get("position_ids"), length) if batch == 1 else None
+    if position_S is not None:
+        own = named["position_ids"].dim() == 2 and not around
+        return _from_positions(position_S, tokens, pad, own or not by_ids), None
+    if by_ids:
+        return _from_ids(tokens, pad).reshape(-1), None  # type: ignore[arg-type]
+    return None, None if pad.token_id is None else _counted("a forward with embeddings, and neither ids nor a mask,")
+
+
+def _positions(positions: Any, length: int) -> Tensor | None:
+    """Positions of the one row, ``(S,)``; with several axes, whether any of them has advanced; None = not known."""
+    if not isinstance(positions, Tensor) or length < 2:
+        return None
+    if positions.shape == (1, length):
+        return positions[0]
+    if positions.dim() == 3 and positions.shape[1:] == (1, length):
+        return (positions[:, 0] != 0).any(0)
+    return None
 
 
 def _followed(flag_BS: Tensor) -> Tensor:
@@ -97,11 +116,16 @@ def _from_ids(tokens_BS: Tensor, pad: PadToken) -> Tensor:
     return wider_BS
 
 
-def _from_positions(position_S: Tensor, tokens: Any, pad_token_id: int | None) -> Tensor:
-    """The tail of zero positions is padding; the pad token settles whether a single one is a one-token document."""
+def _from_positions(position_S: Tensor, tokens: Any, pad: PadToken, own: bool) -> Tensor:
+    """The tail of zero positions is padding; the pad token settles whether a single one is a one-token document.
+
+    Positions that are not the batch's own, but made by the model around, say nothing where they only count up: then the
+    ids tell.
+    """
     advanced_S = (position_S != 0).flip(0).cumsum(0).flip(0) > 0
-    if isinstance(tokens, Tensor) and pad_token_id is not None:
-        return advanced_S | (tokens[0] != pad_token_id)
+    if isinstance(tokens, Tensor) and pad.token_id is not None:
+        real_S = advanced_S | (tokens[0] != pad.token_id)
+        return real_S if own else torch.where((position_S[1:] == 0).any(), real_S, _from_ids(tokens, pad)[0])
     # Without token ids the first trailing zero is read as a one-token document only if it stands alone.
     return advanced_S | ((~advanced_S).sum() == 1)
 

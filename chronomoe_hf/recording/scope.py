@@ -16,6 +16,7 @@ from torch import Tensor, compiler, nn
 from transformers import PreTrainedModel
 
 from chronomoe_hf.recording.faults import guarded
+from chronomoe_hf.recording.passes import Passes
 from chronomoe_hf.recording.rows import DECODER_LABELS, PadToken, TokenSample, real_tokens, sample_tokens
 from chronomoe_hf.recording.tape import Tape
 from chronomoe_hf.recording.totals import Sums
@@ -112,24 +113,32 @@ class ForwardScope(SharedInParts):
         self.tape = Tape(Sums(1, 1) if sums is None else sums)
         self.fault: str | None = None
         self.inside = False
+        self.passes = Passes()
         self._cache = _Cache()
-        self._step, self._micro = 0, 0
+        self._step, self._num_closed = 0, 0  # training forwards that were summed in that step
 
     def open(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide the mode and read the padding mask from the owner's arguments."""
         if not torch.compiler.is_compiling():
             self.abandon()  # an interrupted forward never came to its end
         self.inside = True
-        self.mode = self._mode(training)
+        named = dict(zip(self.parameters, args, strict=False)) | kwargs
+        self.mode = self._mode(training, named)
         if self.mode != "off":
-            named = dict(zip(self.parameters, args, strict=False)) | kwargs
             if self.labels is not None:
                 named[DECODER_LABELS] = self.labels
-            self.mask_T, note = real_tokens(named, self.pad)
+            self.mask_T, note = real_tokens(*self._with_ids(named))
             self.note = note or self.note
-        if self.mode == "train" and not torch.compiler.is_compiling():
-            step = self.switches.step
-            self._step, self._micro = step, self._micro + 1 if step == self._step else 0
+
+    def _with_ids(self, named: dict[str, Any]) -> tuple[dict[str, Any], PadToken, bool]:
+        """The arguments, with the ids of the model around where the owner was given embeddings; whether it did."""
+        shown, embeds = self.tape.sums.tokens, named.get("inputs_embeds")
+        if shown is None or named.get("input_ids") is not None or not isinstance(embeds, Tensor):
+            return named, self.pad, False
+        ids, pad = shown
+        if embeds.shape[:2] != ids.shape:
+            return named, self.pad, False
+        return {**named, "input_ids": ids}, self.pad if self.pad.token_id is not None else pad, True
 
     def show(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the watcher of the forward that was just opened; what it raises stops the forward."""
@@ -149,27 +158,59 @@ class ForwardScope(SharedInParts):
         self.fault = self.fault or self.tape.sums.faults.tell("model", "routing", error)
         self.abandon()
 
-    def _mode(self, training: bool) -> Mode:
+    def _mode(self, training: bool, named: dict[str, Any]) -> Mode:
         if self.fault is not None:
             return "off"
-        if training:
-            if not (self.switches.training and torch.is_grad_enabled()):
-                return "off"
-            # A user may checkpoint the whole owner; its recompute then runs this hook again, inside backward.
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-                return "off"
-            # Inside torch.func.grad and its like tensors belong to the transform and may not be added to ours.
-            if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
-                return "off"
-            return "train"
-        return "eval" if self.switches.evaluation else "off"
+        if not training:
+            return "eval" if self.switches.evaluation else "off"
+        if not self.switches.training:
+            return "off"
+        if torch.compiler.is_compiling():
+            return "train" if torch.is_grad_enabled() else "off"
+        # Inside torch.func.grad and its like tensors belong to the transform and may not be added to ours.
+        if torch._C._functorch.maybe_current_level() is not None:
+            return "off"
+        step = self.switches.step
+        if not torch.is_grad_enabled():
+            self.passes.note_without_grad(named, step)
+            return "off"
+        if torch._C._current_graph_task_id() != -1:
+            return "train" if self.passes.counts_in_backward(named, step) else "off"
+        self.passes.note_counted(named, step)
+        return "train"
 
     def close(self) -> None:
-        """Sum up and forget the forward."""
-        if self.mode != "off" and not torch.compiler.is_compiling():
-            self.tape.sum_up(self.mode, self.rows, self.sample)
-            self.tape.sums.count_labels(self.mode)
+        """Sum up and forget the forward.
+
+        The owner may be compiled and some of its routers not (a block that is kept out of the graph, activation
+        checkpointing beside captured outputs): they run between two graphs and leave their calls on the tape. A graph
+        that holds every layer finds the tape empty, and is not broken here.
+        """
+        if not torch.compiler.is_compiling():
+            self._settle()
+        elif self.tape.calls or self.tape.chunks:
+            self._settle_eagerly()
         self.abandon()
+
+    @torch.compiler.disable
+    def _settle_eagerly(self) -> None:
+        guarded(self.fail, self._settle)
+        self.tape.clear()
+        self._cache = _Cache()
+
+    def _settle(self) -> None:
+        if self.mode == "off":
+            return
+        self.tape.sum_up(self.mode, self.rows, self.sample)
+        self.tape.sums.count_labels(self.mode)
+        if self.mode == "train":
+            self._num_closed = self._micro + 1
+            self._step = self.switches.step
+
+    @property
+    def _micro(self) -> int:
+        """Number of the running training forward in its step, from 0."""
+        return self._num_closed if self._step == self.switches.step else 0
 
     def abandon(self) -> None:
         """Forget the forward without summing it."""
@@ -189,7 +230,7 @@ class ForwardScope(SharedInParts):
         """
         if self.mode == "off":
             return False
-        return every == 1 or self.mode == "eval" or (self._step + self._micro) % every == 0
+        return every == 1 or self.mode == "eval" or (self.switches.step + self._micro) % every == 0
 
     def rows(self, num_rows: int, device: torch.device) -> Tensor | None:
         """Real-token mask for a router that sees `num_rows` rows, or None where all rows count as real."""
@@ -311,15 +352,19 @@ class Labelled:
         sums: of the system.
         parameters: names of the model's positional parameters.
         shifted: the model shifts labels itself, so the first one of a row is never predicted.
+        has_labels: it may be given labels.
+        pad: its padding token; None = its ids are not those of the owners inside (an encoder's).
     """
 
     sums: Sums
     parameters: tuple[str, ...]
     shifted: bool
+    has_labels: bool
+    pad: PadToken | None
 
 
 def labelled_models(root: nn.Module, outer: nn.Module, sums: Sums) -> dict[nn.Module, Labelled]:
-    """The models whose forward is given labels.
+    """The models whose forward is given labels, and those around an owner that are given ids.
 
     Args:
         root: the model that was wrapped.
@@ -328,14 +373,22 @@ def labelled_models(root: nn.Module, outer: nn.Module, sums: Sums) -> dict[nn.Mo
     """
     found = {}
     for module in root.modules():
-        if isinstance(module, PreTrainedModel) and "labels" in forward_parameters(module):
-            found[module] = Labelled(sums, forward_parameters(module), shifts(module))
+        if not isinstance(module, PreTrainedModel):
+            continue
+        names = forward_parameters(module)
+        if "labels" in names or ("input_ids" in names and SCOPE not in module.__dict__):
+            found[module] = Labelled(sums, names, shifts(module), "labels" in names, _pad_of(module))
     for module in outer.modules():
         if module is root:
             break  # what comes after it is no wrapper around it
         if hasattr(type(module), "get_base_model"):
-            found[module] = Labelled(sums, forward_parameters(module), shifts(root))
+            found[module] = Labelled(sums, forward_parameters(module), shifts(root), True, _pad_of(root))
     return found
+
+
+def _pad_of(model: nn.Module) -> PadToken | None:
+    config = getattr(model, "config", None)
+    return None if getattr(config, "is_encoder_decoder", False) else PadToken.of(config)
 
 
 def shifts(model: nn.Module) -> bool:
@@ -345,11 +398,14 @@ def shifts(model: nn.Module) -> bool:
 
 
 def show_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: shows the labels to the scopes inside; the innermost model that is given some decides."""
+    """Forward pre-hook: shows labels and ids to the scopes inside; the innermost model that is given some decides."""
     if compiler.is_compiling():
         return
     seen: Labelled = module.__dict__[LABELS]
     named = dict(zip(seen.parameters, args, strict=False)) | kwargs
+    ids = named.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() == 2 and seen.pad is not None:
+        seen.sums.tokens = (ids, seen.pad)
     labels, ready = named.get("labels"), named.get("shift_labels")
     if not isinstance(labels, Tensor) or labels.dim() < 2:
         return  # none, or one for a whole row: no tokens
@@ -357,6 +413,9 @@ def show_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def hide_labels(module: nn.Module, args: Any, output: Any) -> None:
-    """Always-called forward hook: labels are of one forward."""
+    """Always-called forward hook: labels and ids are of one forward."""
     if not compiler.is_compiling():
-        module.__dict__[LABELS].sums.labels = None
+        seen: Labelled = module.__dict__[LABELS]
+        seen.sums.tokens = None
+        if seen.has_labels:
+            seen.sums.labels = None

@@ -17,7 +17,7 @@ from chronomoe_hf.recording.columns import Row
 from chronomoe_hf.recording.faults import Faults
 from chronomoe_hf.recording.reduce import Reading
 from chronomoe_hf.recording.role_sums import RoleState
-from chronomoe_hf.recording.rows import IGNORED
+from chronomoe_hf.recording.rows import IGNORED, PadToken
 
 Recorded = Literal["train", "eval"]
 
@@ -34,6 +34,7 @@ class Sums:
 
     Attributes:
         labels: of the running forward, aligned with what is predicted; None where it was given none.
+        tokens: ids ``(B, S)`` that the model around the owners was given, and its padding token; None where it was not.
         faults: what has failed in a forward, of all layers.
     """
 
@@ -44,6 +45,7 @@ class Sums:
         self.parts: dict[Recorded, dict[torch.device, Tensor]] = {"train": {}, "eval": {}}
         self.loss_parts: dict[Recorded, dict[torch.device, Tensor]] = {"train": {}, "eval": {}}
         self.labels: Tensor | None = None
+        self.tokens: tuple[Tensor, PadToken] | None = None
         self.faults = Faults()
 
     def on(self, mode: Recorded, device: torch.device) -> Tensor:

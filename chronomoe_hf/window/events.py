@@ -41,14 +41,22 @@ def why_unobserved(layer: Layer, others_ran: bool) -> str:
             "part of the model was called by itself, where padding and the end of a forward cannot be told; call the "
             "model, or count those steps yourself"
         )
+    passes = recorder.scope.passes
+    if passes.in_backward:
+        return (
+            f"its {passes.in_backward} forwards with gradient ran inside backward, where they cannot be told from the "
+            "recompute of activation checkpointing: their batches were not seen before, in training mode"
+        )
+    if passes.without_grad:
+        return (
+            f"its {passes.without_grad} forwards in training mode ran under torch.no_grad() (a frozen part of the "
+            "model, a reference): they train nothing and are not counted"
+        )
     if others_ran:
         return "other layers ran in this window and this one did not: no token took that branch of the model"
     if not layer.parent.training:
         return "the model is in eval mode; call model.train()"
-    return (
-        "no training forward of this model ran: another model object may be in training (wrap or attach that one), "
-        "or its forwards ran under torch.no_grad()"
-    )
+    return "no training forward of this model ran: another model object may be in training (wrap or attach that one)"
 
 
 def layer_events(

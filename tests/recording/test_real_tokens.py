@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support import models as tiny
 from support import moe_zoo
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 import chronomoe_hf
-from chronomoe_hf import ChronoConfig
+from chronomoe_hf import ChronoConfig, system_of, wrap
 from chronomoe_hf.recording.rows import DECODER_LABELS, PadToken, real_tokens
 
 PAD = PadToken(0)
@@ -208,3 +209,75 @@ def test_padding_that_is_counted_is_named_on_the_layer() -> None:
     snapshot = system.step(3)
     assert [layer.tokens for layer in snapshot.layers] == [64, 64]
     assert all("padding is counted as real tokens" in " ".join(layer.notes) for layer in snapshot.layers)
+
+
+# ---- a language model inside one for images -------------------------------------------------------------------------
+
+
+def vision_model(**text: Any) -> Any:
+    fields = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+        "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e4},
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**fields, **text},
+        vision_config={**vision, "patch_size": 4, "deepstack_visual_indexes": [0]},
+        image_token_id=120,
+        video_token_id=121,
+        vision_start_token_id=122,
+        vision_end_token_id=123,
+    )
+    torch.manual_seed(0)
+    return wrap(transformers.Qwen3VLMoeForConditionalGeneration(config), ChronoConfig.observe(interval=1)).train()
+
+
+def seen(model: Any, step: int, **batch: Any) -> Any:
+    model(**batch)
+    return system_of(model).step(step).layers[0]
+
+
+def padded_rows() -> torch.Tensor:
+    ids = torch.randint(4, 100, (2, 16), generator=torch.Generator().manual_seed(0))
+    ids[0, 12:], ids[1, 10:] = 0, 0
+    return ids
+
+
+def test_ids_of_the_model_around_tell_the_padding() -> None:
+    model, ids = vision_model(), padded_rows()
+    assert seen(model, 1, input_ids=ids, attention_mask=(ids != 0).long()).tokens == 22
+    assert seen(model, 2, input_ids=ids).tokens == 22
+    assert seen(model, 3, input_ids=ids, labels=ids).tokens == 22
+    assert seen(model, 4, input_ids=ids[:1]).tokens == 12  # positions that the model makes itself only count up
+    model.model(input_ids=ids)  # the model without its head
+    assert system_of(model).step(5).layers[0].tokens == 22
+
+
+@pytest.mark.parametrize("axes", [3, 4])
+def test_positions_of_several_axes_mark_the_tail(axes: int) -> None:
+    model = vision_model()
+    row = torch.cat([padded_rows()[0], torch.zeros(6, dtype=torch.long)])[None]
+    flat = torch.cat([torch.arange(8), torch.arange(4), torch.zeros(10, dtype=torch.long)])
+    assert seen(model, 1, input_ids=row, position_ids=flat[None]).tokens == 12
+    assert seen(model, 2, input_ids=row, position_ids=flat[None, None].expand(axes, 1, -1)).tokens == 12
+
+
+def test_embeddings_alone_are_named() -> None:
+    model, ids = vision_model(), padded_rows()
+    embeds = model.get_input_embeddings()(ids).detach()
+    layer = seen(model, 1, inputs_embeds=embeds)
+    assert layer.tokens == 32 and any("neither ids nor a mask" in note for note in layer.notes)
+    masked = seen(vision_model(), 1, inputs_embeds=embeds, attention_mask=(ids != 0).long())
+    assert masked.tokens == 22 and not [note for note in masked.notes if "padding" in note]
+    unknown = seen(vision_model(pad_token_id=None), 1, inputs_embeds=embeds)
+    assert unknown.tokens == 32 and not [note for note in unknown.notes if "padding" in note]

@@ -40,7 +40,7 @@ def replaced(model: Any, batch: dict[str, Any]) -> None:
     [
         (nothing, r"another model object may be in training \(wrap or attach that one\)"),
         (in_eval_mode, r"the model is in eval mode; call model.train\(\)"),
-        (without_gradient, r"or its forwards ran under torch.no_grad\(\)"),
+        (without_gradient, r"its 1 forwards in training mode ran under torch.no_grad\(\)"),
         (replaced, r"another module runs in the place of model.layers.\d.mlp.gate, put there after wrap\(\)"),
     ],
 )
