@@ -192,7 +192,7 @@ class ForwardScope(SharedInParts):
             self._settle_eagerly()
         self.abandon()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _settle_eagerly(self) -> None:
         guarded(self.fail, self._settle)
         self.tape.clear()
