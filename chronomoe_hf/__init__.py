@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from chronomoe_hf.telemetry import RoutingEvent as RoutingEvent
     from chronomoe_hf.telemetry import SystemSnapshot as SystemSnapshot
     from chronomoe_hf.telemetry import TelemetryWriter as TelemetryWriter
+    from chronomoe_hf.tracing import trace as trace
     from chronomoe_hf.trainer.attach import attach as attach
     from chronomoe_hf.trainer.attach import detach as detach
     from chronomoe_hf.trainer.callback import ChronoCallback as ChronoCallback
@@ -51,6 +52,7 @@ __all__ = [
     "detach",
     "profile",
     "system_of",
+    "trace",
     "unwrap",
     "wrap",
 ]
@@ -68,6 +70,7 @@ _HOMES = {
     "chronomoe_hf.router.state": ("RouterState",),
     "chronomoe_hf.system": ("ChronoSystem",),
     "chronomoe_hf.telemetry": ("LayerSnapshot", "RoutingEvent", "SystemSnapshot", "TelemetryWriter"),
+    "chronomoe_hf.tracing": ("trace",),
     "chronomoe_hf.trainer.attach": ("attach", "detach"),
     "chronomoe_hf.trainer.callback": ("ChronoCallback",),
 }

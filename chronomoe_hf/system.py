@@ -35,6 +35,7 @@ from chronomoe_hf.telemetry import AlertHistory, SystemSnapshot
 from chronomoe_hf.window.events import window_shares
 from chronomoe_hf.window.follow import follow_model, follow_step, new_window
 from chronomoe_hf.window.host import Moment, WindowHost
+from chronomoe_hf.window.looks import ShownSystem
 from chronomoe_hf.window.records import RunRecords
 from chronomoe_hf.wrapping.build import check_layers
 from chronomoe_hf.wrapping.fold import FoldReport, fold_layers
@@ -55,7 +56,7 @@ class _Shape(NamedTuple):
     cut: list[int]
 
 
-class ChronoSystem:
+class ChronoSystem(ShownSystem):
     """State and control of one wrapped model; made by ``wrap``, found by ``system_of``.
 
     Args:

@@ -85,7 +85,7 @@ def test_every_import_is_a_declared_dependency() -> None:
     found = third_party_imports()
     assert "torch" in found
     # Optional at run time, behind a function that says so: an import there needs an extra, not a core dependency.
-    optional = declared("peft", "trl", "tensorboard", "deepspeed")
+    optional = declared("peft", "trl", "tensorboard", "deepspeed", "notebook")
     # Comes with Transformers itself, whose requirement decides the version.
     through_transformers = {"huggingface-hub"}
     # A tool that people train with is imported by the file of its name, which only that tool loads.
@@ -94,7 +94,7 @@ def test_every_import_is_a_declared_dependency() -> None:
         name for name in tools if found.get(name, "chronomoe_hf/integrations/").startswith("chronomoe_hf/integrations/")
     }
     assert inside == tools
-    found = {name: path for name, path in found.items() if name not in tools}
+    found = {"pillow" if name == "PIL" else name: path for name, path in found.items() if name not in tools}
     unknown = {
         name: path
         for name, path in found.items()

@@ -10,7 +10,20 @@ from typing import Annotated
 
 import typer
 
-from chronomoe_hf.cli import candidates, export, inspect, measure, plan, profile, report, run, summary, tail, validate
+from chronomoe_hf.cli import (
+    candidates,
+    export,
+    inspect,
+    measure,
+    plan,
+    profile,
+    report,
+    run,
+    summary,
+    tail,
+    trace,
+    validate,
+)
 from chronomoe_hf.cli.output import FAILED, safe_streams
 from chronomoe_hf.errors import ChronoError
 
@@ -22,7 +35,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, profile, run, tail, report, summary, candidates, plan, measure, export, validate):
+for command in (inspect, profile, trace, run, tail, report, summary, candidates, plan, measure, export, validate):
     command.register(app)
 
 

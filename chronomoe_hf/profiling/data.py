@@ -98,6 +98,18 @@ def sequences(domain: Domain, tokenizer: Any, length: int, budget: int | None) -
         )
 
 
+def raw_documents(domain: Domain) -> Iterator[Any]:
+    """The documents of a domain before any tokenizer: strings, conversations (lists of messages) or token ids.
+
+    Raises:
+        DataError: the source cannot be read or has no such column.
+    """
+    for row in _rows(domain):
+        value = row[_column(domain, row)] if isinstance(row, Mapping) else row
+        if value:
+            yield value
+
+
 def _documents(domain: Domain, tokenizer: Any) -> Iterator[list[int]]:
     for number, row in enumerate(_rows(domain), start=1):
         value = row

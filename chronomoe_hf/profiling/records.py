@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from chronomoe_hf import distributed
 from chronomoe_hf.jsonfiles import write_bytes, write_json
 from chronomoe_hf.metrics import js
+from chronomoe_hf.pictures.shown import Looks, Shown
+from chronomoe_hf.profiling.looks import profile_looks
 from chronomoe_hf.step_state import StepState
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import SystemSnapshot, TelemetryWriter, run_manifest
@@ -27,6 +29,7 @@ from chronomoe_hf.window.events import layer_events
 
 SUMMARY = "profile.json"
 PAIRS = "coactivation.safetensors"
+FLOWS = "flow.safetensors"
 PROFILE_SCHEMA = 1
 
 
@@ -57,6 +60,7 @@ class Records:
         self.step = 0
         self.window_steps = 0
         self.count_LE = np.zeros((len(system.layers), self.state.row.width), dtype=np.int64)
+        self.given_LE = np.zeros(self.count_LE.shape)
         self.last: SystemSnapshot | None = None
         self.writer: TelemetryWriter | None = None
         if output_dir is not None and distributed.is_main():
@@ -88,6 +92,7 @@ class Records:
             return
         host = self.state.host()
         self.count_LE += np.rint(self.state.row.count(host["window"])).astype(np.int64)
+        self.given_LE += np.nan_to_num(self.state.row.expert(host["window"], "contribution"))
         events = layer_events(
             self.system.layers,
             self.state.row,
@@ -122,6 +127,14 @@ class Records:
         """Assignments per layer and expert so far."""
         return [row[: layer.num_experts].tolist() for row, layer in zip(self.count_LE, self.system.layers, strict=True)]
 
+    def contribution(self) -> list[list[float] | None]:
+        """Sum of gate times output norm per layer and expert so far; None for a layer whose outputs are not read."""
+        rows = zip(self.given_LE, self.system.layers, strict=True)
+        return [
+            row[: layer.num_experts].tolist() if layer.experts is not None and row.any() else None
+            for row, layer in rows
+        ]
+
     def close(self) -> None:
         """Close the files."""
         if self.writer is not None:
@@ -138,6 +151,7 @@ class DomainProfile:
         loss: mean next-token loss in nats; None for a model without a language-model head.
         counts: assignments per layer and expert.
         pairs: per layer, the pairs of experts chosen together most above chance.
+        contribution: sum of gate times output norm per layer and expert; None for a layer whose outputs are not read.
     """
 
     name: str
@@ -147,10 +161,11 @@ class DomainProfile:
     loss: float | None
     counts: list[list[int]]
     pairs: list[list[dict[str, Any]]]
+    contribution: list[list[float] | None] = field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProfileReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ProfileReport(Shown):
     """What a profile found; the records of each domain are below `directory`.
 
     Attributes:
@@ -175,6 +190,9 @@ class ProfileReport:
     def tokens(self) -> int:
         """Tokens of all domains."""
         return sum(domain.tokens for domain in self.domains.values())
+
+    def _looks(self) -> Looks:
+        return profile_looks(self.model_name or self.model_class, self.layers, list(self.domains.values()))
 
     def distance(self, one: str, other: str) -> float | None:
         """Mean over layers of the distance between two domains; None where nothing was counted."""
@@ -225,9 +243,20 @@ def _distance(a_E: Tensor, b_E: Tensor) -> float | None:
     return math.sqrt(max(divergence, 0.0) / math.log(2.0))
 
 
-def write_summary(directory: Path, report: ProfileReport, pairs: Mapping[str, Sequence[Tensor]]) -> None:
-    """``profile.json`` and the whole pair counts (``coactivation.safetensors``, ``<domain>.<layer>`` int64 [E, E])."""
+def write_summary(
+    directory: Path,
+    report: ProfileReport,
+    pairs: Mapping[str, Sequence[Tensor]],
+    flows: Mapping[str, Sequence[Tensor | None]],
+) -> None:
+    """``profile.json``, the whole pair counts and the flow between layers.
+
+    ``coactivation.safetensors`` holds ``<domain>.<layer>`` int64 [E, E]; ``flow.safetensors`` the same keys, from a
+    layer to the next, where the two are called one after the other.
+    """
     folder = directory / "chronomoe"
-    tensors = {f"{name}.{at}": pair for name, layers in pairs.items() for at, pair in enumerate(layers)}
-    write_bytes(folder / PAIRS, safetensors.torch.save({name: value.clone() for name, value in tensors.items()}))
+    for file, tables in ((PAIRS, pairs), (FLOWS, flows)):
+        named = {f"{name}.{at}": pair for name, layers in tables.items() for at, pair in enumerate(layers)}
+        tensors = {name: value.clone() for name, value in named.items() if value is not None}
+        write_bytes(folder / file, safetensors.torch.save(tensors))
     write_json(folder / SUMMARY, report.to_record())

@@ -88,7 +88,7 @@ def profile(
     streams = {domain.name: _started(sequences(domain, tokenizer, length, tokens)) for domain in domains}
     directory = None if output_dir is None else _fresh(Path(output_dir))
     started = time.perf_counter()
-    with _recording(model, interval, rows) as system:
+    with recording(model, interval, rows) as system:
         run = _Run(model, system, directory, interval, model_name, pad_id(model, tokenizer), batch_size)
         try:
             for domain in domains:
@@ -107,7 +107,7 @@ def profile(
             seconds=time.perf_counter() - started,
         )
     if directory is not None and distributed.is_main():
-        write_summary(directory, report, run.pairs)
+        write_summary(directory, report, run.pairs, run.flows)
     return report
 
 
@@ -126,8 +126,14 @@ def _fresh(directory: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _recording(model: nn.Module, interval: int, rows: int | None) -> Iterator[ChronoSystem]:
-    """`model` in eval mode and observed; left as it was found."""
+def recording(model: nn.Module, interval: int, rows: int | None) -> Iterator[ChronoSystem]:
+    """`model` in eval mode and observed; left as it was found.
+
+    Args:
+        model: wrapped or not.
+        interval: forwards in a window.
+        rows: tokens of a forward and layer whose expert outputs are read; None reads all.
+    """
     ours = find_system(model) is None
     modes = {module: module.training for module in model.modules()}
     if ours:
@@ -193,6 +199,7 @@ class _Run:
         self.together = CoActivation(system.layers)
         self.found: dict[str, DomainProfile] = {}
         self.pairs: dict[str, list[Tensor]] = {}
+        self.flows: dict[str, list[Tensor | None]] = {}
 
     def close(self) -> None:
         self.together.remove()
@@ -215,6 +222,7 @@ class _Run:
         self.overall.close_window(losses.mean)
         records.close()
         self.pairs[domain.name] = self.together.take()
+        self.flows[domain.name] = self.together.take_flows()
         self.found[domain.name] = DomainProfile(
             name=domain.name,
             source=domain.describe(),
@@ -223,6 +231,7 @@ class _Run:
             loss=losses.mean,
             counts=records.counts(),
             pairs=[strongest_pairs(pair) for pair in self.pairs[domain.name]],
+            contribution=records.contribution(),
         )
 
     def _step(self, domain: Domain, share: list[list[int]] | None, losses: _Losses) -> int:

@@ -1,6 +1,6 @@
-"""Which experts are chosen together: counts of pairs, read from the routers' outputs by forward hooks.
+"""Which experts are chosen together, in a layer and in two layers that follow each other, by forward hooks.
 
-Shape suffixes: L layers, E experts, T router rows, K experts per token.
+Shape suffixes: L layers, E experts, F experts of the next layer, T router rows, K experts per token.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class CoActivation:
         self.layers = layers
         self.mask: dict[str, Tensor] = {}
         self._sums: list[Tensor | None] = [None] * len(layers)
+        self._flows: list[Tensor | None] = [None] * len(layers)  # from a layer to the next
+        self._before: tuple[int, str, Tensor] | None = None  # the last router that was called, its part, what it chose
         self._handles = [layer.router.register_forward_hook(self._hook(at)) for at, layer in enumerate(layers)]
 
     def remove(self) -> None:
@@ -53,10 +55,37 @@ class CoActivation:
             hit_TE = torch.zeros(len(real_T), layer.num_experts, device=real_T.device)
             hit_TE.scatter_(1, routing.index_TK, kept_TK.float())
             pair_EE = (hit_TE.T @ hit_TE).double()  # fp32 is exact: a batch has fewer than 2^24 tokens
-            sums = self._sums[at]
-            self._sums[at] = pair_EE if sums is None else sums + pair_EE
+            self._sums[at] = _more(self._sums[at], pair_EE)
+            before = self._before
+            if before is not None and before[:2] == (at - 1, part) and len(before[2]) == len(hit_TE):
+                pair_EF = (before[2].to(hit_TE.device).T @ hit_TE).double()
+                self._flows[at - 1] = _more(self._flows[at - 1], pair_EF)
+            self._before = (at, part, hit_TE)
 
         return hook
+
+    def take_flows(self) -> list[Tensor | None]:
+        """Tokens for which a layer chose e and the next chose f, since the last call over all ranks. Collective.
+
+        Returns:
+            int64 ``(E, F)`` per pair of layers on the CPU, length L - 1; None where the second was never called right
+            after the first (encoder and decoder), on any rank.
+        """
+        pairs = list(zip(self.layers, self.layers[1:], strict=False))
+        flat = []
+        for at, (one, other) in enumerate(pairs):
+            sums, size = self._flows[at], one.num_experts * other.num_experts
+            flat.append(torch.zeros(size, dtype=torch.float64) if sums is None else sums.cpu().ravel())
+            self._flows[at] = None
+        self._before = None
+        if not flat:
+            return []
+        summed = distributed.all_reduce_sum_(torch.cat(flat).to(distributed_device(self.layers))).cpu().round().long()
+        parts = summed.split([one.num_experts * other.num_experts for one, other in pairs])
+        return [
+            part.view(one.num_experts, -1) if bool(part.any()) else None
+            for part, (one, _) in zip(parts, pairs, strict=True)
+        ]
 
     def take(self) -> list[Tensor]:
         """Sums since the last call over all ranks, int64 ``(E, E)`` per layer on the CPU. Collective.
@@ -71,6 +100,10 @@ class CoActivation:
         summed = distributed.all_reduce_sum_(torch.cat(flat).to(distributed_device(self.layers)))
         parts = summed.cpu().round().long().split([layer.num_experts**2 for layer in self.layers])
         return [part.view(layer.num_experts, -1) for part, layer in zip(parts, self.layers, strict=True)]
+
+
+def _more(sums: Tensor | None, new: Tensor) -> Tensor:
+    return new if sums is None else sums + new
 
 
 def distributed_device(layers: Sequence[Layer]) -> torch.device:

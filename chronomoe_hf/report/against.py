@@ -14,6 +14,7 @@ from chronomoe_hf import metrics
 from chronomoe_hf.errors import TelemetryError
 from chronomoe_hf.report.data import RunData, profile_counts
 from chronomoe_hf.report.figures import Figure
+from chronomoe_hf.report.pictures import changed_picture
 from chronomoe_hf.report.verdict import counted, percent, points
 from chronomoe_hf.telemetry.baseline import ERRORS, sampling_errors, share_errors
 from chronomoe_hf.telemetry.events import COUNTS
@@ -72,7 +73,9 @@ def against(run: RunData, before: RunData) -> Figure:
     head = ["layer", "experts in use before", "after", "change", "without a token", "assignments moved", "by chance"]
     note = "Of the same text, this is what training changed; of other text, it is that and the text. "
     note += "Assignments moved: half the sum of the differences of the shares."
-    return Figure("against", f"What changed since {names[0]}", text, None, head, rows, note)
+    each_k = [top_k.get(layer, 1) for layer in range(len(now))]
+    picture = changed_picture(then, now, each_k, names)
+    return Figure("against", f"What changed since {names[0]}", text, None, head, rows, note, picture)
 
 
 def moved_share(before: list[int], after: list[int], top_k: int) -> tuple[float, float]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from chronomoe_hf.metrics import effective_experts
 from chronomoe_hf.report.data import RunData
 from chronomoe_hf.report.figures import Figure, percent, quantise
 from chronomoe_hf.report.verdict import counted
-from chronomoe_hf.telemetry.views import Window, number, plain_text, whole
+from chronomoe_hf.telemetry.views import number, plain_text, whole
 
 MOST_DOMAINS = 60
 MOST_PAIRS = 40
@@ -18,22 +19,21 @@ _LONGEST = 24  # characters of a domain's name on an axis
 
 
 def domain_names(run: RunData) -> list[str]:
-    """Names of the domains in order; empty where the directory is no profile or its windows are not one a domain."""
+    """Names of the domains in order; empty where the directory is no profile."""
     domains = run.profile.get("domains")
     entries = [entry for entry in domains if isinstance(entry, dict)] if isinstance(domains, list) else []
-    names = [plain_text(entry.get("name"), 80) for entry in entries]
-    return names if len(names) == len(run.windows) else []
+    return [plain_text(entry.get("name"), 80) for entry in entries]
 
 
 def domains(run: RunData) -> list[Figure]:
     """A table of the domains with the distance of their loads, and the pairs of experts that work together."""
     names = domain_names(run)
-    entries = run.profile["domains"]
-    rows = [_row(name, entry, window) for name, entry, window in zip(names, entries, run.windows, strict=True)]
+    entries = [entry for entry in run.profile["domains"] if isinstance(entry, dict)]
+    rows = [_row(name, entry) for name, entry in zip(names, entries, strict=True)]
     head = ["domain", "tokens", "loss, nats", "mean Neff / E", "experts without a token"]
     distance = _distance(run, len(names))
     spec = None
-    if distance is not None and 1 < len(names) <= MOST_DOMAINS:
+    if distance is not None and 2 < len(names) <= MOST_DOMAINS:  # of two there is one number: the sentence has it
         labels = [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..." for name in names]
         spec = {
             "kind": "grid",
@@ -48,10 +48,10 @@ def domains(run: RunData) -> list[Figure]:
             "scale": "sequential",
             "frames": [],
         }
-    note = "Jensen-Shannon distance of the loads, mean over layers: 0 is the same, 1 is no expert shared."
+    note = "Distance: Jensen-Shannon distance of the loads, mean over layers: 0 is the same, 1 is no expert shared."
     text = _sentence(names, distance)
     pairs = _pairs(names, entries)
-    figures = [Figure("domains", "Domains", text, spec, head, rows, note if spec else "")]
+    figures = [Figure("domains", "Domains", text, spec, head, rows, note if len(names) > 1 else "")]
     if pairs:
         figures.append(
             Figure(
@@ -67,15 +67,18 @@ def domains(run: RunData) -> list[Figure]:
     return figures
 
 
-def _row(name: str, entry: dict[str, Any], window: Window) -> list[str]:
-    known = [fraction for layer in window.layers if (fraction := layer.neff_fraction) is not None]
-    dead = sum(int(layer.get("dead_experts") or 0) for layer in window.layers)
+def _row(name: str, entry: dict[str, Any]) -> list[str]:
+    counts = entry.get("counts")
+    rows = [row for row in counts if isinstance(row, list)] if isinstance(counts, list) else []
+    known = [[whole(count) or 0 for count in row] for row in rows if row]
+    parts = [used / len(row) for row in known if (used := effective_experts(row)) is not None]
+    dead = sum(count == 0 for row in known for count in row)
     loss, tokens = number(entry.get("loss")), whole(entry.get("tokens"))
     return [
         name,
         "-" if tokens is None else f"{tokens:,}",
         "-" if loss is None else f"{loss:.4f}",
-        percent(sum(known) / len(known) if known else None),
+        percent(sum(parts) / len(parts) if parts else None),
         str(dead),
     ]
 

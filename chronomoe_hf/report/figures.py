@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from chronomoe_hf.pictures.picture import Picture
 from chronomoe_hf.report.data import RunData, relative_load
 from chronomoe_hf.report.verdict import counted, listed, lowest
-from chronomoe_hf.telemetry.views import LayerView, Window
+from chronomoe_hf.telemetry.views import LayerView, Window, number
 
 Array = np.ndarray[Any, Any]
 NO_DATA, DEAD, LOW, HIGH = 0, 1, 2, 255  # codes of a cell: the last two are the ends of the scale
@@ -32,6 +33,8 @@ class Figure:
         spec: what the page draws; None = there is nothing to draw.
         head, rows: the table behind it.
         note: how to read it, once, in small print.
+        picture: drawn instead of `spec`, by the renderer of ``pictures``.
+        sortable: a click on a head sorts the table.
     """
 
     key: str
@@ -41,6 +44,8 @@ class Figure:
     head: list[str]
     rows: list[list[str]]
     note: str = ""
+    picture: Picture | None = None
+    sortable: bool = False
 
 
 def quantise(value: Array, low: float, high: float, dead: Array | None = None) -> str:
@@ -84,7 +89,7 @@ def effective_experts(run: RunData) -> Figure:
         "neff",
         "Effective experts over time",
         _neff_sentence(run, value_LW),
-        _grid(value_LW, run, labels, 0.0, 1.0, "Neff / E", "sequential") if rows else None,
+        _fitted_grid(value_LW, run, labels) if rows else None,
         ["layer", "first window", "lowest", "at step", "last window"],
         rows,
         "exp(entropy of the shares) over the number of experts: 100 % is perfectly even, 1/E is one expert alone.",
@@ -106,6 +111,19 @@ def _neff_sentence(run: RunData, value_LW: Array) -> str:
     if worst is None:
         return f"{text}."
     return f"{text}; the narrowest layer at the end is layer {worst.layer_id} with {percent(worst.neff_fraction)}."
+
+
+def _fitted_grid(value_LW: Array, run: RunData, labels: list[str]) -> dict[str, Any]:
+    """Neff / E on a scale that fits it, in tenths, with the floor of the alert marked."""
+    known = value_LW[np.isfinite(value_LW)]
+    low, high = math.floor(10 * float(known.min())) / 10, math.ceil(10 * float(known.max())) / 10
+    low, high = max(0.0, min(low, high - 0.2)), min(1.0, max(high, low + 0.2))
+    alerts = run.config.get("alerts")
+    floor = number(alerts.get("neff_floor")) if isinstance(alerts, dict) else None
+    grid = _grid(value_LW, run, labels, low, high, "Neff / E", "sequential")
+    if floor is not None and not run.profile:
+        grid["threshold"] = {"at": floor, "text": f"{floor:g}, the level of PRE_COLLAPSE"}
+    return grid
 
 
 def _grid(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 import os
@@ -18,6 +16,7 @@ from markupsafe import Markup
 
 from chronomoe_hf.errors import ChronoError
 from chronomoe_hf.jsonfiles import write_text
+from chronomoe_hf.pictures import page as pictures_page
 from chronomoe_hf.report import figures, figures_acting, figures_roles
 from chronomoe_hf.report.against import against
 from chronomoe_hf.report.compare import compare
@@ -25,6 +24,7 @@ from chronomoe_hf.report.data import RunData, load_run, profile_counts
 from chronomoe_hf.report.domains import domain_names, domains
 from chronomoe_hf.report.evaluation import evaluation
 from chronomoe_hf.report.figures import Figure
+from chronomoe_hf.report.pictures import baseline_figure, profile_figures
 from chronomoe_hf.report.verdict import judge
 from chronomoe_hf.telemetry.events import COUNTS
 from chronomoe_hf.telemetry.views import plain_text
@@ -97,7 +97,9 @@ def render(run: RunData, *others: RunData, before: RunData | None = None) -> str
     if before is not None:
         shown.insert(0, against(run, before))
     specs = {figure.key: figure.spec for figure in shown if figure.spec is not None}
-    style, script = _file("style.css"), _file("charts.js")
+    pictures = {figure.picture.key: figure.picture.to_spec() for figure in shown if figure.picture is not None}
+    style = pictures_page.part("pictures.css") + _file("style.css")
+    script = _file("charts.js") + pictures_page.part("pictures.js")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["ticks"] = _ticks
     template = environment.from_string(_file("page.html"))
@@ -110,9 +112,11 @@ def render(run: RunData, *others: RunData, before: RunData | None = None) -> str
         config=json.dumps(run.config, indent=1, sort_keys=True),
         style=Markup(style),
         script=Markup(script),
-        policy=_policy(style, script),
+        policy=pictures_page.policy(style, script),
         data=_block(data_block(run)),
         specs=_block(specs),
+        pictures=_block(pictures),
+        glossary=Markup(pictures_page.glossary_section()),
     )
 
 
@@ -120,12 +124,13 @@ def sections(run: RunData) -> list[Figure]:
     """The plots in reading order."""
     if not run.windows:
         return [figures_acting.timeline(run)]
-    if names := domain_names(run):
-        return [*domains(run), figures.work(run, names), *figures_acting.lifecycle(run)]
+    if domain_names(run):
+        return [*domains(run), *profile_figures(run), *figures_acting.lifecycle(run)]
     return [
         figures.effective_experts(run),
         *evaluation(run),
         figures.work(run),
+        *([] if (changed := baseline_figure(run)) is None else [changed]),
         figures.imbalance(run),
         figures.coherence(run),
         figures_acting.governor(run),
@@ -204,16 +209,5 @@ def _file(name: str) -> str:
     return resources.files("chronomoe_hf.report").joinpath(_TEMPLATES, name).read_text(encoding="utf-8")
 
 
-def _policy(style: str, script: str) -> str:
-    """Nothing is loaded and nothing runs but the one style and the one script of this page, by their hashes."""
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
-    own = f"style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
-    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
-
-
 def _block(value: Any) -> Any:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
+    return Markup(pictures_page.block(value))

@@ -10,9 +10,11 @@ from typing import Any
 
 from chronomoe_hf.config import AlertConfig
 from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.pictures.shown import Looks, Shown
 from chronomoe_hf.telemetry.alerts import Alert, AlertHistory, evaluate
 from chronomoe_hf.telemetry.events import RECORD_SCHEMA, Mode, RoutingEvent
 from chronomoe_hf.telemetry.layers import LayerSnapshot
+from chronomoe_hf.telemetry.looks import window_looks
 from chronomoe_hf.telemetry.replay import replay_scalars
 from chronomoe_hf.telemetry.values import finite
 
@@ -33,8 +35,8 @@ _LAYER_SCALARS = {
 }
 
 
-@dataclass(kw_only=True)
-class SystemSnapshot:
+@dataclass(kw_only=True, repr=False)
+class SystemSnapshot(Shown):
     """All MoE layers over one window.
 
     Attributes:
@@ -142,6 +144,9 @@ class SystemSnapshot:
             loss_tokens=loss_tokens,
             notes=[f"layer {layer.layer_id}: {note}" for layer in layers for note in layer.notes],
         )
+
+    def _looks(self) -> Looks:
+        return window_looks(self)
 
     def scalars(self, prefix: str = "moe/") -> dict[str, float]:
         """At most 13 numbers for a tracker, 18 with replay; what is undefined is left out.

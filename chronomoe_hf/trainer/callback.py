@@ -34,6 +34,7 @@ from chronomoe_hf.trainer.lines import say_verdict
 from chronomoe_hf.trainer.logs import WindowLog, logs_now, record_log
 from chronomoe_hf.trainer.model_card import write_model_card
 from chronomoe_hf.trainer.replay import ReplayHooks
+from chronomoe_hf.trainer.printed import keep_short
 from chronomoe_hf.trainer.resume_weights import ResumePath, check_weights, restore
 from chronomoe_hf.wrapping.save_pretrained import state_saved
 
@@ -103,6 +104,7 @@ class ChronoCallback(TrainerCallback):
         # First in the list: what reports after us sees our numbers. A new list: the old one may be gone through now.
         others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
         trainer.callback_handler.callbacks = [self, *others]
+        keep_short(self.hooks.replaced, others)
         self.attached = True
 
     def hook_replay(self) -> None:
@@ -157,6 +159,8 @@ class ChronoCallback(TrainerCallback):
         total = state.max_steps
         if self.hooks is None:
             self._begin_unknown(resumed)
+        if self.hooks is not None:  # what prints may have been added since
+            keep_short(self.hooks.replaced, self.hooks.trainer.callback_handler.callbacks)
         system = self.bind(kwargs["model"])
         self.hook_replay()
         if not resumed:

@@ -69,6 +69,10 @@ class Replaced:
         # Not setattr: a torch module would look for a parameter of that name first.
         vars(owner)[name] = call
 
+    def has(self, owner: Any, name: str) -> bool:
+        """Whether a method of `owner` is replaced by this."""
+        return any(one is owner and method == name for one, method, _, _ in self._undo)
+
     def remove(self) -> None:
         """Put the originals back, the last replacement first."""
         self.active = False
@@ -107,6 +111,9 @@ class TrainerHooks:
     ``create_model_card``     the card gets a section about the routing
     ``call_model_init``       a rebuilt model is wrapped before the engine prepares it
     ``evaluation_loop``       evaluation is recorded apart, under its own prefix
+    printing callbacks'       they show three of our scalars; trackers get all (``printed``)
+    ``on_log``,
+    ``on_evaluate``
     callback handler's        ``trainer.remove_callback(callback)`` detaches
     ``remove_callback``,
     ``pop_callback``

@@ -13,6 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.telemetry import Alert, SystemSnapshot
+from chronomoe_hf.trainer.printed import live_card
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -208,4 +209,5 @@ _SHOW: dict[str, Callable[[Any, SystemSnapshot], None]] = {
     "TensorBoardCallback": _tensorboard,
     "WandbCallback": _wandb,
     "TrackioCallback": _trackio,
+    "NotebookProgressCallback": live_card,
 }

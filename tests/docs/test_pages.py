@@ -20,6 +20,7 @@ ELSEWHERE = {
     "docs/configuration.md": "tests/config/test_docs.py",
     "docs/integration.md": "tests/trainer/test_docs.py",
     "docs/lifecycle.md": "tests/lifecycle/test_docs.py",
+    "docs/pictures.md": "tests/tracing/test_docs.py",
     "docs/profile_and_export.md": "tests/cli/test_pruning_docs.py",
     "docs/report.md": "tests/report/test_docs.py",
     "docs/wrapping.md": "tests/wrapping/test_docs.py",

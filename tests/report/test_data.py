@@ -248,7 +248,7 @@ def test_windows_without_evidence_still_give_a_page(fields: dict[str, Any], tmp_
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "chronomoe" / "routing_events.jsonl").unlink()
     html = render(load_run(tmp_path))
-    assert html.count("</script>") == 3
+    assert html.count("</script>") == 4
 
 
 @pytest.mark.parametrize("counts", [["x"] * 4, [None] * 4, [0, 0, 0, 0], [-1, 5, 2.5, 10**400], [], 5])
@@ -290,15 +290,23 @@ def test_measured_effects_are_found(tmp_path: Path) -> None:
 
 def test_a_profile_is_shown_by_domain(tmp_path: Path) -> None:
     docs = texts.documents(12)
-    domains = {"prose": list(docs[:5]), "code": list(docs[5:])}
-    chronomoe_hf.profile(tiny_model("mixtral", vocab_size=texts.VOCAB), texts.tokenizer(), domains, output_dir=tmp_path)
+    domains = {"prose": list(docs[:4]), "code": list(docs[4:8]), "rest": list(docs[8:])}
+    chronomoe_hf.profile(
+        tiny_model("mixtral", vocab_size=texts.VOCAB),
+        texts.tokenizer(),
+        domains,
+        output_dir=tmp_path,
+        interval=1,
+        batch_size=1,
+    )
     run = load_run(tmp_path)
-    assert run.windows and [figure.key for figure in sections(run)][:3] == ["domains", "pairs", "work"]
+    assert len(run.windows) > 3, "windows that are no domains"
+    keys = [figure.key for figure in sections(run)]
+    assert keys[:4] == ["domains", "pairs", "work", "expert-domain"] and "flow" in keys and "neff" not in keys
     shown = {figure.key: figure for figure in sections(run)}
-    assert [row[0] for row in shown["domains"].rows] == ["prose", "code"]
+    assert [row[0] for row in shown["domains"].rows] == ["prose", "code", "rest"]
     record = json.loads((tmp_path / "chronomoe" / "profile.json").read_text())
     assert [row[2] for row in shown["domains"].rows] == [f"{d['loss']:.4f}" for d in record["domains"]]
-    assert shown["work"].spec is not None and shown["work"].spec["frames"] == ["prose", "code"]
-    code_DD = np.frombuffer(base64.b64decode(shown["domains"].spec["cells"]), dtype=np.uint8).reshape(2, 2)  # type: ignore[index]
+    code_DD = np.frombuffer(base64.b64decode(shown["domains"].spec["cells"]), dtype=np.uint8).reshape(3, 3)  # type: ignore[index]
     assert code_DD[0, 1] == round(LOW + record["distance"]["mean"][0][1] * (HIGH - LOW))
     render(run)

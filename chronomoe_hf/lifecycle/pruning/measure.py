@@ -34,9 +34,11 @@ from chronomoe_hf.lifecycle.live.model import (
     quiet,
     uncompiled,
 )
+from chronomoe_hf.lifecycle.pruning.looks import effect_looks
 from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.lifecycle.pruning.plan_prune import random_plan, worst_plan
 from chronomoe_hf.patches import find
+from chronomoe_hf.pictures.shown import Looks, Shown
 from chronomoe_hf.wrapping.discovery import FoundLayer, root_of
 
 # What a plan costs, as numbers on the host.
@@ -61,8 +63,8 @@ class MaskEffect:
     expert_overlap: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Effect:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Effect(Shown):
     """What a plan costs, beside its controls.
 
     Args:
@@ -85,6 +87,10 @@ class Effect:
     tokens: int
     rank: str
     num_kept: int
+
+    def _looks(self) -> Looks:
+        name = f"{self.rank}, {self.num_kept} experts a layer"
+        return effect_looks(name, self.loss, self.tokens, self.plan, self.random, self.worst)
 
     @property
     def random_delta_loss(self) -> float | None:

@@ -23,6 +23,8 @@ from chronomoe_hf.lifecycle.evidence.spec import (
     score_list,
     strict_fields,
 )
+from chronomoe_hf.lifecycle.pruning.looks import plan_looks
+from chronomoe_hf.pictures.shown import Looks, Shown
 
 FORMAT = "chronomoe_hf.prune_plan"
 EXPORT_FORMAT = "chronomoe_hf.export"  # what an export writes: the plan is its entry `plan`
@@ -98,8 +100,8 @@ def check_survivors(spec: LayerSpec, kept: tuple[int, ...]) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrunePlan:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PrunePlan(Shown):
     """Which experts of a model stay.
 
     Made by :func:`~chronomoe_hf.lifecycle.plan_prune`, or by another tool as JSON. The JSON of a plan names every
@@ -132,6 +134,9 @@ class PrunePlan:
             raise PlanError(
                 f"the layers keep {kept} experts, but a config holds one number for all layers; plan with one `keep`"
             )
+
+    def _looks(self) -> Looks:
+        return plan_looks(self.rank, self.layers)
 
     @property
     def num_kept(self) -> int:

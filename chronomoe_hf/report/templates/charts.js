@@ -4,7 +4,12 @@
   const DIVERGING = ["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f"];
   const LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"];
   const DASHES = [[], [7, 3], [2, 3], [9, 3, 2, 3], [4, 2], [1, 2]];
-  const INK = "#1c2430", SOFT = "#5b6675", GRID = "#e6eaee", EMPTY = "#eceff2";
+  let INK, SOFT, GRID, EMPTY, PAPER, GROUND; // as the page has them, light or dark
+  const colours = () => {
+    const style = getComputedStyle(document.documentElement);
+    [INK, SOFT, GRID, EMPTY, PAPER, GROUND] = ["ink", "soft", "line", "field", "paper", "ground"].map((name) => style.getPropertyValue(`--${name}`).trim());
+  };
+  colours();
   const TOP = 5; // room for the half line by which the first row's label may stand out
   const FONT = '12px system-ui, "Segoe UI", "DejaVu Sans", sans-serif';
   const specs = JSON.parse(document.getElementById("chronomoe-figures").textContent);
@@ -117,17 +122,17 @@
           const code = bytes[frame * size + r * columns + c];
           const x = left + c * cell, y = r * line;
           sum = (sum * 31 + code) % 1000003;
-          pen.fillStyle = code === 0 ? EMPTY : code === 1 ? "#ffffff" : colour((code - 2) / 253);
+          pen.fillStyle = code === 0 ? EMPTY : code === 1 ? PAPER : colour((code - 2) / 253);
           pen.fillRect(x, y, cell + (cell > 4 ? -0.6 : 0.3), line - (line > 8 ? 0.6 : 0));
           if (code !== 1) continue;
           dead++;
           const cross = Math.min(cell, line) / 2 - 1.5;
           if (cross < 2) {
-            pen.fillStyle = "#111111";
+            pen.fillStyle = INK;
             pen.fillRect(x, y, Math.max(1, cell), line);
           } else {
             const mx = x + cell / 2, my = y + line / 2, arm = Math.min(cross, 6);
-            pen.strokeStyle = "#111111";
+            pen.strokeStyle = INK;
             pen.lineWidth = 1.6;
             pen.beginPath();
             pen.moveTo(mx - arm, my - arm); pen.lineTo(mx + arm, my + arm);
@@ -172,15 +177,22 @@
     const ends = spec.scale === "diverging" ? ["1/8 of the fair share", "8 times"] : [`${spec.unit} ${spec.low}`, `${spec.high}`];
     bar.prepend(`${ends[0]} `);
     bar.append(ends[1]);
-    if (bytes.includes(1)) make("span", legend, "", "✕ or black: no token");
+    if (spec.threshold && spec.threshold.at > spec.low && spec.threshold.at < spec.high) {
+      pen.fillStyle = "#ffffff";
+      pen.fillRect(120 * (spec.threshold.at - spec.low) / (spec.high - spec.low) - 1.5, 0, 3, 10);
+      pen.fillStyle = "#d55e00";
+      pen.fillRect(120 * (spec.threshold.at - spec.low) / (spec.high - spec.low) - 0.5, 0, 1.4, 10);
+      make("span", legend, "", `mark: ${spec.threshold.text}`);
+    } else if (spec.threshold) make("span", legend, "", spec.threshold.text);
+    if (bytes.includes(1)) make("span", legend, "", "✕ or solid: no token");
     if (bytes.includes(0)) make("span", legend, "", "grey: no data");
     return plot.follow || draw;
   };
 
   // ---- lines: small multiples ---------------------------------------------------------------------------------------
-  const axes = (pen, width, height, x, low, high, marks) => {
+  const axes = (pen, width, height, x, low, high, marks, name) => {
     const labels = ticks(low, high, 4), left = Math.ceil(Math.max(...labels.map((t) => pen.measureText(short(t)).width))) + 10;
-    const box = { left, right: width - 12, top: 8, bottom: height - 22 };
+    const box = { left, right: width - 12, top: 8, bottom: height - 36 };
     const first = x[0], last = x.length > 1 ? x[x.length - 1] : x[0] + 1;
     const sx = (v) => box.left + ((v - first) / (last - first || 1)) * (box.right - box.left);
     const sy = (v) => box.bottom - ((v - low) / (high - low || 1)) * (box.bottom - box.top);
@@ -193,7 +205,8 @@
       pen.fillText(short(tick), box.left - 6, sy(tick));
     }
     pen.textAlign = "center";
-    for (const tick of ticks(first, last, Math.max(2, width / 110)).filter(Number.isInteger)) pen.fillText(String(tick), Math.min(sx(tick), box.right - 8), height - 9);
+    for (const tick of ticks(first, last, Math.max(2, width / 110)).filter(Number.isInteger)) pen.fillText(String(tick), Math.min(sx(tick), box.right - 8), height - 24);
+    pen.fillText(name, (box.left + box.right) / 2, height - 8);
     pen.setLineDash([3, 3]);
     pen.strokeStyle = SOFT;
     for (const [at] of marks || []) { pen.beginPath(); pen.moveTo(sx(at), box.top); pen.lineTo(sx(at), box.bottom); pen.stroke(); }
@@ -230,15 +243,40 @@
       const x = panel.x || spec.x, series = gaps(panel.series, Boolean(panel.x));
       let scale = null;
       const pad = (panel.high - panel.low) * 0.05;
+      let range = null, from = null;
       const draw = () => {
-        const width = part.clientWidth, height = 150;
+        const width = part.clientWidth, height = 164;
         const pen = canvasOf(canvas, width, height);
-        scale = axes(pen, width, height, x, panel.low, panel.high + pad, spec.marks);
+        const within = range || [x[0], x.length > 1 ? x[x.length - 1] : x[0] + 1];
+        scale = axes(pen, width, height, within, panel.low, panel.high + pad, (spec.marks || []).filter((m) => m[0] >= within[0] && m[0] <= within[1]), spec.x_name || "step");
+        if (panel.threshold !== undefined && panel.threshold <= panel.high + pad) {
+          pen.strokeStyle = "#d55e00";
+          pen.setLineDash([6, 4]);
+          pen.beginPath(); pen.moveTo(scale.box.left, scale.sy(panel.threshold)); pen.lineTo(scale.box.right, scale.sy(panel.threshold)); pen.stroke();
+          pen.setLineDash([]);
+        }
+        pen.save();
+        pen.beginPath(); pen.rect(scale.box.left - 3, 0, scale.box.right - scale.box.left + 6, height - 34); pen.clip();
+        canvas.dataset.range = within.join(" ");
         series.forEach((s, i) => {
           const at = s.pairs ? s.pairs.map((p) => x[p[0]]) : x, y = s.pairs ? s.pairs.map((p) => p[1]) : s.y;
           stroke(pen, at, y, scale.sx, scale.sy, LINES[i % 6], DASHES[i % 6]);
         });
+        pen.restore();
       };
+      const stepAt = (event) => {
+        const within = range || [x[0], x[x.length - 1]], part = (event.clientX - canvas.getBoundingClientRect().left - scale.box.left) / (scale.box.right - scale.box.left);
+        return within[0] + Math.min(1, Math.max(0, part)) * (within[1] - within[0]);
+      };
+      canvas.style.touchAction = "pan-y";
+      canvas.title = "drag across a part to see it larger, double click for all of it";
+      canvas.addEventListener("pointerdown", (event) => { from = stepAt(event); });
+      canvas.addEventListener("pointerup", (event) => {
+        const to = stepAt(event), ends = [from, to].sort((a, b) => a - b);
+        if (from !== null && x.filter((v) => v >= ends[0] && v <= ends[1]).length > 1 && ends[1] - ends[0] > 0.03 * (x[x.length - 1] - x[0])) { range = ends; draw(); }
+        from = null;
+      });
+      canvas.addEventListener("dblclick", () => { range = null; draw(); });
       canvas.addEventListener("pointermove", (event) => {
         const at = event.clientX - canvas.getBoundingClientRect().left;
         let best = 0;
@@ -258,6 +296,7 @@
         item.append(name);
       }
     }
+    for (const panel of spec.panels) if (panel.threshold_text && panel.threshold <= panel.high * 1.05) make("span", legend, "", `orange dashes: ${panel.threshold_text}`);
     for (const text of new Set((spec.marks || []).map((m) => m[1]))) make("span", legend, "", `dashed upright: ${text}`);
     return () => { drawers.forEach((draw) => draw()); plot.dataset.drawn = "yes"; };
   };
@@ -268,7 +307,7 @@
     const tip = tipOf(plot);
     let boxes = [];
     const draw = () => {
-      const width = plot.clientWidth, top = spec.loss.length > 1 ? 130 : 0, narrow = width < 520, row = narrow ? 34 : 24, height = top + spec.lanes.length * row + 24;
+      const width = plot.clientWidth, top = spec.loss.length > 1 ? 130 : 0, narrow = width < 520, row = narrow ? 34 : 24, height = top + spec.lanes.length * row + 38;
       const pen = canvasOf(canvas, width, height);
       const highest = top ? `loss ${short(Math.max(...spec.loss.map((p) => p[1])))}` : "";
       const named = [highest, ...spec.lanes.map((l) => l.name)].map((name) => pen.measureText(name).width);
@@ -288,7 +327,7 @@
       boxes = [];
       spec.lanes.forEach((lane, i) => {
         const y = top + i * row;
-        pen.fillStyle = i % 2 ? "#ffffff" : "#f4f6f8";
+        pen.fillStyle = i % 2 ? PAPER : GROUND;
         pen.fillRect(0, y, width, row);
         for (const [from, to, text] of lane.spans) {
           const x = sx(from), wide = Math.max(4, sx(to) - x);
@@ -304,7 +343,8 @@
       });
       pen.fillStyle = SOFT;
       pen.textAlign = "center";
-      for (const tick of ticks(0, spec.end, Math.max(2, width / 120)).filter(Number.isInteger)) pen.fillText(String(tick), Math.min(sx(tick), width - 18), height - 10);
+      for (const tick of ticks(0, spec.end, Math.max(2, width / 120)).filter(Number.isInteger)) pen.fillText(String(tick), Math.min(sx(tick), width - 18), height - 24);
+      pen.fillText("step", (left + width) / 2, height - 9);
       plot.dataset.drawn = "yes";
     };
     canvas.addEventListener("pointermove", (event) => {
@@ -324,6 +364,7 @@
     draw();
     drawers.push(draw);
   }
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { colours(); drawers.forEach((draw) => draw()); });
   let waiting = 0;
   window.addEventListener("resize", () => {
     cancelAnimationFrame(waiting);
