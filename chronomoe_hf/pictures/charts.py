@@ -19,7 +19,7 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 KINDS = (BLUE, "#e69f00", GREEN, PURPLE, "#56b4e9", ORANGE, "#b5a800", "#8c6bb1")
 """Eight colours for eight kinds of things."""
 _LEVELS = 8  # steps of opacity on each side of a scale
-_ROOM = 12.0  # pixels of an axis label's height
+_ONE_LINE = 900.0  # pixels from which the scale and its key are in one line
 _AXIS = Look(opacity=0.15)
 _MARK = Look(opacity=0.7, dash=(4.0, 3.0))
 
@@ -149,7 +149,9 @@ class Cells:
     unsure: Sequence[Sequence[bool]] = field(default_factory=tuple)
 
 
-def cells(blocks: Sequence[Cells], width: float, low: str, high: str, reach: float | None = None) -> Drawing:
+def cells(
+    blocks: Sequence[Cells], width: float, low: str, high: str, key: str = "x: no token", reach: float | None = None
+) -> Drawing:
     """Blocks of layers by experts, blue below the middle and orange above, on a scale that fits the data.
 
     Args:
@@ -157,19 +159,21 @@ def cells(blocks: Sequence[Cells], width: float, low: str, high: str, reach: flo
         width: pixels.
         low: what the lower end means, with ``{}`` where the number of the scale's end goes.
         high: the same of the upper end.
+        key: what grey and a cross mean.
         reach: end of the scale, in doublings; None fits it to the data.
     """
     size = max((len(row) for block in blocks for row in block.values), default=1)
     most = reach or _reach([abs(v) for block in blocks for row in block.values for v in row if v is not None])
     least = 300.0 if len(blocks) > 1 else width
     per_row = max(1, min(len(blocks), int(width // max(least, min(width, size * 7.0)))))
-    gap, left, head = 18.0, 44.0, 38.0
+    gap, left, head = 18.0, 44.0, 38.0 if width >= _ONE_LINE else 52.0
+    head -= 0.0 if any(block.name for block in blocks) else 18.0
     wide = (width - left - gap * (per_row - 1)) / per_row
     line = max(6.0, min(22.0, 420.0 / max(1, len(blocks[0].rows))))
     tall = line * len(blocks[0].rows)
     out = Drawing(width)
     places = Places(["", "layer", "expert", *blocks[0].shown])
-    _scale(out, most, low, high)
+    _scale(out, most, low, high, key)
     for at, block in enumerate(blocks):
         x, y = left + (at % per_row) * (wide + gap), head + 16.0 + (at // per_row) * (tall + 58.0)
         out.text(x, y - 10, block.name[:40], opacity=0.95, size=13)
@@ -229,7 +233,7 @@ def _tone(value: float, most: float, pale: bool) -> Look:
     return Look("#888f99" if pale or level == 0.0 else ORANGE if value > 0 else BLUE, round(opacity, 3))
 
 
-def _scale(out: Drawing, most: float, low: str, high: str) -> None:
+def _scale(out: Drawing, most: float, low: str, high: str, key: str) -> None:
     words = low.format(f"{2**most:.3g}")
     at = 8.0 + 6.4 * len(words)
     out.text(4, 9, words, size=11.5)
@@ -237,10 +241,10 @@ def _scale(out: Drawing, most: float, low: str, high: str) -> None:
         out.rect(at, 4, 7, 10, _tone(step / _LEVELS * most, most, False))
         at += 7.0
     out.text(at + 6, 9, high.format(f"{2**most:.3g}"), size=11.5)
-    if out.width >= 700:
-        out.text(out.width - 4, 9, "grey: within its error or at the middle;  x: no token", anchor="end", size=11.5)
+    if out.width >= _ONE_LINE:
+        out.text(out.width - 4, 9, key, anchor="end", size=11.5)
     else:
-        out.text(4, 26, "grey: within its error or at the middle;  x: no token", size=11.5)
+        out.text(4, 26, key, size=11.5)
 
 
 def _expert_axis(out: Drawing, x: float, y: float, cell: float, size: int) -> None:

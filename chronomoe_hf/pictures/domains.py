@@ -166,7 +166,7 @@ class DomainLoads:
                 empty.append([lift is None for lift in row])
                 unsure.append([lift is not None and not contribution and not lift.beyond for lift in row])
             blocks.append(Cells(name, list(self.labels), values, shown, empty, unsure))
-        return lambda width: cells(blocks, width, "1/{} of the other domains or less", "{} times or more")
+        return lambda width: cells(blocks, width, "1/{} of the others or less", "{} times or more", _KEY)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows, the surest lifts first, at most MOST_ROWS."""
@@ -196,6 +196,7 @@ def _value(lift: Lift, contribution: bool) -> float | None:
     return lift.contribution_log2 if contribution else lift.log2
 
 
+_KEY = "grey: within its error;  x: no token of any domain"
 _TIP = ("", "x the other domains", "in errors", "assignments", "% of the contribution")
 
 

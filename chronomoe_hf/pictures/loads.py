@@ -74,7 +74,7 @@ def load_picture(layers: Sequence[Load], title: str, key: str = "load") -> Pictu
     top = max((value for value, _, _ in known), default=2.0)
     reach = min(6.0, max(1.0, math.ceil(4.0 * math.log2(top)) / 4.0)) if top > 1.0 else 1.0
     ends = ("1/{} of the fair share or less", "{} times or more")
-    view = View("load", lambda width: cells([block], width, *ends, reach))
+    view = View("load", lambda width: cells([block], width, *ends, reach=reach))
     return Picture(
         key,
         title,

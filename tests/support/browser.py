@@ -12,7 +12,7 @@ import pytest
 
 
 @contextmanager
-def opened(path: Path, width: int = 1150) -> Iterator[tuple[Any, list[str], list[str]]]:
+def opened(path: Path, width: int = 1150, scheme: str = "light") -> Iterator[tuple[Any, list[str], list[str]]]:
     """The page of a file, what it wrote to the console or threw, and every address it asked for.
 
     Skips the test where no chromium is installed.
@@ -27,7 +27,9 @@ def opened(path: Path, width: int = 1150) -> Iterator[tuple[Any, list[str], list
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         try:
-            page = browser.new_context(viewport={"width": width, "height": 900}, offline=True).new_page()
+            page = browser.new_context(
+                viewport={"width": width, "height": 900}, offline=True, color_scheme=scheme, accept_downloads=True
+            ).new_page()
             page.on("console", lambda message: said.append(message.text))
             page.on("pageerror", lambda error: said.append(str(error)))
             page.on("request", lambda request: asked.append(request.url))

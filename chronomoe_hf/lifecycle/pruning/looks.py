@@ -88,10 +88,13 @@ def _plan_picture(rank: str, layers: Sequence[Part]) -> Picture:
         shown.append(["goes" if gone[-1][expert] else "stays" for expert in range(size)])
         all_scores.append(scores)
     block = Cells("", [str(at) for at in range(len(layers))], values, {"": shown, "score": all_scores}, gone)
-    view = View("plan", lambda width: cells([block], width, "1/{} of the mean score or less", "{} times or more"))
+    top = max((value for row in values for value in row), default=1.0)
+    reach = min(6.0, max(1.0, math.ceil(4.0 * top) / 4.0))
+    ends = ("1/{} of the mean score or less", "{} times or more", "x: is left out")
+    view = View("plan", lambda width: cells([block], width, *ends, reach))
     dropped = sum(sum(row) for row in gone)
     text = f"The {dropped} experts with a cross go. Colours are the scores by {rank}, over the mean of their layer."
-    return Picture("plan", "Which experts stay", text, [view], "x: is left out. Orange: scored above the layer's mean.")
+    return Picture("plan", "Which experts stay", text, [view], "Orange: scored above the layer's mean, blue: below.")
 
 
 def effect_looks(
