@@ -57,7 +57,7 @@ def test_every_name_that_0_2_offered_is_importable() -> None:
         "LayerSnapshot LifecycleCoordinator PruneDecision RouterState RoutingEvent SystemSnapshot TelemetryWriter "
         "attach detach profile system_of unwrap wrap"
     )
-    assert set(names.split()) == set(chronomoe_hf._HOME_OF)
+    assert set(names.split()) <= set(chronomoe_hf._HOME_OF)
 
 
 def test_importing_it_loads_no_torch() -> None:

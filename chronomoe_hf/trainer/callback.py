@@ -33,8 +33,8 @@ from chronomoe_hf.trainer.hooks import (
 from chronomoe_hf.trainer.lines import say_verdict
 from chronomoe_hf.trainer.logs import WindowLog, logs_now, record_log
 from chronomoe_hf.trainer.model_card import write_model_card
-from chronomoe_hf.trainer.replay import ReplayHooks
 from chronomoe_hf.trainer.printed import keep_short
+from chronomoe_hf.trainer.replay import ReplayHooks
 from chronomoe_hf.trainer.resume_weights import ResumePath, check_weights, restore
 from chronomoe_hf.wrapping.save_pretrained import state_saved
 
