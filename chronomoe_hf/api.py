@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from chronomoe_hf.checkpoint.store import warn_of_unloaded_state
+from chronomoe_hf.checkpoint.biases import restore_biases
+from chronomoe_hf.checkpoint.folded import install_folded_hook, remove_folded_hook
+from chronomoe_hf.checkpoint.store import saved_config, warn_of_unloaded_state
 from chronomoe_hf.config import ChronoConfig, PresetName, as_config
 from chronomoe_hf.errors import AlreadyWrappedError, ConfigError, NotWrappedError
 from chronomoe_hf.recording.scope import Switches, labelled_models
@@ -38,7 +40,8 @@ def wrap(model: Model, config: ChronoConfig | PresetName | None = None, *, state
 
     Args:
         model: any module that contains MoE layers of Transformers; before FSDP or DeepSpeed `prepare`.
-        config: settings, or the name of a preset (``"observe"``); None = ``ChronoConfig()``, the protect preset.
+        config: settings, or the name of a preset (``"observe"``); None = those that `state` was saved with, or without
+            a state ``ChronoConfig()``, the protect preset.
         state: a checkpoint whose chronomoe state is loaded too, see ``ChronoSystem.load``. If that fails, the model is
             left as it was.
 
@@ -51,7 +54,7 @@ def wrap(model: Model, config: ChronoConfig | PresetName | None = None, *, state
         NoMoELayersError: nothing routes tokens to experts.
         UnsupportedArchitectureError: every router found is of an unsupported kind; the message says which and why.
         LifecycleError: ``lifecycle.cut_at`` asks for a cut that this model cannot have. Nothing was changed.
-        StateError: `state` cannot be loaded.
+        StateError: `state` cannot be loaded, or is of other weights than the model has (WeightMismatchError).
         WrapError: MoE layers were added or replaced since it was wrapped, or it holds several wrapped models.
     """
     _check_model("wrap", model)
@@ -71,15 +74,20 @@ def wrap(model: Model, config: ChronoConfig | PresetName | None = None, *, state
         return model
     _check_version()
     root = root_of(model)
-    _install(root, ChronoConfig() if config is None else config)
-    add_label_hooks(labelled_models(root, model, system_of(root).sums))
+    if config is None:
+        config = ChronoConfig() if state is None else saved_config(state)
+    _install(root, config)
+    system = system_of(root)
+    add_label_hooks(labelled_models(root, model, system.sums))
     for module in (root, model):
+        remove_folded_hook(module)
         install_save_hook(module)
+    restore_biases(root, system.layers, (state, getattr(root, "name_or_path", None)))
     if state is None:
-        warn_of_unloaded_state(root)
+        warn_of_unloaded_state(root, system.layers)
         return model
     try:
-        system_of(model).load(state)
+        system.load(state)
     except BaseException:
         unwrap(model)
         raise
@@ -103,7 +111,8 @@ def unwrap(model: Model, fold: bool = False) -> Model:
 
     Args:
         model: a wrapped model.
-        fold: first write what folds exactly into the router weights and biases.
+        fold: first write what folds exactly into the router weights and biases. Where something did,
+            ``save_pretrained`` then removes a state that it finds in its directory: it would act a second time.
 
     Raises:
         NotWrappedError: `model` carries no ChronoSystem.
@@ -116,8 +125,7 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     wrapped = {module: clean_name(path) for path, module in modules if HANDLE in module.__dict__}
     for module, name in wrapped.items():
         check_restorable(name, module)
-    if fold:
-        system.fold()
+    folded = fold and any(report.folded for report in system.fold())
     _give_biases_their_dtype_back(system)
     for module in wrapped:
         if isinstance(module, ChronoRouter):
@@ -131,6 +139,9 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     system.cut.unwrapped()
     for left in list(system.on_unwrap):
         left()
+    if folded:
+        for module in (system.model, model):
+            install_folded_hook(module)
     return model
 
 

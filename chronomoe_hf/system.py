@@ -421,7 +421,12 @@ class ChronoSystem(ShownSystem):
         return self.store.save(directory, self._position())
 
     def load(
-        self, directory: str | Path, *, on_missing: OnMissing = "raise", step: int | None = None
+        self,
+        directory: str | Path,
+        *,
+        on_missing: OnMissing = "raise",
+        step: int | None = None,
+        check_weights: bool = True,
     ) -> dict[str, Any] | None:
         """Restore the state in `directory` on every rank, all of it or nothing. Collective.
 
@@ -429,15 +434,18 @@ class ChronoSystem(ShownSystem):
             directory: a checkpoint, or any directory that ``save_pretrained`` or :meth:`save` wrote to.
             on_missing: ``"raise"``, or as in ``CheckpointConfig`` (which says what a Trainer's resume does).
             step: optimizer step that the state must be of; None = any.
+            check_weights: refuse a state of other weights (see ``CheckpointConfig.other_weights``); False where the
+                weights are loaded or repaired afterwards.
 
         Returns:
             The manifest (step, fingerprint, ...); None where there is no state and `on_missing` allows a fresh start.
 
         Raises:
             StateMissingError: nothing there, and `on_missing` does not allow that.
+            WeightMismatchError: it was saved with other weights than the model has.
             StateError: torn, foreign, of another schema or step; the message names the file and the way out.
         """
-        state = self.store.read(directory, self.governed, on_missing, step)
+        state = self.store.read(directory, self.governed, on_missing, step, check_weights)
         if state is None:
             return None
         self.load_state_dict(state)
@@ -451,8 +459,9 @@ class ChronoSystem(ShownSystem):
                 pickles and refuses older checkpoints.
         """
         accelerator.register_save_state_pre_hook(lambda models, weights, directory: self.save(directory))
+        on_missing = self.config.checkpoint.on_missing  # Accelerate loads the weights after the hook
         accelerator.register_load_state_pre_hook(
-            lambda models, directory: self.load(directory, on_missing=self.config.checkpoint.on_missing)
+            lambda models, directory: self.load(directory, on_missing=on_missing, check_weights=False)
         )
 
     # ---- records -----------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ SLICE_ELEMENTS = 256  # read at each end of an expert's weight
 WHOLE_BYTES = 32 * 2**20  # a router of 512 experts x 8192 in fp32 is 16 MiB
 UNREADABLE = "sharded"
 _EXPERTS = "experts"
+_FLOATS = {_name: getattr(torch, _name) for _name in ("float64", "float32", "bfloat16", "float16")}
+"""Dtypes between which a weight is only rounded."""
 
 
 def fingerprint(entries: Iterable[tuple[str, Tensor]], sampled: Iterable[tuple[str, Tensor]] = ()) -> dict[str, str]:
@@ -44,7 +46,8 @@ def fingerprint(entries: Iterable[tuple[str, Tensor]], sampled: Iterable[tuple[s
     return lines
 
 
-def _line(tensor: Tensor, whole: bool) -> str:
+def _line(tensor: Tensor, whole: bool, dtype: torch.dtype | None = None) -> str:
+    """The line of a tensor, or of what it is when rounded to `dtype`."""
     if tensor.is_meta or is_sharded(tensor) or is_traceable_wrapper_subclass(tensor):
         return UNREADABLE  # a tensor that stands for several others (torchao) has no bytes of its own
     tensor = tensor.detach()
@@ -52,9 +55,14 @@ def _line(tensor: Tensor, whole: bool) -> str:
     fits = whole and tensor.ndim <= 2 and tensor.numel() * tensor.element_size() <= WHOLE_BYTES
     for part in [tensor] if fits or tensor.ndim < 2 else _ends(tensor):
         # .contiguous before .cpu: only what was selected crosses to the host.
+        part = part if dtype is None else part.to(dtype)
         digest.update(part.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     shape = "x".join(map(str, tensor.shape)) or "scalar"
-    return f"{str(tensor.dtype).removeprefix('torch.')} {shape} {digest.hexdigest()}"
+    return f"{_word(dtype or tensor.dtype)} {shape} {digest.hexdigest()}"
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _ends(tensor: Tensor) -> list[Tensor]:
@@ -92,18 +100,73 @@ def _own_path(name: str, live: Mapping[str, str]) -> str:
 
 def live_fingerprint(layers: Sequence[Layer]) -> dict[str, str]:
     """Fingerprint of every router parameter and of a slice of every expert tensor, by name; see ``fingerprint``."""
-    whole: list[tuple[str, Tensor]] = []
-    sampled: list[tuple[str, Tensor]] = []
+    entries = _entries(layers).items()
+    return fingerprint(
+        [(name, tensor) for name, (tensor, whole) in entries if whole],
+        [(name, tensor) for name, (tensor, whole) in entries if not whole],
+    )
+
+
+def rounded_fingerprint(layers: Sequence[Layer]) -> dict[str, str]:
+    """The lines that fp32 weights have once they are rounded to bf16, so that a bf16 reload can be told from others."""
+    return {
+        name: _line(tensor, whole, torch.bfloat16)
+        for name, (tensor, whole) in _entries(layers).items()
+        if tensor.dtype == torch.float32
+    }
+
+
+def foreign_weights(layers: Sequence[Layer], saved: Mapping[str, str], rounded: Mapping[str, str]) -> list[str]:
+    """Names of router and expert weights that are not those a state was saved with, sorted.
+
+    A weight is the same if its bytes are, or if they are after the rounding that lies between two dtypes: an fp32
+    checkpoint loaded in bf16, a bf16 one loaded in fp32. What cannot be compared (sharded, quantized, rounded to
+    another dtype, or known on one side only, as an adapter's own weights are) is not named.
+
+    Args:
+        layers: of the live model.
+        saved: what :func:`live_fingerprint` gave when the state was saved.
+        rounded: what :func:`rounded_fingerprint` gave; empty for states before schema 3.
+    """
+    entries = _entries(layers)
+    names = {name: "" for name in entries}
+    lines = {_own_path(name, names): line for name, line in saved.items()}
+    bf16 = {_own_path(name, names): line for name, line in rounded.items()}
+    return [
+        name
+        for name, (tensor, whole) in sorted(entries.items())
+        if name in lines and not _same_weight(lines[name], bf16.get(name), tensor, whole)
+    ]
+
+
+def _same_weight(saved: str, rounded: str | None, tensor: Tensor, whole: bool) -> bool:
+    own = _line(tensor, whole)
+    if saved == own or UNREADABLE in (saved, own):
+        return True
+    before = _FLOATS.get(saved.partition(" ")[0])
+    if before is None or tensor.dtype not in _FLOATS.values():
+        return saved.partition(" ")[0] != _word(tensor.dtype)  # quantized on one side: nothing to compare
+    if torch.finfo(tensor.dtype).bits > torch.finfo(before).bits:
+        return _line(tensor, whole, before) == saved
+    if rounded is None:
+        return before != tensor.dtype
+    # Loaded in bf16, and perhaps made wider again: every number of it is one of bf16.
+    through_bf16 = tensor.dtype == torch.bfloat16 or _line(tensor.bfloat16().to(tensor.dtype), whole) == own
+    return _line(tensor, whole, torch.bfloat16) == rounded if through_bf16 else False
+
+
+def _entries(layers: Sequence[Layer]) -> dict[str, tuple[Tensor, bool]]:
+    """Name -> (parameter, whether it is read whole) of routers and experts."""
+    entries: dict[str, tuple[Tensor, bool]] = {}
     for layer in layers:
         for name, value in layer.router.named_parameters():
-            whole.append((f"{layer.name}.{clean_name(name)}", value))
+            entries[f"{layer.name}.{clean_name(name)}"] = value, True
         experts = layer.adapter.experts
         if experts is not None and experts in layer.parent._modules:
             path = f"{_parent_name(layer)}{experts}"
             for name, value in layer.parent.get_submodule(experts).named_parameters():
-                target = whole if value.dim() == 3 else sampled
-                target.append((f"{path}.{clean_name(name)}", value))
-    return fingerprint(whole, sampled)
+                entries[f"{path}.{clean_name(name)}"] = value, value.dim() == 3
+    return entries
 
 
 def _parent_name(layer: Layer) -> str:

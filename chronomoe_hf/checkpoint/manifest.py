@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from chronomoe_hf.recording.columns import Row
 
 logger = logging.getLogger(__name__)
 
-TENSOR_FILE = "state.safetensors"
+TENSOR_FILE = "state.tensors"  # a safetensors file; other tools take any *.safetensors below a model for weights
+SAFETENSORS_FILE = "state.safetensors"  # its name in schema 2
 MANIFEST_FILE = "state.json"
 OLD_TENSOR_FILE = "chronomoe.safetensors"  # of schema 1, beside the weights
 OLD_MANIFEST_FILE = "chronomoe.json"
-STATE_SCHEMA = 2  # raised when older readers would misread the files
-SCHEMA_MINOR = 4  # raised when older readers may ignore what was added
+STATE_SCHEMA = 3  # raised when older readers would misread the files
+SCHEMA_MINOR = 0  # raised when older readers may ignore what was added
 
 # Far above any real state (tensors are O(layers x experts), a lens O(layers x hidden size)), far below harm.
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -41,7 +42,14 @@ LAYER_FIELDS = {"name": str, "router_class": str, "num_experts": int, "top_k": i
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _SEAL_HEAD, _SEAL_TAIL = b',\n  "manifest_sha256": "', b'"\n}\n'
 _SEAL_BYTES = len(_SEAL_HEAD) + 64 + len(_SEAL_TAIL)
-_OPTIONAL_FIELDS = {"config": dict, "controller": dict, "fingerprint": dict, "world_size": int, "versions": dict}
+_OPTIONAL_FIELDS = {
+    "config": dict,
+    "controller": dict,
+    "fingerprint": dict,
+    "fingerprint_bfloat16": dict,
+    "world_size": int,
+    "versions": dict,
+}
 
 Meta = dict[str, Any]
 HeaderTable = dict[str, list[Any]]
@@ -64,13 +72,13 @@ def render_manifest(manifest: Mapping[str, Any]) -> bytes:
     return data
 
 
-def parse_manifest(data: bytes, source: str, tensor_file: str = TENSOR_FILE) -> Meta:
+def parse_manifest(data: bytes, source: str, tensor_files: Collection[str] = (TENSOR_FILE,)) -> Meta:
     """Inverse of :func:`render_manifest`, for bytes that may be damaged or hostile.
 
     Args:
         data: Content of the manifest file.
         source: Path shown in messages.
-        tensor_file: Name of the one file that it may list.
+        tensor_files: Names that the one file that it lists may have.
 
     Raises:
         StateCorruptError: The bytes are not what was written, or not a manifest.
@@ -87,7 +95,7 @@ def parse_manifest(data: bytes, source: str, tensor_file: str = TENSOR_FILE) -> 
     except (ValueError, RecursionError) as error:
         raise StateCorruptError(f"{source} is not JSON: {short(error)}; {WAY_OUT}") from None
     _check_schema(manifest, source)
-    problem = manifest_problem(manifest, tensor_file)
+    problem = manifest_problem(manifest, tensor_files)
     if problem:
         raise StateCorruptError(f"{source} is not a chronomoe manifest: {problem}; {WAY_OUT}")
     assert isinstance(manifest, dict)
@@ -112,12 +120,13 @@ def _check_schema(manifest: Any, source: str) -> None:
                        source, version, minor, STATE_SCHEMA, SCHEMA_MINOR)  # fmt: skip
 
 
-def manifest_problem(manifest: Mapping[str, Any], tensor_file: str = TENSOR_FILE) -> str | None:
+def manifest_problem(manifest: Mapping[str, Any], tensor_files: Collection[str] = (TENSOR_FILE,)) -> str | None:
     """What makes `manifest` unusable, or None. File names come from an allow-list, so no path can be smuggled in."""
     files = manifest.get("files")
-    if not isinstance(files, dict) or set(files) != {tensor_file}:
-        return f"files must list exactly {tensor_file}, got {short(list(files) if isinstance(files, dict) else files)}"
-    record = files[tensor_file]
+    if not isinstance(files, dict) or len(files) != 1 or not set(files) <= set(tensor_files):
+        found = short(list(files) if isinstance(files, dict) else files)
+        return f"files must list exactly {' or '.join(tensor_files)}, got {found}"
+    tensor_file, record = next(iter(files.items()))
     if not isinstance(record, dict) or not isinstance(record.get("sha256"), str) or not is_count(record.get("size")):
         return f"files[{tensor_file!r}] must give sha256 and size, got {short(record)}"
     if not 8 <= record["size"] <= MAX_TENSOR_BYTES:
@@ -129,8 +138,9 @@ def manifest_problem(manifest: Mapping[str, Any], tensor_file: str = TENSOR_FILE
     for key, kind in _OPTIONAL_FIELDS.items():
         if key in manifest and (not isinstance(manifest[key], kind) or isinstance(manifest[key], bool)):
             return f"{key} must be {kind.__name__}, got {short(manifest[key])}"
-    if not all(isinstance(value, str) for value in manifest.get("fingerprint", {}).values()):
-        return "fingerprint values must be strings"
+    for key in ("fingerprint", "fingerprint_bfloat16"):
+        if not all(isinstance(value, str) for value in manifest.get(key, {}).values()):
+            return f"{key} values must be strings"
     return _layers_problem(manifest.get("layers"))
 
 
@@ -281,7 +291,12 @@ def _with_new_sums(tensors: Tensors, outputs: bool) -> Tensors:
     return {**tensors, "window_LR": new_LR}
 
 
-MIGRATIONS: dict[int, Migration] = {1: _from_1}
+def _from_2(tensors: Tensors, meta: Meta) -> tuple[Tensors, Meta]:
+    """2 had the tensors under another file name, and no line of a weight rounded to bf16."""
+    return tensors, meta
+
+
+MIGRATIONS: dict[int, Migration] = {1: _from_1, 2: _from_2}
 """Schema version -> function that turns the (tensors, meta) of that version into those of the next."""
 
 

@@ -1,7 +1,9 @@
-"""State files: ``<directory>/chronomoe/state.safetensors`` (tensors) and ``state.json`` (manifest).
+"""State files: ``<directory>/chronomoe/state.tensors`` (tensors) and ``state.json`` (manifest).
 
 No other module opens them. They have a folder of their own because serving engines take every ``*.safetensors``
-beside a single-file model for weights. States of schema 1 lie as ``chronomoe.safetensors`` and ``chronomoe.json``
+beside a single-file model for weights, and the tensors, though in the safetensors format, another suffix because
+quantizing tools also look into folders. States of schema 2 have them as ``state.safetensors``; they are read as they
+are, and go with the next save. States of schema 1 lie as ``chronomoe.safetensors`` and ``chronomoe.json``
 beside the weights: they are read where there is no new one, and removed once a new one is committed. In the output
 directory of a run the folder also holds the run's records (``telemetry.writer``): the names do not meet, and neither
 side touches the other's files.
@@ -10,14 +12,14 @@ The manifest is the commit mark. It names its tensor file by content (sha256 and
 own bytes, so every altered byte of either file is noticed; safetensors alone has no checksum.
 
 Overwriting a state has to survive a crash between the two renames, where the old manifest would meet the new tensor
-file. So the committed tensor file is first renamed to ``state.safetensors.prev``; a reader takes whichever of the two
+file. So the committed tensor file is first renamed to ``state.tensors.prev``; a reader takes whichever of the two
 has the manifest's sha256. The state thus changes at one instant, the rename of the manifest:
 
     1. both files are written in full as ``.state.*.tmp.<pid>`` and synced (a full disk stops here, nothing changed)
-    2. state.safetensors -> state.safetensors.prev   (only if it is the one the manifest names)
-    3. tmp -> state.safetensors
+    2. state.tensors -> state.tensors.prev   (only if it is the one the manifest names)
+    3. tmp -> state.tensors
     4. tmp -> state.json                             the commit
-    5. state.safetensors.prev and a state of schema 1 beside the weights are removed
+    5. state.tensors.prev and a state of schema 1 beside the weights are removed
 
 The manifest is not embedded in the tensor file: a reader could then load an uncommitted state. One process writes a
 directory at a time.
@@ -34,7 +36,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ from chronomoe_hf.checkpoint.manifest import (
     MAX_TENSOR_BYTES,
     OLD_MANIFEST_FILE,
     OLD_TENSOR_FILE,
+    SAFETENSORS_FILE,
     SCHEMA_MINOR,
     STATE_SCHEMA,
     TENSOR_FILE,
@@ -69,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FOLDER = "chronomoe"
 PREVIOUS_SUFFIX = ".prev"
-_STALE_TMP = re.compile(r"\.(state|chronomoe)\.(safetensors|json)\.tmp\.\d+")
+_STALE_TMP = re.compile(r"\.(state|chronomoe)\.(tensors|safetensors|json)\.tmp\.\d+")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,15 @@ class _Pair:
     folder: Path
     tensor_file: str
     manifest_file: str
+    older_file: str | None = None  # name of the tensor file in an earlier schema, beside the same manifest
+
+    @property
+    def tensor_files(self) -> tuple[str, ...]:
+        return (self.tensor_file,) if self.older_file is None else (self.tensor_file, self.older_file)
+
+    def of(self, manifest: Meta) -> _Pair:
+        """The pair with the tensor file that its manifest names."""
+        return replace(self, tensor_file=next(iter(manifest["files"])), older_file=None)
 
     @property
     def manifest(self) -> Path:
@@ -94,7 +106,7 @@ class _Pair:
 
 
 def _pair(directory: str | Path) -> _Pair:
-    return _Pair(Path(directory) / STATE_FOLDER, TENSOR_FILE, MANIFEST_FILE)
+    return _Pair(Path(directory) / STATE_FOLDER, TENSOR_FILE, MANIFEST_FILE, SAFETENSORS_FILE)
 
 
 def _old_pair(directory: str | Path) -> _Pair:
@@ -165,7 +177,7 @@ def read_manifest(directory: str | Path) -> Meta:
 
 
 def _parsed(pair: _Pair) -> Meta:
-    return parse_manifest(read_bytes(pair.manifest, MAX_MANIFEST_BYTES), str(pair.manifest), pair.tensor_file)
+    return parse_manifest(read_bytes(pair.manifest, MAX_MANIFEST_BYTES), str(pair.manifest), pair.tensor_files)
 
 
 def read_state(directory: str | Path) -> tuple[Tensors, Meta]:
@@ -181,6 +193,7 @@ def read_state(directory: str | Path) -> tuple[Tensors, Meta]:
     """
     pair = _existing(directory)
     meta = _parsed(pair)
+    pair = pair.of(meta)
     path, data = _named_tensor_file(pair, meta["files"][pair.tensor_file])
     table = header_table(data, str(path))
     if table != meta["tensors"]:
@@ -263,7 +276,24 @@ def _commit(directory: Path, payload: bytes, manifest: bytes) -> None:
         for leftover in (tmp_tensors, tmp_manifest):
             _remove(leftover)
     _remove(pair.previous)
+    _remove_earlier(pair)
     _remove_old(directory)
+
+
+def remove_state(directory: str | Path) -> None:
+    """Remove the state in `directory`, of any schema, its commit mark first. Records beside it stay."""
+    pair = _pair(directory)
+    for path in (pair.manifest, pair.tensors, pair.previous):
+        _remove(path)
+    _remove_earlier(pair)
+    _remove_old(directory)
+
+
+def _remove_earlier(pair: _Pair) -> None:
+    """The tensor file of schema 2, which the manifest no longer names."""
+    earlier = _Pair(pair.folder, SAFETENSORS_FILE, pair.manifest_file)
+    for path in (earlier.tensors, earlier.previous):
+        _remove(path)
 
 
 def _remove_old(directory: Path) -> None:
@@ -290,7 +320,9 @@ def _remove(path: Path) -> None:
 def _is_committed(pair: _Pair) -> bool:
     """Whether the tensor file is the one that the manifest beside it names (after a crash it may not be)."""
     try:
-        record = _parsed(pair)["files"][pair.tensor_file]
+        record = _parsed(pair)["files"].get(pair.tensor_file)
+        if record is None:  # it names the file of schema 2, which stays until the new manifest is there
+            return False
         return sha256(read_bytes(pair.tensors, MAX_TENSOR_BYTES)) == str(record["sha256"])
     except StateError:
         return False

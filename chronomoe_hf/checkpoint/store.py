@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf import distributed
+from chronomoe_hf.checkpoint.biases import rounded_biases, warn_of_rounded_biases
 from chronomoe_hf.checkpoint.card import note_in_card
-from chronomoe_hf.checkpoint.fingerprint import live_fingerprint
+from chronomoe_hf.checkpoint.checks import check_layers, check_meta
+from chronomoe_hf.checkpoint.fingerprint import foreign_weights, live_fingerprint, rounded_fingerprint
+from chronomoe_hf.checkpoint.folded import folded_note, forget_note
 from chronomoe_hf.checkpoint.manifest import MANIFEST_FILE, OLD_MANIFEST_FILE, short
 from chronomoe_hf.checkpoint.state_file import STATE_FOLDER, has_state, read_manifest, read_state, write_state
 from chronomoe_hf.checkpoint.system_state import advise_of_disagreement, pack, unloadable, unpack
-from chronomoe_hf.errors import StateError, StateMissingError, StateWriteError
+from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.errors import ConfigError, StateError, StateMissingError, StateWriteError, WeightMismatchError
 from chronomoe_hf.parts import Parts, Position
+from chronomoe_hf.wrapping.layer import Layer
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -55,6 +60,8 @@ def missing(directory: str | Path, on_missing: OnMissing, acted: bool) -> None:
     Raises:
         StateMissingError: `on_missing` is ``"raise"``, or ``"auto"`` and the run has been governed.
     """
+    if on_missing == "raise" and (folded := folded_note(directory)) is not None:
+        raise StateMissingError(folded)
     if on_missing == "raise" or (on_missing == "auto" and acted):
         raise StateMissingError(
             f"no chronomoe state in {directory} (neither {STATE_FOLDER}/{MANIFEST_FILE} nor {OLD_MANIFEST_FILE})"
@@ -63,6 +70,64 @@ def missing(directory: str | Path, on_missing: OnMissing, acted: bool) -> None:
             "for a Trainer) to start with beta = 0"
         )
     warnings.warn(f"no chronomoe state in {directory}: starting with fresh statistics and beta = 0", stacklevel=4)
+
+
+def saved_config(directory: str | Path) -> ChronoConfig:
+    """The settings that the state in `directory` was saved with, the same on every rank. Collective.
+
+    Raises:
+        StateMissingError: there is no state.
+        StateError: it is torn or foreign, or its settings are not ones that this version reads.
+    """
+    found: Any = None
+    if distributed.is_main():
+        try:
+            found = read_manifest(directory).get("config", {}) if has_state(directory) else None
+        except StateError as error:
+            found = error
+    found = distributed.broadcast_object(found)
+    if isinstance(found, StateError):
+        raise found
+    if found is None:
+        missing(directory, "raise", False)
+    try:
+        return ChronoConfig.from_dict(found)
+    except ConfigError as error:
+        raise StateError(
+            f"the settings saved in {directory} cannot be used: {short(error)}; give the settings yourself: "
+            "wrap(model, config, state=directory)"
+        ) from error
+
+
+def require_same_weights(layers: list[Layer], meta: dict[str, Any], directory: str | Path, policy: str) -> None:
+    """Check that the live weights are those that a state was saved with, on the main process for all. Collective.
+
+    Args:
+        layers: of the live model.
+        meta: of the state.
+        directory: where it lies.
+        policy: ``CheckpointConfig.other_weights``.
+
+    Raises:
+        WeightMismatchError: they are not, and `policy` is ``"raise"``.
+    """
+    wrong: list[str] = []
+    if distributed.is_main():
+        wrong = foreign_weights(layers, meta.get("fingerprint", {}), meta.get("fingerprint_bfloat16", {}))
+    wrong = distributed.broadcast_object(wrong)
+    if not wrong:
+        return
+    message = (
+        f"the chronomoe state in {directory} (step {meta['step']}) is of other weights than this model's: {len(wrong)} "
+        f"router and expert weights differ (first: {short(wrong[0])}). They are another model's, or were trained on, "
+        "merged or folded since: what was folded acts already, and would act twice"
+    )
+    if policy == "raise":
+        raise WeightMismatchError(
+            f"{message}. Load the weights that were saved with this state, or use the model without it; "
+            "CheckpointConfig(other_weights='warn') loads it nevertheless"
+        )
+    warnings.warn(message, stacklevel=4)
 
 
 class StateStore:
@@ -100,8 +165,12 @@ class StateStore:
             return True
         parts, state = self.parts, self.pack(position)
         state["meta"]["fingerprint"] = live_fingerprint(parts.layers)
+        state["meta"]["fingerprint_bfloat16"] = rounded_fingerprint(parts.layers)
+        state["meta"]["rounded_biases"] = rounded_biases(parts.layers)
         shares = state["meta"]["topk_disagreement"] = parts.step_state.topk_disagreement()
-        self._advised = self._advised or advise_of_disagreement(shares, parts.layers)
+        if not self._advised:
+            told = [advise_of_disagreement(shares, parts.layers), warn_of_rounded_biases(parts.layers)]
+            self._advised = any(told)
         strict = parts.config.checkpoint.strict_save
         # Raising on one rank only would leave the others waiting in their next collective: with several ranks the
         # failure travels with the next step's reduction and is raised by all of them there.
@@ -111,6 +180,8 @@ class StateStore:
         )
         if strict and not written:
             self._failed = str(directory)
+        if written:
+            forget_note(directory)
         return written
 
     def weights_written(self, directory: str | Path, governed: bool) -> None:
@@ -136,7 +207,7 @@ class StateStore:
             )
 
     def read(
-        self, directory: str | Path, governed: bool, on_missing: OnMissing, step: int | None
+        self, directory: str | Path, governed: bool, on_missing: OnMissing, step: int | None, check_weights: bool = True
     ) -> dict[str, Any] | None:
         """The state in `directory` as :meth:`unpack` takes it, the same on every rank. Collective.
 
@@ -145,9 +216,11 @@ class StateStore:
             governed: the live run has been governed.
             on_missing: what to do where there is none.
             step: optimizer step that the state must be of; None = any.
+            check_weights: hold the live weights against the state's fingerprint.
 
         Raises:
             StateMissingError: there is none, and `on_missing` does not allow that.
+            WeightMismatchError: it is of other weights, and ``CheckpointConfig.other_weights`` is ``"raise"``.
             StateError: torn, foreign, of another schema or step.
         """
         found = read_for_all(directory)
@@ -161,6 +234,13 @@ class StateStore:
                 f"{directory} holds chronomoe state of step {meta['step']}, but the run resumes at step {step}; the "
                 "files of two checkpoints are mixed up"
             )
+        if check_weights:
+            check_meta(meta)
+            layers = self.parts.layers
+            check_layers(
+                meta["layers"], [layer.table_row() for layer in layers], self.parts.config.checkpoint.allow_partial
+            )
+            require_same_weights(layers, meta, directory, self.parts.config.checkpoint.other_weights)
         return {"tensors": tensors, "meta": meta}
 
     @property
@@ -192,7 +272,7 @@ class StateStore:
 # Weights whose routing was governed, loaded without the state that goes with them.
 
 
-def warn_of_unloaded_state(model: nn.Module) -> None:
+def warn_of_unloaded_state(model: nn.Module, layers: list[Layer]) -> None:
     """Warn if `model` came from a local directory whose state steers: without it the same weights route otherwise.
 
     A state that steers nothing in the forward (``observe``, or ``balance`` on a family's own correction bias, which is
@@ -200,6 +280,7 @@ def warn_of_unloaded_state(model: nn.Module) -> None:
 
     Args:
         model: As ``from_pretrained`` returned it; its ``name_or_path`` says where it came from.
+        layers: Its wrapped layers. Of a state that is not of their weights (they were folded since) nothing is said.
     """
     source = getattr(model, "name_or_path", None)
     if not isinstance(source, str) or not source or not distributed.is_main() or not has_state(source):
@@ -211,9 +292,11 @@ def warn_of_unloaded_state(model: nn.Module) -> None:
     steering = manifest.get("steering")
     beta = isinstance(steering, list) and any(steering)
     if manifest.get("governed") is True and (beta or any(name.startswith("lens.") for name in manifest["tensors"])):
+        if foreign_weights(layers, manifest.get("fingerprint", {}), manifest.get("fingerprint_bfloat16", {})):
+            return
         warnings.warn(
             f"the weights of this model come from {short(source)}, where their routing was governed, and without the "
-            "state there they route otherwise: load it with wrap(model, config, state=directory), or resume the "
+            "state there they route otherwise: load it with wrap(model, state=directory), or resume the "
             "Trainer from that checkpoint",
             stacklevel=3,
         )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from chronomoe_hf.telemetry.check import Fault
 
 # Our tensor files, of this version and of earlier ones. Without the manifest beside them nothing was committed.
-TENSOR_FILES = ("chronomoe/state.safetensors", "chronomoe.safetensors")
+TENSOR_FILES = ("chronomoe/state.tensors", "chronomoe/state.safetensors", "chronomoe.safetensors")
 
 
 def register(app: typer.Typer) -> None:

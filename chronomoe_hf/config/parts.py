@@ -443,6 +443,9 @@ class CheckpointConfig(ConfigBase):
         on_missing: ``"auto"`` (warn and start fresh, but raise if the run had acted), ``"fresh"`` or ``"raise"``.
         repair: ``"repair"`` reloads MoE weights that Trainer dropped, ``"raise"`` stops instead, ``"off"`` only warns.
         allow_partial: load matching layers of a state whose layer table differs.
+        other_weights: a state of other weights than the model's (another model, or weights that were trained on or
+            folded since) is refused (``"raise"``), or loaded with a warning (``"warn"``). A Trainer's resume repairs
+            the weights instead.
         strict_save: raise on every rank when state cannot be written.
     """
 
@@ -450,4 +453,5 @@ class CheckpointConfig(ConfigBase):
     on_missing: Literal["auto", "fresh", "raise"] = "auto"
     repair: Literal["repair", "raise", "off"] = "repair"
     allow_partial: bool = False
+    other_weights: Literal["raise", "warn"] = "raise"
     strict_save: bool = False

@@ -258,7 +258,7 @@ class ChronoCallback(TrainerCallback):
         self._log_alone(control)
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None:
-            manifest = system.load(best, on_missing=system.config.checkpoint.on_missing)
+            manifest = system.load(best, on_missing=system.config.checkpoint.on_missing, check_weights=False)
             saved = None if manifest is None else manifest.get("fingerprint")
             check_weights(system, kwargs["model"], Path(best), saved, state.global_step)
         recorded = None if system.records.writer is None else system.records.writer.directory.parent

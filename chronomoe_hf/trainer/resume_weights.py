@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from chronomoe_hf import distributed
+from chronomoe_hf.checkpoint.converted import ConvertedWeights, weight_files
 from chronomoe_hf.checkpoint.fingerprint import UNREADABLE, compare_fingerprints
 from chronomoe_hf.errors import (
     StateCorruptError,
@@ -31,7 +32,6 @@ from chronomoe_hf.errors import (
     WeightMismatchError,
 )
 from chronomoe_hf.system import ChronoSystem
-from chronomoe_hf.trainer.converted import ConvertedWeights, weight_files
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -235,5 +235,7 @@ def restore(system: ChronoSystem, directory: Path, step: int) -> dict[str, str] 
         StateMissingError, StateCorruptError, StateMismatchError, StateSchemaError: see ``ChronoSystem.load``.
         StateError: the state there is of another step.
     """
-    manifest = system.load(directory, on_missing=system.config.checkpoint.on_missing, step=step)
+    on_missing = system.config.checkpoint.on_missing
+    # Trainer may have left weights out: check_weights repairs them after this.
+    manifest = system.load(directory, on_missing=on_missing, step=step, check_weights=False)
     return None if manifest is None else manifest.get("fingerprint")

@@ -67,7 +67,7 @@ def test_the_same_state_gives_the_same_bytes(tmp_path, sample_state) -> None:
 def test_the_manifest_is_json_that_other_tools_read(tmp_path, sample_state) -> None:
     assert write_state(tmp_path, *sample_state(5), strict=True)
     plain = json.loads((tmp_path / STATE_FOLDER / MANIFEST_FILE).read_text(encoding="utf-8"))
-    assert plain["schema_version"] == 2
+    assert plain["schema_version"] == 3
     assert plain["step"] == 5
     assert plain["files"][TENSOR_FILE]["size"] == (tmp_path / STATE_FOLDER / TENSOR_FILE).stat().st_size
     assert plain["tensors"]["half"] == ["BF16", [3, 5]]
@@ -100,7 +100,7 @@ def test_missing_state_is_its_own_error(tmp_path, sample_state) -> None:
         read_state(tmp_path)
     assert write_state(tmp_path, *sample_state(1), strict=True)
     (tmp_path / STATE_FOLDER / TENSOR_FILE).unlink()
-    with pytest.raises(StateCorruptError, match=r"state\.safetensors does not exist"):
+    with pytest.raises(StateCorruptError, match=r"state\.tensors does not exist"):
         read_state(tmp_path)
 
 
@@ -252,17 +252,17 @@ def test_newer_schema_is_refused_newer_minor_warns(tmp_path, sample_state, step_
     assert write_state(tmp_path, *sample_state(1), strict=True)
     reseal(tmp_path, schema_minor=9, invented_later={"x": 1})
     assert step_in(tmp_path) == 1
-    assert f"schema 2.9, newer than 2.{state_format.SCHEMA_MINOR}" in caplog.text
-    reseal(tmp_path, schema_version=3, chronomoe_version="9.9", files="may mean anything now")
-    with pytest.raises(StateSchemaError, match=r"schema version 3.*reads up to 2.*install chronomoe_hf '9\.9'"):
+    assert "schema 3.9, newer than 3.0" in caplog.text
+    reseal(tmp_path, schema_version=4, chronomoe_version="9.9", files="may mean anything now")
+    with pytest.raises(StateSchemaError, match=r"schema version 4.*reads up to 3.*install chronomoe_hf '9\.9'"):
         read_state(tmp_path)
 
 
 def test_older_schemas_go_through_every_migration(tmp_path, sample_state, monkeypatch) -> None:
     assert write_state(tmp_path, *sample_state(1), strict=True)
-    monkeypatch.setattr(migrations, "STATE_SCHEMA", 4)
-    monkeypatch.setattr(state_format, "STATE_SCHEMA", 4)
-    with pytest.raises(StateSchemaError, match="schema version 2, which cannot be migrated"):
+    monkeypatch.setattr(migrations, "STATE_SCHEMA", 5)
+    monkeypatch.setattr(state_format, "STATE_SCHEMA", 5)
+    with pytest.raises(StateSchemaError, match="schema version 3, which cannot be migrated"):
         read_state(tmp_path)
     trail = []
 
@@ -270,9 +270,9 @@ def test_older_schemas_go_through_every_migration(tmp_path, sample_state, monkey
         trail.append(meta["schema_version"])
         return {**tensors, f"added_{len(trail)}": torch.zeros(1)}, {**meta, "trail": list(trail)}
 
-    monkeypatch.setattr(migrations, "MIGRATIONS", {2: step, 3: step})
+    monkeypatch.setattr(migrations, "MIGRATIONS", {3: step, 4: step})
     tensors, meta = read_state(tmp_path)
-    assert meta["trail"] == [2, 3] and meta["schema_version"] == 4
+    assert meta["trail"] == [3, 4] and meta["schema_version"] == 5
     assert {"added_1", "added_2"} <= set(tensors)
 
 

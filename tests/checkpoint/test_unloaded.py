@@ -69,7 +69,7 @@ def test_a_wrapped_model_takes_a_state_too(saved) -> None:
 
 def test_a_state_that_cannot_be_loaded_leaves_the_model_as_it_was(saved, tmp_path: Path) -> None:
     directory, _, plain = saved
-    (directory / "chronomoe" / "state.safetensors").write_bytes(b"torn")
+    (directory / "chronomoe" / "state.tensors").write_bytes(b"torn")
     for place, error in ((tmp_path / "typo", StateMissingError), (directory, StateCorruptError)):
         model = AutoModelForCausalLM.from_pretrained(directory)
         classes = [type(module) for module in model.modules()]
@@ -84,7 +84,7 @@ def test_a_state_that_cannot_be_loaded_leaves_the_model_as_it_was(saved, tmp_pat
 def test_weights_without_their_state_are_warned_of(saved) -> None:
     directory, _, plain = saved
     model = AutoModelForCausalLM.from_pretrained(directory)
-    with pytest.warns(UserWarning, match=r"routing was governed.*wrap\(model, config, state=directory\)"):
+    with pytest.warns(UserWarning, match=r"routing was governed.*wrap\(model, state=directory\)"):
         chronomoe_hf.wrap(model, BALANCE)
     assert torch.equal(logits(model), plain)
 

@@ -22,7 +22,7 @@ STRICT = {**GOVERN, "checkpoint": {"strict_save": True}}
 
 def block(root: Path, step: int) -> str:
     """An output directory in which the state of `step` cannot be written."""
-    target = root / f"checkpoint-{step}" / "chronomoe" / "state.safetensors"
+    target = root / f"checkpoint-{step}" / "chronomoe" / "state.tensors"
     target.mkdir(parents=True)
     (target / "in the way").touch()
     return str(root)

@@ -133,7 +133,7 @@ def check_run(path: Path, presets: list[str], layers: int) -> None:
         records = (directory / "chronomoe" / "snapshots.jsonl").read_text().splitlines()
         assert len(records) > 1
         final = directory / "final"
-        assert {"chronomoe/state.json", "chronomoe/state.safetensors", "model.safetensors", "tokenizer.json"} <= {
+        assert {"chronomoe/state.json", "chronomoe/state.tensors", "model.safetensors", "tokenizer.json"} <= {
             str(file.relative_to(final)) for file in final.rglob("*")
         }
 

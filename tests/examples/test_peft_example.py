@@ -38,7 +38,7 @@ def check(directory: Path, preset: str, layers: int) -> None:
     assert all(row["phi_min"] is not None for row in arm["layers"])
     final = directory / preset / "final"
     files = {str(path.relative_to(final)) for path in final.rglob("*")}
-    assert {"adapter_model.safetensors", "chronomoe/state.json", "chronomoe/state.safetensors"} <= files
+    assert {"adapter_model.safetensors", "chronomoe/state.json", "chronomoe/state.tensors"} <= files
     assert "model.safetensors" not in files
     assert len((directory / preset / "chronomoe" / "snapshots.jsonl").read_text().splitlines()) > 1
 

@@ -32,7 +32,7 @@ from chronomoe_hf.errors import (
 )
 from chronomoe_hf.telemetry import read_jsonl
 
-STATE_FILES = {"chronomoe/state.json", "chronomoe/state.safetensors"}
+STATE_FILES = {"chronomoe/state.json", "chronomoe/state.tensors"}
 # Every gate wide open, and windows of 3 steps, so that the checkpoint at step 4 lies inside one.
 GOVERN: dict[str, Any] = {
     "interval": 3,
@@ -243,7 +243,7 @@ def test_saving_one_rank_alone_is_legal(tmp_path: Path) -> None:
 
 
 def test_strict_save_raises_at_once_in_one_process(tmp_path: Path) -> None:
-    blocked = tmp_path / "checkpoint-4" / "chronomoe" / "state.safetensors"
+    blocked = tmp_path / "checkpoint-4" / "chronomoe" / "state.tensors"
     blocked.mkdir(parents=True)
     (blocked / "in the way").touch()
     job = govern(tmp_path, config={**GOVERN, "checkpoint": {"strict_save": True}})

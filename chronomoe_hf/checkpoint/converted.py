@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +111,7 @@ class ConvertedWeights:
         model: Says which family's conversions apply.
         directory: Holds safetensors weights that ``save_pretrained`` wrote.
         live: The model's ``state_dict``: names, shapes and dtypes to convert to.
+        only: Names of the model's tensors that are wanted; None = all. Nothing else is read.
 
     Raises:
         StateMissingError: There are no safetensors weights.
@@ -119,12 +120,16 @@ class ConvertedWeights:
         Exception: Whatever Transformers raises where it cannot convert; nothing was read then.
     """
 
-    def __init__(self, model: PreTrainedModel, directory: Path, live: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, directory: Path, live: Mapping[str, Tensor], only: Collection[str] | None = None
+    ) -> None:
         self._model = model
         self._live = live
         self._files = _Files(weight_files(directory))
         try:
             self._groups = _grouped(model, self._files.where, live)
+            if only is not None:
+                self._groups = {name: group for name, group in self._groups.items() if name in only}
             self._check_shapes(directory)
         except BaseException:
             self._files.close()
