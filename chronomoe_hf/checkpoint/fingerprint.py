@@ -42,11 +42,11 @@ def fingerprint(entries: Iterable[tuple[str, Tensor]], sampled: Iterable[tuple[s
     lines: dict[str, str] = {}
     for whole, group in ((True, entries), (False, sampled)):
         for name, tensor in group:
-            lines[name] = _line(tensor, whole)
+            lines[name] = line_of(tensor, whole)
     return lines
 
 
-def _line(tensor: Tensor, whole: bool, dtype: torch.dtype | None = None) -> str:
+def line_of(tensor: Tensor, whole: bool, dtype: torch.dtype | None = None) -> str:
     """The line of a tensor, or of what it is when rounded to `dtype`."""
     if tensor.is_meta or is_sharded(tensor) or is_traceable_wrapper_subclass(tensor):
         return UNREADABLE  # a tensor that stands for several others (torchao) has no bytes of its own
@@ -100,7 +100,7 @@ def _own_path(name: str, live: Mapping[str, str]) -> str:
 
 def live_fingerprint(layers: Sequence[Layer]) -> dict[str, str]:
     """Fingerprint of every router parameter and of a slice of every expert tensor, by name; see ``fingerprint``."""
-    entries = _entries(layers).items()
+    entries = entries_of(layers).items()
     return fingerprint(
         [(name, tensor) for name, (tensor, whole) in entries if whole],
         [(name, tensor) for name, (tensor, whole) in entries if not whole],
@@ -110,8 +110,8 @@ def live_fingerprint(layers: Sequence[Layer]) -> dict[str, str]:
 def rounded_fingerprint(layers: Sequence[Layer]) -> dict[str, str]:
     """The lines that fp32 weights have once they are rounded to bf16, so that a bf16 reload can be told from others."""
     return {
-        name: _line(tensor, whole, torch.bfloat16)
-        for name, (tensor, whole) in _entries(layers).items()
+        name: line_of(tensor, whole, torch.bfloat16)
+        for name, (tensor, whole) in entries_of(layers).items()
         if tensor.dtype == torch.float32
     }
 
@@ -128,7 +128,7 @@ def foreign_weights(layers: Sequence[Layer], saved: Mapping[str, str], rounded: 
         saved: what :func:`live_fingerprint` gave when the state was saved.
         rounded: what :func:`rounded_fingerprint` gave; empty for states before schema 3.
     """
-    entries = _entries(layers)
+    entries = entries_of(layers)
     names = {name: "" for name in entries}
     lines = {_own_path(name, names): line for name, line in saved.items()}
     bf16 = {_own_path(name, names): line for name, line in rounded.items()}
@@ -140,22 +140,22 @@ def foreign_weights(layers: Sequence[Layer], saved: Mapping[str, str], rounded: 
 
 
 def _same_weight(saved: str, rounded: str | None, tensor: Tensor, whole: bool) -> bool:
-    own = _line(tensor, whole)
+    own = line_of(tensor, whole)
     if saved == own or UNREADABLE in (saved, own):
         return True
     before = _FLOATS.get(saved.partition(" ")[0])
     if before is None or tensor.dtype not in _FLOATS.values():
         return saved.partition(" ")[0] != _word(tensor.dtype)  # quantized on one side: nothing to compare
     if torch.finfo(tensor.dtype).bits > torch.finfo(before).bits:
-        return _line(tensor, whole, before) == saved
+        return line_of(tensor, whole, before) == saved
     if rounded is None:
         return before != tensor.dtype
     # Loaded in bf16, and perhaps made wider again: every number of it is one of bf16.
-    through_bf16 = tensor.dtype == torch.bfloat16 or _line(tensor.bfloat16().to(tensor.dtype), whole) == own
-    return _line(tensor, whole, torch.bfloat16) == rounded if through_bf16 else False
+    through_bf16 = tensor.dtype == torch.bfloat16 or line_of(tensor.bfloat16().to(tensor.dtype), whole) == own
+    return line_of(tensor, whole, torch.bfloat16) == rounded if through_bf16 else False
 
 
-def _entries(layers: Sequence[Layer]) -> dict[str, tuple[Tensor, bool]]:
+def entries_of(layers: Sequence[Layer]) -> dict[str, tuple[Tensor, bool]]:
     """Name -> (parameter, whether it is read whole) of routers and experts."""
     entries: dict[str, tuple[Tensor, bool]] = {}
     for layer in layers:

@@ -286,7 +286,7 @@ def remove_state(directory: str | Path) -> None:
     for path in (pair.manifest, pair.tensors, pair.previous):
         _remove(path)
     _remove_earlier(pair)
-    _remove_old(directory)
+    _remove_old(Path(directory))
 
 
 def _remove_earlier(pair: _Pair) -> None:

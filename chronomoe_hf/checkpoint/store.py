@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,7 +100,7 @@ def saved_config(directory: str | Path) -> ChronoConfig:
         ) from error
 
 
-def require_same_weights(layers: list[Layer], meta: dict[str, Any], directory: str | Path, policy: str) -> None:
+def require_same_weights(layers: Sequence[Layer], meta: dict[str, Any], directory: str | Path, policy: str) -> None:
     """Check that the live weights are those that a state was saved with, on the main process for all. Collective.
 
     Args:
@@ -111,7 +112,7 @@ def require_same_weights(layers: list[Layer], meta: dict[str, Any], directory: s
     Raises:
         WeightMismatchError: they are not, and `policy` is ``"raise"``.
     """
-    wrong: list[str] = []
+    wrong: Any = []
     if distributed.is_main():
         wrong = foreign_weights(layers, meta.get("fingerprint", {}), meta.get("fingerprint_bfloat16", {}))
     wrong = distributed.broadcast_object(wrong)
@@ -272,7 +273,7 @@ class StateStore:
 # Weights whose routing was governed, loaded without the state that goes with them.
 
 
-def warn_of_unloaded_state(model: nn.Module, layers: list[Layer]) -> None:
+def warn_of_unloaded_state(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Warn if `model` came from a local directory whose state steers: without it the same weights route otherwise.
 
     A state that steers nothing in the forward (``observe``, or ``balance`` on a family's own correction bias, which is

@@ -119,5 +119,17 @@ def lines(report: ExportReport) -> list[str]:
         f"{report.parameters_before / 1e6:,.1f} -> {report.parameters_after / 1e6:,.1f} million parameters",
         f"{report.bytes_before / 1e6:,.1f} -> {report.bytes_after / 1e6:,.1f} MB in {report.seconds:.1f} s",
         checked,
+        *_left(report),
         f"checkpoint: {report.directory}",
     ]
+
+
+def _left(report: ExportReport) -> list[str]:
+    """What the weights alone do not hold."""
+    lines = []
+    if report.dropped_tensors:
+        lines.append(f"{report.dropped_tensors} tensors that the model of Transformers does not have were left out")
+    if report.steering is not None:
+        lines.append(f"its routing was governed: the folder chronomoe holds {report.steering}")
+        lines.append("a plain reload routes without it; wrap(model, state=directory) loads it")
+    return lines

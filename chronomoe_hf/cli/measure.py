@@ -25,6 +25,9 @@ def measure(
     plan: models.PlanOption,
     data: Annotated[str, typer.Option("--data", help="Held-out text: a file or a Hub name.")],
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Most tokens to read.")] = 32_768,
+    state: Annotated[
+        bool, typer.Option("--state/--no-state", help="Load the steering that lies in MODEL, and measure with it.")
+    ] = False,
     controls: Annotated[int, typer.Option("--controls", min=0, help="Random plans to compare with.")] = 5,
     worst: Annotated[bool, typer.Option("--worst/--no-worst", help="Also the plan that drops the best.")] = True,
     leave_one_out: Annotated[
@@ -56,11 +59,19 @@ def measure(
         batch_size=batch_size,
         column=column,
     )
+    steered = models.steering_note(model, loaded=state)
+    if state:
+        from chronomoe_hf import wrap
+
+        wrap(loaded, state=models.local_directory(model)).eval()
     effect = lifecycle.measure(loaded, made, batches, controls=controls, worst=worst, leave_one_out=alone)
     if as_json:
-        print_json(effect.to_record())
-    else:
-        print_effect(effect, console())
+        print_json({**effect.to_record(), "steering": steered, "state_loaded": state})
+        return
+    screen = console()
+    if steered is not None:
+        screen.print(steered, soft_wrap=True)
+    print_effect(effect, screen)
 
 
 def print_effect(effect: Effect, screen: Console) -> None:

@@ -104,6 +104,20 @@ def local_directory(name: str) -> Path:
         raise WrapError(f"{name} is neither a directory nor a model that can be fetched: {_first(error)}") from error
 
 
+def steering_note(name: str, loaded: bool) -> str | None:
+    """What to say of a state in the model's directory that steers; None where there is none."""
+    from chronomoe_hf.checkpoint.steering import steering
+
+    found = steering(name) if Path(name).is_dir() else None
+    if found is None:
+        return None
+    if loaded:
+        return f"measured with the steering that lies in {name}: {found}"
+    return (
+        f"the routing of {name} was governed: its folder chronomoe holds {found}; it is not loaded here (--state does)"
+    )
+
+
 def _first(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -31,6 +31,8 @@ class ExportReport:
         max_difference: largest difference of a logit from the masked model; None with ``"shapes"``.
         tolerance: what was allowed.
         state: whether a state of chronomoe_hf was cut along.
+        steering: what of that state acts only where it is loaded, in words; None = a plain reload routes as it should.
+        dropped_tensors: tensors of the source that the model does not have, left out (``drop_unknown``).
         seconds: wall time.
     """
 
@@ -46,6 +48,8 @@ class ExportReport:
     max_difference: float | None
     tolerance: float | None
     state: bool
+    steering: str | None = None
+    dropped_tensors: int = 0
     seconds: float
 
     def to_record(self) -> dict[str, Any]:
@@ -137,7 +141,18 @@ def _section(plan: PrunePlan, report: ExportReport, extra: dict[str, Any]) -> st
             f"- Loaded again and compared with the full model under a mask: largest difference of a logit "
             f"{report.max_difference:.1e}."
         )
-    lines.append("- It loads with `from_pretrained` of Transformers; nothing else is needed. Made with chronomoe_hf.")
+    if report.dropped_tensors:
+        lines.append(f"- {report.dropped_tensors} tensors that the model of Transformers does not have were left out.")
+    if report.steering is None:
+        lines.append(
+            "- It loads with `from_pretrained` of Transformers; nothing else is needed. Made with chronomoe_hf."
+        )
+    else:
+        lines.append(
+            f"- It loads with `from_pretrained` of Transformers, but **its routing was governed**, and the folder "
+            f"`chronomoe` holds {report.steering}. A plain reload and serving engines route without it; "
+            "`chronomoe_hf.wrap(model, state=directory)` gives it back. Made with chronomoe_hf."
+        )
     return "\n".join(lines)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +59,7 @@ def cut_config(config: PreTrainedConfig, layers: list[FoundLayer], plan: PrunePl
         raise ExportError("the layers have different numbers of experts; one config field cannot hold them")
     out = copy.deepcopy(config)
     owners = [layer.owner.config for layer in layers if isinstance(layer.owner, PreTrainedModel)]
-    for (_, old), (_, new) in zip(_tree(config), _tree(out), strict=True):
+    for (_, old), (_, new) in zip(config_tree(config), config_tree(out), strict=True):
         if any(old is owner or type(old) is type(owner) for owner in owners):
             for name in COUNTS:
                 value = vars(new).get(name)
@@ -72,12 +70,15 @@ def cut_config(config: PreTrainedConfig, layers: list[FoundLayer], plan: PrunePl
     return out
 
 
-def _tree(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+def config_tree(
+    config: PreTrainedConfig, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+    """A config and the configs in it, with their paths."""
     yield path, config
     for name in sorted(vars(config)):
         value = vars(config)[name]
         if isinstance(value, PreTrainedConfig) and not name.startswith("_"):
-            yield from _tree(value, (*path, name))
+            yield from config_tree(value, (*path, name))
 
 
 def small_on_meta(model: PreTrainedModel, config: PreTrainedConfig, plan: PrunePlan) -> PreTrainedModel:
@@ -123,21 +124,3 @@ def owners_of(model: nn.Module, layers: list[FoundLayer], names: Mapping[str, An
         if inside:
             out[name] = max(inside)[1]
     return out
-
-
-def write_both_names(path: Path, config: PreTrainedConfig) -> None:
-    """Give ``config.json`` every name of the count that readers of the family use, with the same value.
-
-    Transformers 5 writes one name and reads both; other readers know the one that the published configs have.
-    """
-    data = json.loads(path.read_text(encoding="utf-8"))
-    for where, node in _tree(config):
-        target = data
-        for part in where:
-            target = target.get(part) if isinstance(target, dict) else None
-        if not isinstance(target, dict):
-            continue
-        for alias, name in (getattr(type(node), "attribute_map", None) or {}).items():
-            if name in COUNTS and name in target:
-                target[alias] = target[name]
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,11 +6,12 @@ config is asked of Transformers: a model without storage, sent through the conve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from chronomoe_hf.errors import ExportError
 from chronomoe_hf.export.cut_model import owners_of, shapes_of
@@ -18,6 +19,20 @@ from chronomoe_hf.export.slicing import Piece, Shapes, cut_table
 from chronomoe_hf.export.tensor_files import Stored
 from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.wrapping.discovery import FoundLayer, find_layers
+
+
+def writes_published_names(model: PreTrainedModel) -> bool:
+    """Whether saving `model` writes the published names, one an expert, where its family has them.
+
+    Transformers reverses only the conversions that it made when the model was loaded: none, if the files had the names
+    that the model has in memory. Without a note of them it reverses those of the family.
+    """
+    used = model.__dict__.get("_weight_conversions")
+    if used is None:
+        return False
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    splits = [entry for entry in known if isinstance(entry, WeightConverter)]
+    return not splits or any(isinstance(entry, WeightConverter) for entry in used)
 
 
 def disk_pieces(
@@ -29,8 +44,8 @@ def disk_pieces(
     *,
     quantized: bool,
     drop_unknown: bool,
-) -> dict[str, Piece]:
-    """The piece of every tensor of the new files.
+) -> tuple[dict[str, Piece], list[str]]:
+    """The piece of every tensor of the new files, and the names of what is left out: the model does not have it.
 
     Args:
         big: the model of the checkpoint's config, without storage.
@@ -55,7 +70,7 @@ def disk_pieces(
     pieces = {}
     for name, piece in table.items():
         if piece.source in stored:
-            pieces[name] = _checked(name, piece, stored[piece.source], plan)
+            pieces[name] = checked(name, piece, stored[piece.source], plan)
     unknown = []
     for name in stored:
         if name not in old:
@@ -64,13 +79,22 @@ def disk_pieces(
                 unknown.append(name)
             else:
                 pieces |= _following(name, model_name, targets.get(model_name, []), table, stored[name], plan)
+    require_unknown_dropped(unknown, drop_unknown)
+    return pieces, unknown
+
+
+def require_unknown_dropped(unknown: Sequence[str], drop_unknown: bool) -> None:
+    """Tensors that the model does not have are left out only where that was asked for.
+
+    Raises:
+        ExportError: there are some, and it was not.
+    """
     if unknown and not drop_unknown:
         raise ExportError(
             f"{len(unknown)} tensors in the files are not part of the model that Transformers builds (first: "
             f"{unknown[0]}), a next-token head perhaps; whether they depend on the experts is not known. "
-            "drop_unknown=True leaves them out"
+            "drop_unknown=True (--drop-unknown) leaves them out"
         )
-    return pieces
 
 
 def on_disk(model: PreTrainedModel) -> Shapes:
@@ -92,16 +116,21 @@ def _disk_owners(model: PreTrainedModel, layers: list[FoundLayer]) -> dict[str, 
     return {name: at for at, part in by_layer.items() for name in _reverted(model, part)}
 
 
-def _tied(model: PreTrainedModel) -> set[str]:
-    """Names in the files of tensors that are another tensor too, and need not be there."""
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Names in memory of tensors that are another tensor too."""
     seen: dict[int, str] = {}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for name, value in model.state_dict(keep_vars=True).items():
         first = seen.setdefault(id(value), name)
         if first != name:
             tied |= {first, name}
+    return tied
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Names in the files of tensors that are another tensor too, and need not be there."""
     tensors = model.state_dict()
-    return set(_reverted(model, {name: tensors[name] for name in tied if name in tensors}))
+    return set(_reverted(model, {name: tensors[name] for name in tied_names(model) if name in tensors}))
 
 
 def _require_known(stored: Mapping[str, Stored], old: Shapes, absent: set[str], quantized: bool) -> None:
@@ -110,7 +139,8 @@ def _require_known(stored: Mapping[str, Stored], old: Shapes, absent: set[str], 
     if absent:
         raise ExportError(
             f"{len(absent)} of the model's tensors are not in the files (first: {min(absent)}); either the checkpoint "
-            "is not whole, or it has other names than this Transformers writes: load and save it once, and cut that"
+            "is not whole, or its names are neither those of the model nor those that this Transformers writes. If "
+            "from_pretrained loads it, cut the loaded model: lifecycle.export"
         )
     for name, entry in stored.items():
         if name in old and entry.shape != old[name]:
@@ -120,7 +150,7 @@ def _require_known(stored: Mapping[str, Stored], old: Shapes, absent: set[str], 
             )
 
 
-def _checked(name: str, piece: Piece, entry: Stored, plan: PrunePlan) -> Piece:
+def checked(name: str, piece: Piece, entry: Stored, plan: PrunePlan) -> Piece:
     """`piece`, if the tensor in the file has one row an expert along its axis (a packed one may have other sizes)."""
     if piece.axis is not None:
         num_experts = plan.specs[0].num_experts
@@ -153,7 +183,7 @@ def _following(
             new_name = target + name.removeprefix(model_name)
         else:
             new_name = f"{target.rpartition('.')[0]}.{name.rpartition('.')[2]}"
-        out[new_name] = _checked(name, Piece(name, piece.axis, piece.ids), entry, plan)
+        out[new_name] = checked(name, Piece(name, piece.axis, piece.ids), entry, plan)
     return out
 
 

@@ -12,24 +12,30 @@ from typing import Literal, get_args
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from chronomoe_hf.checkpoint.file_fingerprint import file_fingerprint
 from chronomoe_hf.checkpoint.fingerprint import UNREADABLE
 from chronomoe_hf.checkpoint.state_file import has_state, read_state, write_state
+from chronomoe_hf.checkpoint.steering import steering
 from chronomoe_hf.errors import ExportError
 from chronomoe_hf.export.card import ExportReport, write_card, write_plan
-from chronomoe_hf.export.cut_model import check_plan, cut_config, small_on_meta, write_both_names
+from chronomoe_hf.export.config_file import write_cut_config
+from chronomoe_hf.export.cut_model import check_plan, cut_config, small_on_meta
 from chronomoe_hf.export.cut_state import cut_state
 from chronomoe_hf.export.disk_names import disk_pieces, require_names
 from chronomoe_hf.export.live import details, fresh_target, make_report, reload, staged
+from chronomoe_hf.export.memory_names import has_memory_names, memory_pieces, write_published_names
 from chronomoe_hf.export.slicing import Piece
 from chronomoe_hf.export.tensor_files import Stored, measure_pieces, read_tables, write_checkpoint
 from chronomoe_hf.export.verify import Comparison, masked_logits, probe_batches, require_close
 from chronomoe_hf.lifecycle.pruning.measure import Effect
 from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
+from chronomoe_hf.wrapping.discovery import find_layers
 from chronomoe_hf.wrapping.support import build_on_meta, load_config
 
 Check = Literal["auto", "logits", "shapes"]
 _SPARE = 1.5  # times the weights' bytes, for a comparison of logits
 _KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken")
+_KEPT_FOLDERS = ("additional_chat_templates",)
 _NOT_KEPT = ("config.json", "trainer_state.json", "prune_plan.json", "chronomoe.json", "run_manifest.json")
 
 
@@ -72,21 +78,27 @@ def export_checkpoint(
     layers = check_plan(big, plan)
     small_config = cut_config(config, layers, plan)
     small = small_on_meta(big, small_config, plan)
-    pieces = disk_pieces(big, small, layers, plan, stored, quantized=_is_quantized(config), drop_unknown=drop_unknown)
+    fused = not _is_quantized(config) and has_memory_names(big, stored)
+    if fused:
+        pieces, dropped = memory_pieces(big, small, layers, plan, stored, drop_unknown=drop_unknown)
+    else:
+        quantized = _is_quantized(config)
+        pieces, dropped = disk_pieces(big, small, layers, plan, stored, quantized=quantized, drop_unknown=drop_unknown)
     how = _how(check, config, stored)
     want = _masked_logits(type(big), source, plan) if how == "logits" else None
     extra = details(effect, None)
     with staged(target) as folder:
         written = write_checkpoint(folder, stored, pieces, metadata)
+        if fused:
+            write_published_names(folder, small, metadata)
         _copy_others(source, folder)
-        small_config.save_pretrained(folder)
-        write_both_names(folder / "config.json", small_config)
+        write_cut_config(source, folder, config, small_config, heads_dropped=bool(dropped))
         require_names(small, read_tables(folder)[0], quantized=_is_quantized(config))
         compared = None if want is None else _compare(type(big), folder, want)
-        state = _cut_state_file(source, folder, plan)
-        whole = {name: Piece(name) for name in stored}
-        sizes = (measure_pieces(stored, whole), written)
-        report = make_report(target, plan, sizes, compared, state, started)
+        state = _cut_state_file(source, folder, plan, small)
+        whole = measure_pieces(stored, {name: Piece(name) for name in stored})
+        sizes = (_counted(big, whole, config), _counted(small, written, config))
+        report = make_report(target, plan, sizes, compared, state, steering(folder), started, len(dropped))
         write_plan(folder, plan, {**extra, "export": report.to_record()})
         write_card(folder, plan, report, extra)
     return report
@@ -97,6 +109,11 @@ def export_checkpoint(
 
 def _is_quantized(config: PreTrainedConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
+
+
+def _counted(model: PreTrainedModel, found: tuple[int, int], config: PreTrainedConfig) -> tuple[int, int]:
+    """Parameters and bytes: the files of a quantized checkpoint hold packed numbers and scales, the model says more."""
+    return (sum(p.numel() for p in model.parameters()), found[1]) if _is_quantized(config) else found
 
 
 def _how(check: Check, config: PreTrainedConfig, stored: Mapping[str, Stored]) -> Check:
@@ -138,13 +155,18 @@ def _copy_others(source: Path, folder: Path) -> None:
         wanted = path.suffix in _KEPT_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and wanted and path.name not in _NOT_KEPT and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
+    for name in _KEPT_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
 
 
-def _cut_state_file(source: Path, folder: Path, plan: PrunePlan) -> bool:
+def _cut_state_file(source: Path, folder: Path, plan: PrunePlan, small: PreTrainedModel) -> bool:
     if not has_state(source):
         return False
     tensors, meta = read_state(source)
     tensors, meta = cut_state(tensors, meta, plan)
-    # The weights were never loaded, so there is nothing to take a fingerprint of; this word compares equal to anything.
-    meta["fingerprint"] = dict.fromkeys(meta.get("fingerprint", {}), UNREADABLE)
+    # The weights were never loaded: routers are read, for the others stands a word that compares equal to anything.
+    blind = dict.fromkeys(meta.get("fingerprint", {}), UNREADABLE)
+    lines, rounded = file_fingerprint(small, find_layers(small)[0], folder)
+    meta["fingerprint"], meta["fingerprint_bfloat16"] = {**blind, **lines}, rounded
     return write_state(folder, tensors, meta, strict=True)

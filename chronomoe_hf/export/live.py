@@ -21,20 +21,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chronomoe_hf import distributed
-from chronomoe_hf.checkpoint.fingerprint import live_fingerprint
+from chronomoe_hf.checkpoint.fingerprint import live_fingerprint, rounded_fingerprint
 from chronomoe_hf.checkpoint.state_file import write_state
+from chronomoe_hf.checkpoint.steering import steering
 from chronomoe_hf.distributed import is_sharded
 from chronomoe_hf.errors import ExportError
 from chronomoe_hf.export.card import ExportReport, write_card, write_plan
+from chronomoe_hf.export.config_file import complete_config
 from chronomoe_hf.export.cut_model import (
     check_plan,
     cut_config,
     owners_of,
     shapes_of,
     small_on_meta,
-    write_both_names,
 )
 from chronomoe_hf.export.cut_state import cut_state
+from chronomoe_hf.export.disk_names import writes_published_names
 from chronomoe_hf.export.slicing import Piece, cut_table
 from chronomoe_hf.export.verify import Comparison, masked_logits, probe_batches, require_close, require_same_weights
 from chronomoe_hf.lifecycle.live.model import Batch, input_device
@@ -98,7 +100,7 @@ def export(
     extra = details(effect, refit)
     with staged(target) as folder:
         small.save_pretrained(folder, max_shard_size=max_shard_size)
-        write_both_names(folder / "config.json", config)
+        complete_config(folder, config)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         sizes = (size_of(old, root), size_of(small.state_dict(), small))
@@ -107,7 +109,7 @@ def export(
         del small
         compared = require_close(want, reloaded, probe, tolerance)
         state = _save_state(model, reloaded, plan, folder)
-        report = make_report(target, plan, sizes, compared, state, started)
+        report = make_report(target, plan, sizes, compared, state, steering(folder), started)
         write_plan(folder, plan, {**extra, "export": report.to_record()})
         write_card(folder, plan, report, extra)
     return report
@@ -213,7 +215,9 @@ def make_report(
     sizes: tuple[tuple[int, int], tuple[int, int]],
     compared: Comparison | None,
     state: bool,
+    steered: str | None,
     started: float,
+    dropped: int = 0,
 ) -> ExportReport:
     """The report of an export that began at `started`."""
     return ExportReport(
@@ -229,6 +233,8 @@ def make_report(
         max_difference=None if compared is None else compared.difference,
         tolerance=None if compared is None else compared.limit,
         state=state,
+        steering=steered,
+        dropped_tensors=dropped,
         seconds=time.perf_counter() - started,
     )
 
@@ -277,9 +283,10 @@ def _fill(small: PreTrainedModel, root: PreTrainedModel, old: Mapping[str, Tenso
             path, _, last = name.rpartition(".")
             small.get_submodule(path)._buffers[last] = live[name]
     small.tie_weights()
-    for name in ("_weight_conversions", "generation_config"):
-        if name in root.__dict__:
-            setattr(small, name, copy.copy(root.__dict__[name]))
+    if "generation_config" in root.__dict__:
+        small.generation_config = copy.copy(root.__dict__["generation_config"])
+    if writes_published_names(root):
+        small.__dict__["_weight_conversions"] = copy.copy(root.__dict__["_weight_conversions"])
     small.eval()
 
 
@@ -296,5 +303,6 @@ def _save_state(model: nn.Module, reloaded: PreTrainedModel, plan: PrunePlan, fo
         return False
     state = system.state_dict()
     tensors, meta = cut_state(state["tensors"], state["meta"], plan)
-    meta["fingerprint"] = live_fingerprint(cast(Any, find_layers(reloaded)[0]))
+    layers = cast(Any, find_layers(reloaded)[0])
+    meta["fingerprint"], meta["fingerprint_bfloat16"] = live_fingerprint(layers), rounded_fingerprint(layers)
     return write_state(folder, tensors, meta, strict=True)

@@ -36,7 +36,7 @@ from chronomoe_hf.lifecycle.live.model import (
 )
 from chronomoe_hf.lifecycle.live.projections import OutputProjections
 from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
-from chronomoe_hf.wrapping.discovery import FoundLayer
+from chronomoe_hf.wrapping.discovery import FoundLayer, root_of
 
 logger = logging.getLogger("chronomoe_hf")
 FEW_ROWS = 4.0  # tokens per input of a projection below which refit warns
@@ -131,6 +131,11 @@ def refit(
     started = time.perf_counter()
     if distributed.active():
         raise LifecycleError("refit runs in one process; refit the saved model, or on one rank before training")
+    if getattr(root_of(model), "hf_quantizer", None) is not None:
+        raise LifecycleError(
+            f"{type(root_of(model)).__name__} is quantized, its weights cannot be refitted; cut and refit the model "
+            "before it is quantized, then quantize the smaller checkpoint"
+        )
     if not 0.0 < held_out < 1.0:
         raise LifecycleError(f"held_out must be in (0, 1), got {held_out}")
     model = uncompiled(model)
