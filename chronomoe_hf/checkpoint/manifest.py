@@ -319,6 +319,6 @@ def migrate(tensors: Tensors, meta: Meta, source: str) -> tuple[Tensors, Meta]:
                 f"version's {STATE_SCHEMA}; install chronomoe_hf {short(meta.get('chronomoe_version'))}"
             )
         tensors, meta = MIGRATIONS[version](tensors, meta)
-        meta = {**meta, "schema_version": version + 1}
+        meta = {**meta, "schema_version": version + 1, "schema_minor": 0}
     tensors = _without_loss(tensors) if saved < (2, 1) else tensors
     return _with_new_sums(tensors, outputs=saved >= (2, 3)) if saved < (2, 4) else tensors, meta
