@@ -61,7 +61,7 @@ def measure(
     )
     steered = models.steering_note(model, loaded=state)
     if state:
-        from chronomoe_hf import wrap
+        from chronomoe_hf.api import wrap
 
         wrap(loaded, state=models.local_directory(model)).eval()
     effect = lifecycle.measure(loaded, made, batches, controls=controls, worst=worst, leave_one_out=alone)

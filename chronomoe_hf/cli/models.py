@@ -106,7 +106,7 @@ def local_directory(name: str) -> Path:
 
 def steering_note(name: str, loaded: bool) -> str | None:
     """What to say of a state in the model's directory that steers; None where there is none."""
-    from chronomoe_hf.checkpoint.steering import steering
+    from chronomoe_hf.checkpoint.store import steering
 
     found = steering(name) if Path(name).is_dir() else None
     if found is None:

@@ -12,10 +12,9 @@ from typing import Literal, get_args
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from chronomoe_hf.checkpoint.file_fingerprint import file_fingerprint
-from chronomoe_hf.checkpoint.fingerprint import UNREADABLE
+from chronomoe_hf.checkpoint.fingerprint import UNREADABLE, file_fingerprint
 from chronomoe_hf.checkpoint.state_file import has_state, read_state, write_state
-from chronomoe_hf.checkpoint.steering import steering
+from chronomoe_hf.checkpoint.store import steering
 from chronomoe_hf.errors import ExportError
 from chronomoe_hf.export.card import ExportReport, write_card, write_plan
 from chronomoe_hf.export.config_file import write_cut_config

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from chronomoe_hf import distributed
 from chronomoe_hf.checkpoint.fingerprint import live_fingerprint, rounded_fingerprint
 from chronomoe_hf.checkpoint.state_file import write_state
-from chronomoe_hf.checkpoint.steering import steering
+from chronomoe_hf.checkpoint.store import steering
 from chronomoe_hf.distributed import is_sharded
 from chronomoe_hf.errors import ExportError
 from chronomoe_hf.export.card import ExportReport, write_card, write_plan

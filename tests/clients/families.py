@@ -48,7 +48,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "hunyuan_v1_moe": ("HunYuanMoEV1", {"num_experts": 8, "moe_topk": 2}, "lens", 5),
     "glm4_moe": (
         "Glm4Moe",
-        {**_SIGMOID, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+        {**_SIGMOID, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1,
+         "first_k_dense_replace": 1},
         "bias",
         12,
     ),

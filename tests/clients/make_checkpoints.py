@@ -1,4 +1,4 @@
-"""Tiny trained checkpoints of every family, plain, governed, folded, cut and refitted, and what Transformers says of each.
+"""Tiny trained checkpoints of every family and kind, and what Transformers says of each.
 
     python tests/clients/make_checkpoints.py build/clients/checkpoints [family ...]
 
@@ -30,7 +30,7 @@ from chronomoe_hf import ChronoConfig, lifecycle, system_of
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
-import _text_job  # noqa: E402
+import _text_job
 
 PLAIN_STEPS, GOVERNED_STEPS = 30, 16
 _LENS = {"integral_target": 1.0, "integral_gain": 5.0, "min_pressure": 0.0, "lens_spread_max": 1e6}
@@ -92,7 +92,11 @@ def logprobs(model: PreTrainedModel, prompts_NS: Tensor) -> Tensor:
 @torch.no_grad()
 def note(path: Path, model: PreTrainedModel, prompts_NS: Tensor, **more: Tensor) -> None:
     new_NG = model.generate(
-        prompts_NS, attention_mask=torch.ones_like(prompts_NS), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1
+        prompts_NS,
+        attention_mask=torch.ones_like(prompts_NS),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=-1,
     )[:, prompts_NS.shape[1] :]
     arrays = {"prompts": prompts_NS, "logprobs": logprobs(model, prompts_NS), "generated": new_NG, **more}
     np.savez(path, **{name: value.numpy() for name, value in arrays.items()})
