@@ -1,0 +1,128 @@
+"""llama.cpp on checkpoints, through its own converter: all log-probabilities of every prompt position, greedy tokens.
+
+    LLAMA_ENV/bin/python tests/clients/llama_client.py OUT.json CONVERTER DIRECTORY ...
+
+CONVERTER is the ``convert_hf_to_gguf.py`` of the llama.cpp that ``llama-cpp-python`` was built from. The tokenizer is of
+no interest here and not one that the converter knows: prompts are token ids, and the vocabulary is written as a
+SentencePiece one with made-up pieces. Everything else is the converter's. Runs without this library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_CONVERT = """
+import runpy, sys
+converter = sys.argv.pop(1)
+sys.path.insert(0, converter.rpartition("/")[0])
+sys.path.insert(0, converter.rpartition("/")[0] + "/gguf-py")
+sys.argv[0] = converter
+import json
+from pathlib import Path
+def made_up(self):
+    size = json.loads((Path(self.dir_model) / "config.json").read_text())["vocab_size"]
+    import gguf
+    names = [b"<unk>", b"<s>", b"</s>"] + [f"t{at}".encode() for at in range(3, size)]
+    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    self.gguf_writer.add_tokenizer_model("llama")
+    self.gguf_writer.add_tokenizer_pre("default")
+    self.gguf_writer.add_token_list(names)
+    self.gguf_writer.add_token_scores([0.0] * size)
+    self.gguf_writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * (size - 3))
+namespace = {}
+def patch(module):
+    for value in vars(module).values():
+        if isinstance(value, type) and "set_vocab" in vars(value):
+            value.set_vocab = made_up
+text = Path(converter).read_text()
+import types
+module = types.ModuleType("__main__")
+module.__file__ = converter
+sys.modules["__main__"] = module
+head, sep, tail = text.rpartition('if __name__ == "__main__":') if 'if __name__ == "__main__":' in text else text.rpartition("if __name__ == '__main__':")
+exec(compile(head, converter, "exec"), module.__dict__)
+for name, other in list(sys.modules.items()):
+    if name.startswith("conversion") or other is module:
+        patch(other)
+module.__dict__["main"]()
+"""
+
+
+def convert(directory: str, converter: str) -> Path:
+    """The GGUF file of a checkpoint, in F32."""
+    out = Path(f"{directory}.gguf")
+    done = subprocess.run(
+        [sys.executable, "-c", _CONVERT, converter, directory, "--outtype", "f32", "--outfile", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "NO_LOCAL_GGUF": ""},
+    )
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        raise RuntimeError(f"the converter: {lines[-1] if lines else done.returncode}")
+    return out
+
+
+def ask(directory: str, converter: str) -> dict[str, Any]:
+    """Differences of all log-probabilities, and how many greedy tokens agree."""
+    import llama_cpp
+
+    said = np.load(f"{directory}.npz")
+    prompts_NS, want_NSV, greedy_NG = said["prompts"], said["logprobs"], said["generated"]
+    path = convert(directory, converter)
+    try:
+        model = llama_cpp.Llama(
+            str(path), n_ctx=128, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False
+        )
+        worst, same, apart = 0.0, 0, 0
+        for n, prompt in enumerate(prompts_NS.tolist()):
+            model.reset()
+            model.eval(prompt)
+            scores_SV = np.array(model.scores[: len(prompt)], dtype=np.float64)
+            got_SV = scores_SV - np.log(np.exp(scores_SV - scores_SV.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            got_SV -= scores_SV.max(-1, keepdims=True)
+            gap_S = np.abs(got_SV - want_NSV[n]).max(-1)
+            worst, apart = max(worst, float(gap_S.max())), apart + int((gap_S > 0.01).sum())
+            for token in greedy_NG[n].tolist():
+                same += int(int(np.argmax(model.scores[model.n_tokens - 1])) == token)
+                model.eval([token])
+        model.close()
+    finally:
+        path.unlink(missing_ok=True)
+    return {
+        "difference": worst,
+        "positions": int(prompts_NS.size),
+        "apart": apart,
+        "same_tokens": same,
+        "tokens": int(greedy_NG.size),
+    }
+
+
+def main() -> None:
+    out, converter, *directories = sys.argv[1:]
+    if directories[0] == "--one":  # a process of its own: llama.cpp aborts where it cannot go on
+        print(json.dumps(ask(directories[1], converter)))
+        return
+    results: dict[str, Any] = {}
+    for directory in directories:
+        command = [sys.executable, __file__, out, converter, "--one", directory]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            results[directory] = json.loads(done.stdout.strip().splitlines()[-1])
+        else:
+            lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or [f"status {done.returncode}"]
+            results[directory] = {"error": lines[-1][:200]}
+        print(directory, results[directory], flush=True)
+        Path(out).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""An older Transformers on checkpoints: log-probabilities at every prompt position. Runs without this library.
+
+TRANSFORMERS_4_ENV/bin/python tests/clients/transformers_client.py OUT.json DIRECTORY ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def ask(directory: str) -> dict[str, Any]:
+    """Largest difference of a log-probability over the whole vocabulary."""
+    said = np.load(f"{directory}.npz")
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    left = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+    if left:
+        return {"error": f"does not load strictly: {left[0]}"}
+    with torch.no_grad():
+        got_NSV = model.eval()(input_ids=torch.from_numpy(said["prompts"])).logits.float().log_softmax(-1).numpy()
+    difference = np.abs(got_NSV - said["logprobs"])
+    return {"difference": float(difference.max()), "positions": int(difference.shape[0] * difference.shape[1])}
+
+
+def main() -> None:
+    out, *directories = sys.argv[1:]
+    results: dict[str, Any] = {}
+    for directory in directories:
+        try:
+            results[directory] = ask(directory)
+        except Exception as error:
+            results[directory] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+        print(directory, results[directory], flush=True)
+        Path(out).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
