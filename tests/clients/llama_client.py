@@ -2,8 +2,8 @@
 
     LLAMA_ENV/bin/python tests/clients/llama_client.py OUT.json CONVERTER DIRECTORY ...
 
-CONVERTER is the ``convert_hf_to_gguf.py`` of the llama.cpp that ``llama-cpp-python`` was built from. The tokenizer is of
-no interest here and not one that the converter knows: prompts are token ids, and the vocabulary is written as a
+CONVERTER is the ``convert_hf_to_gguf.py`` of the llama.cpp that ``llama-cpp-python`` was built from. The tokenizer is
+not one that the converter knows, and of no interest here: prompts are token ids, and the vocabulary is written as a
 SentencePiece one with made-up pieces. Everything else is the converter's. Runs without this library.
 """
 
@@ -46,7 +46,8 @@ import types
 module = types.ModuleType("__main__")
 module.__file__ = converter
 sys.modules["__main__"] = module
-head, sep, tail = text.rpartition('if __name__ == "__main__":') if 'if __name__ == "__main__":' in text else text.rpartition("if __name__ == '__main__':")
+start = "if __name__ == "
+head = text[: text.rindex(start)]
 exec(compile(head, converter, "exec"), module.__dict__)
 for name, other in list(sys.modules.items()):
     if name.startswith("conversion") or other is module:
