@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -59,6 +60,8 @@ def wrap(model: Model, config: ChronoConfig | PresetName | None = None, *, state
     """
     _check_model("wrap", model)
     config = as_config(config)
+    if state is not None and not isinstance(state, str | os.PathLike):
+        raise ConfigError(f"wrap(state=...) takes the directory of a checkpoint, got a {type(state).__name__}")
     system = find_system(model)
     if system is not None:
         if config is not None and config != system.config:

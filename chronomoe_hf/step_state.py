@@ -248,6 +248,18 @@ class StepState:
         differs, steered = (self.closed_2L + self._steered()).cpu().tolist()
         return [d / s if s > 0.0 else None for d, s in zip(differs, steered, strict=True)]
 
+    def remember_disagreement(self, shares: Sequence[float | None]) -> None:
+        """Take over what a saved state knew of :meth:`topk_disagreement`, until windows of this run say more.
+
+        Args:
+            shares: per layer; anything but one a layer forgets what was known.
+        """
+        self.closed_2L.zero_()
+        if len(shares) != self.closed_2L.shape[1]:
+            return
+        known = torch.tensor([[share or 0.0, float(share is not None)] for share in shares])
+        self.closed_2L.copy_(known.T.to(self.closed_2L.dtype))
+
     def host(self) -> dict[str, Any]:
         """Everything a snapshot reads, as numpy arrays: one transfer."""
         clocks_CLE = read_clocks(self.ema_CLE, self.updates_LE)

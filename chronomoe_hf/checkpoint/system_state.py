@@ -207,7 +207,7 @@ def _load(
         tensors = {**tensors, **empty}
         window_steps = 0
     parts.step_state.load_state_dict(tensors)
-    parts.step_state.closed_2L.zero_()  # of the run before
+    parts.step_state.remember_disagreement(meta.get("topk_disagreement") or [])
     parts.controller.load_state_dict(meta["controller"])
     parts.lifecycle.load_state_dict(meta["lifecycle"])
     parts.alerts.load_state_dict(meta["alerts"])

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 EVERY = 1_000_000_000
 
 
+THIN = 100  # assignments per expert, on average, below which a ranking is mostly chance
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command()(plan)
@@ -66,10 +69,10 @@ def plan(
     if as_json:
         print_json(made.to_dict())
     else:
-        print_plan(made, out, console())
+        print_plan(made, out, console(), int(keep) if keep >= 1 and keep.is_integer() else None)
 
 
-def print_plan(made: PrunePlan, out: Path | None, screen: Console) -> None:
+def print_plan(made: PrunePlan, out: Path | None, screen: Console, asked: int | None = None) -> None:
     """What goes, layer by layer."""
     source = made.source
     num_experts = made.specs[0].num_experts
@@ -84,7 +87,14 @@ def print_plan(made: PrunePlan, out: Path | None, screen: Console) -> None:
         text = f"layer {layer.spec.layer_id:>3} drops {gone or 'none'}"
         screen.print(text if len(text) <= 79 else f"{text[:76]}...", soft_wrap=True)
     for note in made.notes:
-        screen.print(f"note: {note}")
+        screen.print(f"note: {note}", soft_wrap=True)
+    per_expert = source.tokens * made.specs[0].top_k / num_experts
+    if per_expert < THIN:
+        screen.print(f"note: thin evidence, {per_expert:.0f} assignments an expert (below {THIN}): profile more text")
+    if asked is not None and asked != made.num_kept:
+        screen.print(f"note: {asked} experts were asked for; {made.num_kept} is what --multiple-of allows")
+    if out is None:
+        screen.print("note: nothing was saved; -o plan.json writes the plan")
     if out is not None:
         screen.print(f"plan: {out}", soft_wrap=True)
         screen.print(f"next: chronomoe measure MODEL --plan {out} --data HELD_OUT_TEXT", soft_wrap=True)

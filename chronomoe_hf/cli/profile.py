@@ -46,6 +46,9 @@ def profile(
 ) -> None:
     """Send text through MODEL and record its routing, per domain; no weight changes."""
     sources = named(data or [], domain or [])
+    from chronomoe_hf.profiling.data import check_sources
+
+    check_sources(sources, column)  # before minutes of loading a model
     models.quiet(progress and not as_json)
     from chronomoe_hf.profiling import profile as run
 

@@ -59,10 +59,14 @@ def validate(
             }
         )
     else:
-        for line in (*looked_at, f"{len(faults)} faults" if faults else "no fault found", *map(str, faults)):
+        for line in (*looked_at, _counted(len(faults)), *map(str, faults)):
             print(plain_text(line))
     if faults:
         raise typer.Exit(FOUND)
+
+
+def _counted(number: int) -> str:
+    return "no fault found" if number == 0 else f"{number} fault{'' if number == 1 else 's'}"
 
 
 def state_directories(path: Path) -> list[Path]:

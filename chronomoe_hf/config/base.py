@@ -114,7 +114,7 @@ def check_names(cls: type[ConfigBase], data: Mapping[Any, Any]) -> None:
     for name in data:
         if name in known:
             continue
-        near = _in_a_part(cls, name) or did_you_mean(name, known)
+        near = _in_a_part(cls, name) or _of_a_part(cls, name) or did_you_mean(name, known)
         raise ConfigError(f"{cls.__name__} has no {shown(name)}{near}; known: {', '.join(sorted(known))}")
 
 
@@ -131,6 +131,15 @@ def _in_a_part(cls: type[ConfigBase], name: Any) -> str:
                 f"{item.name}__{field}=..."
             )
     return ""
+
+
+def _of_a_part(cls: type[ConfigBase], name: Any) -> str:
+    """What to write for a field of a part that was given without its part (``rate``), or for ``preset``."""
+    if name == "preset" and any(item.name == "contract" for item in dataclasses.fields(cls)):  # type: ignore[arg-type]
+        return "; did you mean contract?"
+    parts = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    holders = [part for part in parts if (kind := part_of(cls, part)) is not None and name in hints_of(kind)]
+    return f"; did you mean {' or '.join(f'{part}__{name}' for part in holders)}?" if holders else ""
 
 
 def _tree(cls: type[ConfigBase], changes: Mapping[str, Any]) -> dict[str, Any]:

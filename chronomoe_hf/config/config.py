@@ -311,7 +311,11 @@ class ChronoConfig(ConfigBase):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> typing.Self:
         """Read ``chronomoe_config.json`` from `directory` (or the file itself)."""
-        return cls.from_json(files.read(directory))
+        text = files.read(directory)
+        try:
+            return cls.from_json(text)
+        except ConfigError as error:
+            raise ConfigError(f"{os.fspath(directory)}: {error}") from None
 
 
 def as_config(value: ChronoConfig | PresetName | None) -> ChronoConfig | None:

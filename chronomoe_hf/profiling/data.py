@@ -66,6 +66,20 @@ def named_domains(data: Source, column: str) -> list[Domain]:
     return [Domain(name, source, column) for name, source in given.items()]
 
 
+def check_sources(data: Source, column: str = TEXT) -> None:
+    """Whether named files are there, before anything is loaded. Hub names are looked up later.
+
+    Raises:
+        DataError: a file is missing, or a name cannot be a directory.
+    """
+    for domain in named_domains(data, column):
+        name = str(domain.source)
+        if not isinstance(domain.source, str | Path) or Path(name).exists():
+            continue
+        if Path(name).suffix in FORMATS or not _HUB_NAME.fullmatch(name):
+            raise DataError(f"domain {domain.name!r}: there is no file {name}")
+
+
 def domain_name(source: Source) -> str:
     """Name of a domain whose caller gave none: that of its file."""
     if isinstance(source, str | Path):

@@ -81,6 +81,12 @@ def profile(
         NonFiniteLossError: a loss is not finite.
         WrapError: the model cannot be wrapped.
     """
+    for what, given, loader in (("model", model, "AutoModelForCausalLM"), ("tokenizer", tokenizer, "AutoTokenizer")):
+        if isinstance(given, str | Path):
+            raise DataError(
+                f"profile() takes a loaded {what}, got the name {str(given)!r}; give "
+                f"{loader}.from_pretrained({str(given)!r}), or use the command: chronomoe profile {given} --data FILE"
+            )
     domains = named_domains(datasets, column)
     for name, value in (("tokens", tokens), ("length", length), ("batch_size", batch_size), ("interval", interval)):
         if value is not None and value < 1:

@@ -154,6 +154,10 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
     """
     root = Path(run_dir)
     directory = next((d for d in (root / DIRECTORY, root) if any(d.glob("*.jsonl"))), None)
+    if not root.exists():
+        raise TelemetryError(
+            f"there is no directory {root}; give the output_dir of a run or the directory of a profile"
+        )
     if directory is None:
         raise TelemetryError(
             f"no records in {root} or {root / DIRECTORY}; give the output_dir of a run that wrote telemetry "

@@ -61,7 +61,34 @@ def record_faults(directory: str | Path) -> tuple[list[Fault], int]:
         faults += found[:MOST]
         if len(found) > MOST:
             faults.append(Fault(str(path), None, f"{len(found) - MOST} more faults"))
-    return [*faults, *_array_faults(directory), *_manifest_faults(directory, history)], count
+    lacking = _missing_kinds(directory, history)
+    return [*faults, *lacking, *_array_faults(directory), *_manifest_faults(directory, history)], count
+
+
+def _missing_kinds(directory: Path, history: History) -> list[Fault]:
+    """Files that must be there because of what others hold: a window has events and a snapshot, a run its start."""
+
+    def filled(kind: str) -> bool:
+        path = directory / f"{kind}.jsonl"
+        return path.is_file() and any(True for _ in read_lines(path))
+
+    faults = []
+    pairs = (("routing_events", "snapshots"), ("alerts", "snapshots"), ("snapshots", "routing_events"))
+    for has, needs in pairs:
+        if filled(has) and not filled(needs) and not _only_evaluations(directory, has):
+            what = f"is empty or missing, but {has}.jsonl holds records"
+            faults.append(Fault(str(directory / f"{needs}.jsonl"), None, what))
+    if not history.runs and not (directory / MANIFEST).is_file():
+        faults.append(Fault(str(directory / f"{ATTEMPTS}.jsonl"), None, f"is missing, and so is {MANIFEST}"))
+    return list({str(fault): fault for fault in faults}.values())
+
+
+def _only_evaluations(directory: Path, kind: str) -> bool:
+    """Whether a file of events holds nothing but evaluations, which have no snapshot."""
+    if kind != "routing_events":
+        return False
+    records = (record for _, record in read_lines(directory / f"{kind}.jsonl"))
+    return all(record is not None and record.get("mode") == "EVAL" for record in records)
 
 
 def _array_faults(directory: Path) -> list[Fault]:

@@ -109,6 +109,12 @@ def load_config(model_or_path: str) -> PreTrainedConfig:
     if not named or not model_or_path.isprintable():
         raise WrapError(f"a model is named by a directory or a Hub name of 1 to {MAX_NAME} printable characters")
     path = Path(model_or_path)
+    if path.is_dir() and (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise WrapError(
+            f"{path} holds an adapter, no model: merge it into its base model first "
+            "(AutoPeftModelForCausalLM.from_pretrained(directory).merge_and_unload().save_pretrained(new_directory)), "
+            "and give that directory"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise WrapError(
             f"{path} has no config.json; give the directory that save_pretrained wrote (for a run, its checkpoint-N "

@@ -214,7 +214,10 @@ class PrunePlan(Shown):
     @classmethod
     def from_json(cls, text: str) -> PrunePlan:
         """Inverse of :meth:`to_json`. Raises PlanError, see :meth:`from_dict`."""
-        return cls.from_dict(parse_json(text, "the plan", PlanError))
+        data = parse_json(text, "the plan", PlanError)
+        if isinstance(data, dict) and "schema_version" in data and "contract" in data:
+            raise PlanError("this is a config of chronomoe_hf, no plan; give the file that `chronomoe plan -o` wrote")
+        return cls.from_dict(data)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as JSON, whole or not at all."""
