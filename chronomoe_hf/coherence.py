@@ -70,9 +70,24 @@ def phase_coherence(output_ED: Tensor, reference_ED: Tensor) -> tuple[Tensor, Te
 
     Source: docs/concepts.md, "Coherence": phi_e = cos(ybar_e, reference).
     """
-    norm_E = output_ED.norm(dim=-1) * reference_ED.norm(dim=-1)
+    dot_E, (output_E, reference_E) = cosine_parts(output_ED, reference_ED)
+    return cosine(dot_E, output_E * reference_E)
+
+
+def cosine_parts(output_ED: Tensor, reference_ED: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Dot products of the rows, and the norms of both, each ``(E,)``: what :func:`phase_coherence` is made of."""
+    norms = output_ED.norm(dim=-1), reference_ED.norm(dim=-1)
+    return (output_ED * reference_ED).sum(dim=-1), norms
+
+
+def cosine(dot_E: Tensor, norm_E: Tensor) -> tuple[Tensor, Tensor]:
+    """``dot / norm`` in [-1, 1], and where it is one: 0 and False where the norm is zero or not finite.
+
+    Args:
+        dot_E: dot products, any shape.
+        norm_E: products of the norms, the same shape.
+    """
     valid_E = (norm_E > 0) & (norm_E < math.inf)
-    dot_E = (output_ED * reference_ED).sum(dim=-1)
     phi_E = (dot_E / norm_E).masked_fill(~valid_E, 0.0)
     return phi_E.clamp(-1.0, 1.0), valid_E
 

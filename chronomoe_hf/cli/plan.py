@@ -87,7 +87,7 @@ def print_plan(made: PrunePlan, out: Path | None, screen: Console, asked: int | 
         text = f"layer {layer.spec.layer_id:>3} drops {gone or 'none'}"
         screen.print(text if len(text) <= 79 else f"{text[:76]}...", soft_wrap=True)
     for note in made.notes:
-        screen.print(f"note: {note}", soft_wrap=True)
+        screen.print(f"note: {note}")
     per_expert = source.tokens * made.specs[0].top_k / num_experts
     if per_expert < THIN:
         screen.print(f"note: thin evidence, {per_expert:.0f} assignments an expert (below {THIN}): profile more text")

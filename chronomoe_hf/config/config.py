@@ -93,6 +93,7 @@ PRESETS: dict[PresetName, Preset] = {
             "beta.scope": "routing",
             "beta.centred": False,
             "veto.signal": "js",
+            "control.reference": "level",
             "control.gate": "pressure",
             "control.harm.restart": False,
             "lens.basis": "router",

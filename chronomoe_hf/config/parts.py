@@ -154,6 +154,8 @@ class ControlConfig(ConfigBase):
         pressure_decay: pressure <- decay * pressure + (1 - decay) * debt.
         forget_base, forget_gain: forgetting = base + gain * pressure.
         min_pressure: below it the controller abstains and nothing is forgotten.
+        reference: ``"level"`` (debt below the floors, as the original) or ``"baseline"`` (only where the run is below
+            them *and* below its own baseline, and none before that is known).
         gate: ``"integral"`` (leaky integral of the Neff shortfall) or ``"pressure"`` (the original gate).
         integral_target: fraction of E below which the integral gate accumulates.
         integral_min_share: fraction of the fair share below which the idlest expert counts as a shortfall too; it
@@ -180,6 +182,7 @@ class ControlConfig(ConfigBase):
     forget_base: float = 0.02
     forget_gain: float = 0.10
     min_pressure: float = 0.01
+    reference: Literal["level", "baseline"] = "level"
     gate: Literal["integral", "pressure"] = "integral"
     integral_target: float = 0.7
     integral_min_share: float = 0.05
@@ -417,6 +420,7 @@ class TelemetryConfig(ConfigBase):
         baseline: what the run is compared with: ``"windows"`` (its first windows, until every expert could have had
             ``alerts.baseline_tokens`` assignments), ``"forward"`` (a few training batches, read forward only before the
             first step), or the directory of a profile of this model on this data.
+        max_mb: megabytes of records in a directory; from half of it on windows are recorded more and more rarely.
         on_error: ``"warn"`` keeps training when our own code fails, ``"raise"`` stops.
     """
 
@@ -427,11 +431,13 @@ class TelemetryConfig(ConfigBase):
     per_layer_scalars: bool = False
     evaluation: bool = True
     baseline: str | os.PathLike[str] = "windows"
+    max_mb: int | None = 2000
     on_error: Literal["warn", "raise"] = "warn"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
         positive("telemetry.events_every", self.events_every)
+        if self.max_mb is not None:
+            positive("telemetry.max_mb", self.max_mb)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -227,6 +227,8 @@ class Controller:
         config, spread = self.config, layer.lens_spread
         evidence = _evidence(layer)
         debt, quota, harmed = None, None, False
+        if evidence is not None and config.reference == "baseline":
+            evidence = _since_baseline(evidence, layer, self._top_k(layer))
         if evidence is not None:
             fit = lens is None or policy.is_fit(spread, config)
             debt, quota, harmed = self._observe(state, evidence, self._top_k(layer), fit)
@@ -275,13 +277,23 @@ class Controller:
     ) -> tuple[policy.Debt, policy.Quota | None, bool]:
         """Add a window with evidence to the state; returns debt, quota and the harm guard's verdict."""
         config, n_experts = self.config, len(seen.shares) - len(seen.cut)
+        floors = self.floors
+        if seen.before is not None:
+            floors = floors.replace(
+                neff_floor=min(floors.neff_floor, seen.before.n_effective / n_experts),
+                top2_pre=max(floors.top2_pre, min(1.0, seen.before.top2)),
+            )
+            config = config.replace(
+                integral_target=min(config.integral_target, seen.before.n_effective / n_experts),
+                integral_min_share=config.integral_min_share if seen.before.dead_experts == 0 else 0.0,
+            )
         debt = policy.topology_debt(
             n_effective=seen.n_effective,
             top2_share=seen.top2_share,
-            dead_experts=seen.dead_experts,
+            dead_experts=max(0, seen.dead_experts - (0 if seen.before is None else seen.before.dead_experts)),
             n_experts=n_experts,
             top_k=top_k,
-            floors=self.floors,
+            floors=floors,
         )
         quota = policy.quota_of(
             seen.shares,
@@ -351,14 +363,23 @@ class Controller:
         self._states = [ControlState.from_state_dict(layer) for layer in state["layers"]]
 
 
+class _Before(NamedTuple):
+    """The layer at the run's baseline; `top2` relative to its ceiling."""
+
+    n_effective: float
+    top2: float
+    dead_experts: int
+
+
 class _Evidence(NamedTuple):
-    """The metrics that the control law needs, all defined."""
+    """The metrics that the control law needs, all defined; `before` where only what was lost since then counts."""
 
     shares: Sequence[float]
     n_effective: float
     top2_share: float
     dead_experts: int
     cut: frozenset[int]
+    before: _Before | None = None
 
 
 def _evidence(layer: LayerSnapshot) -> _Evidence | None:
@@ -368,6 +389,17 @@ def _evidence(layer: LayerSnapshot) -> _Evidence | None:
     if layer.n_effective is None or layer.top2_share is None or layer.dead_experts is None:
         return None
     return _Evidence(layer.shares, layer.n_effective, layer.top2_share, layer.dead_experts, frozenset(layer.cut))
+
+
+def _since_baseline(seen: _Evidence, layer: LayerSnapshot, top_k: int) -> _Evidence:
+    """The evidence with the layer's baseline beside it: the window itself while there is none, so nothing is owed."""
+    change = {name: layer.change.get(name) or 0.0 for name in ("n_effective", "top2_share", "dead_experts")}
+    before = _Before(
+        n_effective=seen.n_effective - change["n_effective"],
+        top2=relative_top2(seen.top2_share - change["top2_share"], top_k),
+        dead_experts=round(seen.dead_experts - change["dead_experts"]),
+    )
+    return seen._replace(before=before)
 
 
 def _by_layer(lenses: Lenses) -> dict[int, Lens]:

@@ -104,7 +104,7 @@ def load_of(run: RunData) -> list[list[int]]:
     if run.profile:
         found = profile_counts(run)
     else:
-        frame = run.frames.get(run.windows[-1].step) if run.windows else None
+        frame = run.frames[max(run.frames)] if run.frames else None
         found = [] if frame is None else [_row(frame.row(COUNTS, layer)) for layer in frame.layers]
     if not any(map(sum, found)):
         raise TelemetryError(f"{run.directory} holds no counts of experts, so nothing can be set against it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from chronomoe_hf.telemetry.arrays import ARRAYS, read_frames
 from chronomoe_hf.telemetry.events import RECORD_SCHEMA
 from chronomoe_hf.telemetry.reader import ATTEMPTS, KINDS, MANIFEST, parse_line, read_history, read_lines
 from chronomoe_hf.telemetry.runs import History
+from chronomoe_hf.telemetry.schemas import mismatches, schema_of
 from chronomoe_hf.telemetry.views import Window, plain_text, whole
 
+MOST_OF_A_RECORD = 3  # departures from the schema that are named of one record
 MOST = 50  # faults of one file that are named; the rest is counted
 
 
@@ -149,6 +152,8 @@ def _problems(
         if step < steps.get(place, 0):  # type: ignore[operator]
             yield f"step {step} comes after step {steps[place]} of the same attempt"
         steps[place] = int(step)  # type: ignore[arg-type]
+    if schema == RECORD_SCHEMA:  # older records come back under today's names only where they differ
+        yield from itertools.islice(mismatches(record, schema_of(kind)), MOST_OF_A_RECORD)
     if kind == "routing_events":
         yield from _event_problems(record)
     if kind == "snapshots":

@@ -43,6 +43,10 @@ class TelemetryWriter:
     After construction no failure reaches the caller: a full disk, a vanished directory or an unwritable file is
     reported once as an error, the writer switches itself off, and :attr:`dropped` counts what was lost.
 
+    Attributes:
+        written, dropped: records.
+        bytes: that the directory holds, as far as this writer knows.
+
     Args:
         run_id: put into every record.
         output_dir: records go to ``<output_dir>/chronomoe``, created if missing.
@@ -58,12 +62,14 @@ class TelemetryWriter:
         self.directory = Path(output_dir) / DIRECTORY
         self.written = 0
         self.dropped = 0
+        self.bytes = 0
         self.enabled = True
         self._closed = False
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory):
                 pass
+            self.bytes = sum(path.stat().st_size for path in self.directory.iterdir() if path.is_file())
         except OSError as error:
             raise TelemetryError(
                 f"telemetry cannot be written to {self.directory}: {error}; "
@@ -106,7 +112,9 @@ class TelemetryWriter:
             self.dropped += len(lines)
             return 0
         try:
-            _append(path, "".join(lines).encode("ascii"))
+            data = "".join(lines).encode("ascii")
+            _append(path, data)
+            self.bytes += len(data)
         except OSError as error:
             self._switch_off(f"{path}: {error}", len(lines))
             return 0
@@ -124,7 +132,9 @@ class TelemetryWriter:
         layers = [event.layer_id for event in events]
         path = self.directory / ARRAYS
         try:
-            _append(path, pack(self.run_id, self.attempt, events[0].step, events[0].mode, layers, experts, arrays), b"")
+            data = pack(self.run_id, self.attempt, events[0].step, events[0].mode, layers, experts, arrays)
+            _append(path, data, b"")
+            self.bytes += len(data)
         except OSError as error:
             self._switch_off(f"{path}: {error}", 0)
             return False

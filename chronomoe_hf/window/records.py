@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ from chronomoe_hf.telemetry.writer import TelemetryWriter, run_manifest
 from chronomoe_hf.wrapping.fold import folds_beta
 from chronomoe_hf.wrapping.layer import Layer
 
+logger = logging.getLogger("chronomoe_hf")
+
 
 class RunRecords:
     """Where a system's records go; silent while it is closed and on every rank but the main one.
@@ -26,12 +30,15 @@ class RunRecords:
     Attributes:
         attempt: start or resume of the run, counted from 0 in its directory.
         writer: the open writer, or None.
+        limit: bytes that the directory may hold; None = any number.
     """
 
     def __init__(self) -> None:
         self.attempt = 0
         self.writer: TelemetryWriter | None = None
         self._events_every = 1  # windows
+        self.limit: float | None = None
+        self._windows, self._stride = 0, 1
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of the model is its own wrapped model: it must not write into this run's files.
@@ -70,6 +77,8 @@ class RunRecords:
         self._events_every = config.telemetry.events_every
         self.attempt = next_attempt(output_dir)
         self.writer = TelemetryWriter(run_id, output_dir, attempt=self.attempt)
+        self.limit = None if config.telemetry.max_mb is None else 1e6 * config.telemetry.max_mb
+        self._windows, self._stride = 0, 1
         manifest = run_manifest(
             run_id=run_id,
             config=config,
@@ -96,15 +105,37 @@ class RunRecords:
             return
         if reference is not None:
             self.baseline(reference, snapshot.layers, snapshot.step)
+        self.writer.write_many("alerts", snapshot.alerts)
+        if snapshot.replay is not None:
+            self.writer.write(REPLAY, {"step": snapshot.step, **snapshot.replay})
+        if not self._keeps_window(snapshot.step):
+            return
         steps = max([1, *(event.window_steps for event in events[:1])])
         if snapshot.step // steps % self._events_every == 0:
             self.writer.write_many("routing_events", events)
         self.writer.write("snapshots", snapshot)
         self.writer.write_many("control_decisions", decisions)
         self.writer.write_many("lifecycle_decisions", lifecycle)
-        self.writer.write_many("alerts", snapshot.alerts)
-        if snapshot.replay is not None:
-            self.writer.write(REPLAY, {"step": snapshot.step, **snapshot.replay})
+
+    def _keeps_window(self, step: int) -> bool:
+        """Whether this window is recorded: all of them up to half of ``telemetry.max_mb``, then ever fewer."""
+        assert self.writer is not None
+        self._windows += 1
+        if self.limit is None or 2 * self.writer.bytes < self.limit:
+            return True
+        left = 1.0 - self.writer.bytes / self.limit
+        stride = 2 ** min(62, math.floor(-math.log2(left))) if left > 0.0 else 0
+        if stride != self._stride:
+            self._stride = stride
+            every = f"one window in {stride} is" if stride else "no further window is"
+            logger.warning(
+                "step %d: the records hold %.0f MB of the %.0f that telemetry.max_mb allows; %s recorded from here on",
+                step,
+                self.writer.bytes / 1e6,
+                self.limit / 1e6,
+                every,
+            )
+        return stride > 0 and self._windows % stride == 0
 
     def baseline(self, reference: Reference, layers: Sequence[LayerShape], step: int, again: bool = False) -> None:
         """Record the baseline where some layer's is new; `again`: in any case, if there is one (a resume)."""

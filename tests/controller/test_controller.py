@@ -63,6 +63,29 @@ def test_a_healthy_run_abstains_every_time(gate, counts):
     assert controller.layer_state(0).num_abstained == 20
 
 
+def evaluations(reference, windows):
+    """Debts of a run's windows; the first ones are its baseline."""
+    history = AlertHistory()
+    controller, lens = controller_of(8, ControlConfig(reference=reference))
+    found = []
+    for step, counts in enumerate(windows, 1):
+        (decision,) = controller.update(snapshot_of([counts], step, history=history), {0: lens})
+        found.append(decision.debt.total)
+    return found
+
+
+NARROW = [6000, 5000, 300, 300, 200, 100, 100, 0]  # n_effective 3, one expert dead
+
+
+def test_against_its_baseline_a_layer_owes_only_what_the_run_lost():
+    assert min(evaluations("level", [NARROW] * 5)) > 0.2
+    assert evaluations("baseline", [NARROW] * 5) == [0.0] * 5, "it came like that"
+    got_worse = evaluations("baseline", [NARROW] * 2 + [COLLAPSED] * 3)
+    assert got_worse[:2] == [0.0, 0.0] and min(got_worse[2:]) > 0.0
+    healthy = evaluations("baseline", [HEALTHY] * 2 + [COLLAPSED] * 2)
+    assert healthy == evaluations("level", [HEALTHY] * 2 + [COLLAPSED] * 2), "from an even start both are the same"
+
+
 # The original gate's cap, warm-up and harm threshold; round numbers for sums by hand.
 HAND = {
     "integral_target": 0.65,

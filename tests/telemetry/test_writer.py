@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -22,8 +23,19 @@ from hypothesis import strategies as st
 
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.errors import ChronoError, ConfigError, TelemetryError
-from chronomoe_hf.telemetry import TelemetryWriter, next_attempt, read_jsonl, read_lines, read_manifest, run_manifest
+from chronomoe_hf.telemetry import (
+    AlertHistory,
+    RoutingEvent,
+    SystemSnapshot,
+    TelemetryWriter,
+    next_attempt,
+    read_jsonl,
+    read_lines,
+    read_manifest,
+    run_manifest,
+)
 from chronomoe_hf.telemetry.reader import KINDS
+from chronomoe_hf.window.records import RunRecords
 
 
 def errors(caplog) -> list[str]:
@@ -324,6 +336,29 @@ def test_a_broken_manifest_is_no_manifest(tmp_path):
         "logs",
         "attempts",
     }
+
+
+def test_records_are_thinned_at_their_limit_and_never_torn(tmp_path):
+    records = RunRecords()
+    config = ChronoConfig.observe(telemetry__max_mb=1)
+    records.open(tmp_path, run_id="r", config=config, layers=[], model_class="M")
+    records.limit = 40_000.0
+    history = AlertHistory()
+    for step in range(1, 2001):
+        event = RoutingEvent.from_router_output(
+            run_id="r", step=step, mode="TRAIN", layer_id=0, used_capacity=[100] * 4, n_experts=4, top_k=1
+        )
+        snapshot = SystemSnapshot.from_events(
+            events=[event], step=step, run_id="r", model_name="m", n_layers=1, alert_history=history
+        )
+        records.window([event], snapshot)
+    records.close(2000)
+    size = sum(path.stat().st_size for path in (tmp_path / "chronomoe").iterdir())
+    assert 30_000 < size < 42_000, "a window more than the limit at most"
+    steps = [record["step"] for record in read_jsonl(tmp_path / "chronomoe" / "snapshots.jsonl")[0]]
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
+    assert gaps[0] == 1 and gaps == sorted(gaps) and gaps[-1] > 4, "thinner and thinner"
+    assert steps == [r["step"] for r in read_jsonl(tmp_path / "chronomoe" / "routing_events.jsonl")[0]]
 
 
 WRITE_300 = """
