@@ -161,6 +161,7 @@ class TelemetryWriter:
         if self.enabled and (read_manifest(self.directory.parent) or {}).get("run_id") != self.run_id:
             try:
                 write_json(path, clean, indent=2, sort_keys=True)
+                self.bytes += path.stat().st_size
                 wrote = True
             except OSError as error:
                 self._switch_off(f"{path}: {error}", 1)

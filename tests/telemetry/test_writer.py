@@ -334,6 +334,7 @@ def test_a_broken_manifest_is_no_manifest(tmp_path):
         "baselines",
         "ends",
         "logs",
+        "replay",
         "attempts",
     }
 
