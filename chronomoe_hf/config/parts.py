@@ -269,7 +269,7 @@ class CoherenceConfig(ConfigBase):
             estimates of all. The fastest clock has a half-life of 7 steps: 4 changes little. Evaluation is read
             in full, and so is every forward of a compiled graph.
         roles: also keep the mean direction of every expert's outputs, and look for experts that are near-duplicates or
-            serve two kinds of tokens (docs/lifecycle.md, "Roles and proposals"). Costs device memory of 16 L E D + 16 L
+            serve two kinds of tokens (docs/roles.md). Costs device memory of 16 L E D + 16 L
             E^2 bytes, and as much in every checkpoint. Compiled graphs are not read for it.
     """
 
@@ -323,7 +323,7 @@ class AlertConfig(ConfigBase):
 
 @dataclass(frozen=True, kw_only=True)
 class LifecycleConfig(ConfigBase):
-    """The dry-run lifecycle, and the one thing that is more than a dry run: `cut_at` (docs/lifecycle.md).
+    """The dry-run lifecycle, and the one thing that is more than a dry run: `cut_at` (docs/lifecycle.md, docs/cut.md).
 
     Args:
         enabled: look for prune candidates at every interval. Weights are never touched.

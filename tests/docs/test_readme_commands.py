@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import texts
 from support.made_runs import random_run
+from support.models import tiny_model
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +19,9 @@ README = (ROOT / "README.md").read_text("utf-8")
 # What a block names -> what stands in for it; {here} is the test's directory.
 STAND_INS = {
     "path/to/output_dir": "{here}/run",
+    "path/to/model": "{here}/small",
+    "path/to/tuned": "{here}/tuned",
+    "path/to/text.jsonl": "{here}/text.jsonl",
     " --follow": "",  # would watch the run for ever
     "allenai/OLMoE-1B-7B-0924": "{here}/model",
 }
@@ -59,6 +65,11 @@ def test_what_installs_and_makes_names_what_there_is() -> None:
 @pytest.mark.slow
 def test_every_other_command_runs(tmp_path: Path) -> None:
     random_run(tmp_path / "run", windows=3)
+    for name, seed in (("small", 0), ("tuned", 1)):
+        tiny_model("mixtral", vocab_size=texts.VOCAB, seed=seed).save_pretrained(tmp_path / name)
+        texts.tokenizer().save_pretrained(tmp_path / name)
+    rows = [json.dumps({"text": text}) for text in texts.documents(8)]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
     ran = 0
     for words in commands():
         if words[0] in CHECKED:
@@ -69,7 +80,7 @@ def test_every_other_command_runs(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code, *given], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, (words, done.stderr[-2000:])
         ran += 1
-    assert ran >= 2 and (tmp_path / "run" / "report.html").is_file()
+    assert ran >= 6 and (tmp_path / "after" / "report.html").is_file() and (tmp_path / "run" / "report.html").is_file()
 
 
 @pytest.mark.slow

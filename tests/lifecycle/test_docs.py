@@ -1,4 +1,4 @@
-"""Every Python block of docs/lifecycle.md runs, in order, and does what the text says."""
+"""Every Python block of docs/lifecycle.md, cut.md and roles.md runs, in order, and does what the text says."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from transformers import MixtralForCausalLM
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "lifecycle.md"
 
 
-def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
+def test_the_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "".join(PAGE.with_name(name).read_text(encoding="utf-8") for name in ("lifecycle.md", "cut.md", "roles.md"))
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
     assert len(blocks) == 6
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
