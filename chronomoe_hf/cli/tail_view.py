@@ -17,7 +17,7 @@ _FIXED = 5 + 2 + 6 + 2 + 8 + 1 + 2 + 6 + 2 + 9 + 2 + 6  # layer, Neff/E, change 
 _WHOLE = ("token_count", "tokens", "dropped", "nonfinite_tokens", "calls", "window_steps", "dead_experts")
 _ERRORS = 3.0  # standard errors beyond which a change gets a mark
 LEGEND = "Neff/E experts in use (1 is even); change since the baseline, v worse ^ better"
-LEGEND_2 = "(beyond chance); maxvio busiest expert over the mean, less 1; phi agreement -1..1"
+LEGEND_2 = "(beyond chance); maxvio busiest expert over mean, less 1; phi agreement -1..1"
 
 
 @dataclass(frozen=True)

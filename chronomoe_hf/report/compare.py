@@ -37,7 +37,7 @@ class Difference:
         values: of `one` and `other`.
         error: standard error of the difference, None where it is not known.
         at_step: where both were read.
-        unit: of the values, for words.
+        code: of the measure, for machines.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Difference:
     values: tuple[float, float]
     error: float | None
     at_step: int
-    unit: str = ""
+    code: str = ""
 
     @property
     def difference(self) -> float:
@@ -78,7 +78,7 @@ class Difference:
     def to_record(self) -> dict[str, Any]:
         """Strict-JSON dictionary."""
         return {
-            "name": self.name.replace(" ", "_").replace("/", "per"),
+            "name": self.code,
             "runs": [self.one, self.other],
             "values": list(self.values),
             "difference": self.difference,
@@ -92,6 +92,7 @@ class Measure:
     """A number of a run over its steps.
 
     Attributes:
+        code: for machines.
         title: for the plot.
         name: in sentences.
         form: format of a value.
@@ -100,6 +101,7 @@ class Measure:
         optional: left out where it is 0 throughout.
     """
 
+    code: str
     title: str
     name: str
     form: str
@@ -128,17 +130,27 @@ class Comparison:
 
 
 MEASURES = (
-    Measure("evaluation loss", "evaluation loss", ".3f", lambda run: dict(run.eval_loss), paired=True),
-    Measure("training loss", "training loss", ".3f", lambda run: dict(run.loss), paired=True),
-    Measure("mean Neff / E", "share of experts in effective use", ".3f", lambda run: _over(run, _mean_neff)),
-    Measure("dead experts", "number of dead experts", ".0f", lambda run: _over(run, lambda w: _sum(w, "dead_experts"))),
+    Measure("eval_loss", "evaluation loss", "evaluation loss", ".3f", lambda run: dict(run.eval_loss), paired=True),
+    Measure("training_loss", "training loss", "training loss", ".3f", lambda run: dict(run.loss), paired=True),
     Measure(
+        "neff_mean", "mean Neff / E", "share of experts in effective use", ".3f", lambda run: _over(run, _mean_neff)
+    ),
+    Measure(
+        "dead_experts",
+        "dead experts",
+        "number of dead experts",
+        ".0f",
+        lambda run: _over(run, lambda w: _sum(w, "dead_experts")),
+    ),
+    Measure(
+        "max_violation_mean",
         "mean max violation",
         "violation (busiest expert over the mean, less 1)",
         ".3f",
         lambda run: _over(run, lambda window: _mean(window, lambda layer: layer.get("max_violation"))),
     ),
     Measure(
+        "lens_open",
         "layers with an open lens",
         "number of layers with an open lens",
         ".0f",
@@ -260,7 +272,7 @@ def _between_groups(
             spread = known[0] * math.sqrt(max(sizes))
             error = math.hypot(known[0], spread)
         of = [f"{name} (n = {size})" for name, size in zip((label, first), (sizes[1], sizes[0]), strict=True)]
-        out.append(Difference(measure.name, of[0], of[1], (means[label], means[first]), error, at))
+        out.append(Difference(measure.name, of[0], of[1], (means[label], means[first]), error, at, measure.code))
     return out
 
 
@@ -280,7 +292,7 @@ def _between_runs(
             else _window_error(measure, runs[0], runs[other], at)
         )
         pair = (ends[0], ends[other])
-        out.append(Difference(measure.name, names[0], names[other], pair, error, at))
+        out.append(Difference(measure.name, names[0], names[other], pair, error, at, measure.code))
     return out
 
 
