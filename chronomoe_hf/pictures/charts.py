@@ -69,7 +69,7 @@ def before_after(rows: Sequence[Row], width: float, names: tuple[str, str] = ("b
         out.text(x, y - 10, f"layer {row.label}", opacity=0.9)
         _panel(out, places, row, (x, y, wide, tall - 16.0), top, first=at % per_row == 0)
     lines = math.ceil(len(rows) / per_row)
-    out.height = head + lines * (tall + 44.0)
+    out.height = head + lines * (tall + 44.0) - 14.0
     out.text(9, head + (lines * (tall + 44.0) - 60.0) / 2, "times the fair share", anchor="middle", turn=-90)
     out.text(left + (width - left) / 2, out.height - 8, f"experts, the busiest {names[0]} first", anchor="middle")
     out.places.append(places)
@@ -237,9 +237,10 @@ def _scale(out: Drawing, most: float, low: str, high: str, key: str) -> None:
     words = low.format(f"{2**most:.3g}")
     at = 8.0 + 6.4 * len(words)
     out.text(4, 9, words, size=11.5)
+    wide = 7.0 if out.width >= 500.0 else 4.0
     for step in range(-_LEVELS, _LEVELS + 1):
-        out.rect(at, 4, 7, 10, _tone(step / _LEVELS * most, most, False))
-        at += 7.0
+        out.rect(at, 4, wide, 10, _tone(step / _LEVELS * most, most, False))
+        at += wide
     out.text(at + 6, 9, high.format(f"{2**most:.3g}"), size=11.5)
     if out.width >= _ONE_LINE:
         out.text(out.width - 4, 9, key, anchor="end", size=11.5)
@@ -283,11 +284,12 @@ def flow(
     """
     out = Drawing(width, 420.0)
     top, tall, bar = 34.0, 360.0, 12.0
-    step = (width - 70.0) / max(1, len(columns) - 1)
+    left = 44.0
+    step = (width - left - 40.0) / max(1, len(columns) - 1)
     places = Places(["layer", "expert", "hands to layer", "expert", "share", "times chance"])
     spots = [_stack(column, top, tall) for column in columns]
     for at, pairs in enumerate(links):
-        x1, x2 = 30.0 + at * step + bar, 30.0 + (at + 1) * step
+        x1, x2 = left + at * step + bar, left + (at + 1) * step
         leaves, enters = ([y for y, _ in spots[at]], [y for y, _ in spots[at + 1]])
         for one, other, share, lift in sorted(pairs):
             thick = share * spots[at][0][1]
@@ -301,7 +303,7 @@ def flow(
             box = ((x1 + x2) / 2 - step / 6, middle[0], step / 3, max(4.0, thick))
             places.add(Grid(box[0], (y1 + y2) / 2, box[2], box[3], 1, 1), [(*named, share, lift)])
     for at, column in enumerate(columns):
-        x = 30.0 + at * step
+        x = left + at * step
         out.text(x + bar / 2, 12, f"layer {labels[at]}", anchor="middle", size=12, opacity=0.9)
         for (y, unit), node in zip(spots[at], column, strict=True):
             out.rect(x, y, bar, max(0.6, unit * node.size), Look(opacity=0.8))

@@ -150,7 +150,7 @@ class DomainLoads:
             return f"{text}; no expert serves one domain only."
         each = [(name, sum(lift.domain == name for lift in only)) for name in self.names]
         words = ", ".join(f"{count} only {name}" for name, count in each if count)
-        return f"{text}. Of the experts, {words} (at least {100 * ONLY:.0f} % of the load)."
+        return f"{text}. Experts that serve one domain only (at least {100 * ONLY:.0f} % of their load): {words}."
 
     def _view(self, lifts: Sequence[Lift], contribution: bool) -> Callable[[float], Drawing]:
         known = {(lift.domain, lift.layer, lift.expert): lift for lift in lifts}
