@@ -189,7 +189,7 @@ class Reference:
 
     def restart(self) -> None:
         """The layers have other experts than before: everything is collected anew, from windows."""
-        self.data.update(source="windows", layers={}, noise={}, quiet={}, recorded=0)
+        self.data.update(source="windows", layers={}, noise={}, quiet={})
 
     def set_counts(self, source: str, layers: Mapping[int, Mapping[str, Any]], step: int = 0) -> None:
         """Take a baseline that was measured before the run.
@@ -339,12 +339,10 @@ class Reference:
             fell is not None and of_neff is not None and -fell > max(ERRORS * of_neff + bias, MOVED * layer.num_choices)
         ) or (rose is not None and of_top2 is not None and rose > max(ERRORS * of_top2, MOVED * ceiling))
 
-    def take_new(self) -> bool:
-        """Whether a layer's baseline was settled since the last call."""
-        settled = sum(entry["settled"] for entry in self.data["layers"].values())
-        before = self.data.get("recorded", 0)
-        self.data["recorded"] = settled
-        return bool(settled > before)
+    @property
+    def num_settled(self) -> int:
+        """Layers whose baseline is settled."""
+        return sum(entry["settled"] for entry in self.data["layers"].values())
 
     def to_record(self, layers: Sequence[LayerShape], step: int) -> dict[str, Any]:
         """The record of a baseline: counts and numbers of every layer that has one."""

@@ -39,6 +39,7 @@ class RunRecords:
         self._events_every = 1  # windows
         self.limit: float | None = None
         self._windows, self._stride = 0, 1
+        self._settled = 0  # layers whose baseline has been written
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of the model is its own wrapped model: it must not write into this run's files.
@@ -75,7 +76,7 @@ class RunRecords:
             return
         self.close()
         self._events_every = config.telemetry.events_every
-        self.attempt = next_attempt(output_dir)
+        self.attempt, self._settled = next_attempt(output_dir), 0
         self.writer = TelemetryWriter(run_id, output_dir, attempt=self.attempt)
         self.limit = None if config.telemetry.max_mb is None else 1e6 * config.telemetry.max_mb
         self._windows, self._stride = 0, 1
@@ -139,7 +140,10 @@ class RunRecords:
 
     def baseline(self, reference: Reference, layers: Sequence[LayerShape], step: int, again: bool = False) -> None:
         """Record the baseline where some layer's is new; `again`: in any case, if there is one (a resume)."""
-        if self.writer is not None and (reference.take_new() or again):
+        if self.writer is None:
+            return
+        new, self._settled = reference.num_settled > self._settled, reference.num_settled
+        if new or again:
             record = reference.to_record(layers, step)
             if record["layers"]:
                 self.writer.write(BASELINES, record)

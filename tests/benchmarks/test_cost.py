@@ -33,7 +33,7 @@ def test_bytes_of_two_real_processes_are_the_formulas(cost: ModuleType, committe
     assert [(row["layers"], row["experts"], row["hidden"], row["preset"]) for row in rows] == cost.CASES
     for row in rows:
         layers, experts, hidden = row["layers"], row["experts"], row["hidden"]
-        step = 8 * (layers * (9 * experts + 11) + 3)
+        step = 8 * (layers * (10 * experts + 11) + 3)
         lens = 8 * layers * (2 * hidden + 4) if row["preset"] == "protect" else 0
         assert row["between"] == row["formula_between"] == [step]
         assert row["window"] == row["formula_window"] == [step + lens, 64, 8 * (2 * layers + 1)]
@@ -74,7 +74,7 @@ def test_the_paper_table_follows_from_the_counts(cost: ModuleType, committed: di
     row = next(r for r in committed["scale"]["rows"] if r["model"] == qwen["name"] and r["preset"] == "observe")
     launches = 94 * (unit["forward_per_layer"] + unit["step_per_layer"]) + unit["forward_fixed"] + unit["step_fixed"]
     assert row["launches"] == round(launches)
-    size = 8 * (94 * (9 * 128 + 11) + 3)
+    size = 8 * (94 * (10 * 128 + 11) + 3)
     reduce = assumed["hop_us"] * 1e-6 * math.log2(512) + 2 * 511 / 512 * size / (assumed["bandwidth_gb_s"] * 1e9)
     assert row["reduce_ms"]["512"] == pytest.approx(1000 * reduce, abs=1e-3)
     step = 6 * qwen["active"] * 8192 / (assumed["utilisation"] * assumed["peak_tflops"] * 1e12)

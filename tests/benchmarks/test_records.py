@@ -14,6 +14,6 @@ def test_the_run_it_writes_is_sound(tmp_path: Path) -> None:
     module = load_benchmark("records")
     times = module.write_run(tmp_path, windows=2, layers=9, experts=128, top_k=8)
     assert times.shape == (2, 3, 2) and (times >= 0).all() and (tmp_path / "chronomoe" / "arrays.bin").is_file()
-    assert record_faults(tmp_path / "chronomoe") == ([], 1 + 18 + 2)
+    assert record_faults(tmp_path / "chronomoe") == ([], 1 + 18 + 2 + 1), "attempt, events, snapshots, baseline"
     events = list(read_events(tmp_path / "chronomoe"))
     assert len(events) == 18 and all(len(event["expert_token_counts"]) == 128 for event in events)
