@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 ARGS   ?=
 
-.PHONY: help demo test test-slow test-versions check docs bench format clean
+.PHONY: help demo test test-slow test-versions test-tools check docs bench format clean
 
 help:
 	@echo "make demo       the main job: fine-tune a small Mixtral and print its routing verdict (about 5 minutes, 2 cores)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test       the fast tests      (ARGS='-k name' is passed on to pytest)"
 	@echo "make test-slow  the slow tests"
 	@echo "make test-versions  a reduced suite with older Transformers releases"
+	@echo "make test-tools     axolotl, LLaMA-Factory, ms-swift and others, each in a folder of its own; writes docs/tools.md (ARGS='bnb st')"
 	@echo "make docs       the documentation, built strictly, into build/site"
 	@echo "make bench      the CPU benchmarks again, what differs from the committed tables, docs/results.md (about half an hour)"
 	@echo "make format     rewrite the sources in the project's format"
@@ -43,6 +44,10 @@ test-slow: $(STAMP)
 # Each older Transformers release in an environment of its own, a reduced suite.
 test-versions: $(STAMP)
 	$(TEST_ENV) $(BIN)/python tests/older_releases.py
+
+# Real tools, each with its own packages in a folder of its own (TOOLS_DIR, else build/tools).
+test-tools: $(STAMP)
+	$(TEST_ENV) $(BIN)/python tests/tools/run.py --page $(ARGS)
 
 # mypy cannot follow the mapped folder in an editable install, so it reads a copy laid out as installed.
 check: $(STAMP)

@@ -1,7 +1,8 @@
-"""Counts what Mixtral's routers choose in a process, independently of chronomoe_hf: real tokens per layer and expert.
+"""Counts what Mixtral's experts are given in a process, independently of chronomoe_hf: real tokens per layer and expert.
 
-Put the folder on PYTHONPATH and name a file in RECOUNT_TO. Only forwards in training mode with gradients
-count, and only router calls inside the model's own forward (so no recomputation). Written when the process ends.
+Put the folder on PYTHONPATH and name a file in RECOUNT_TO. What counts is the dispatch (which a law on routing may have
+changed), in training mode with gradients, inside the model's own forward (so no recomputation). Written when the process
+ends.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Counter:
     def install(self, module):
         import torch
 
-        model, router = module.MixtralModel, module.MixtralTopKRouter
-        native_model, native_router = model.forward, router.forward
+        model, experts = module.MixtralModel, module.MixtralExperts
+        native_model = model.forward
 
         def model_forward(this, *args, **kwargs):
             ids = kwargs.get("input_ids", args[0] if args else None)
@@ -39,19 +40,19 @@ class Counter:
             finally:
                 self.inside = False
 
-        def router_forward(this, *args, **kwargs):
-            output = native_router(this, *args, **kwargs)
-            index = output[-1]
-            if self.inside:
-                counted = torch.bincount(index[self.mask].flatten(), minlength=this.weight.shape[0]).tolist()
-                before = self.counts.get(self.at, [0] * len(counted))
-                self.counts[self.at] = [a + b for a, b in zip(before, counted, strict=True)]
-                self.at += 1
-            return output
+        def dispatched(this, args):
+            if not (self.inside and isinstance(this, experts)):
+                return
+            index = args[1]
+            counted = torch.bincount(index[self.mask].flatten(), minlength=this.num_experts).tolist()
+            before = self.counts.get(self.at, [0] * len(counted))
+            self.counts[self.at] = [a + b for a, b in zip(before, counted, strict=True)]
+            self.at += 1
 
-        # Not functools.wraps: Transformers reads the signature of forward to tell which columns a model takes.
+        # Transformers reads the signature of forward to tell which columns a model takes.
         model_forward.__wrapped__ = native_model
-        model.forward, router.forward = model_forward, router_forward
+        model.forward = model_forward
+        torch.nn.modules.module.register_module_forward_pre_hook(dispatched)
         atexit.register(self.write)
 
     def write(self):
