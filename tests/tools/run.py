@@ -36,6 +36,7 @@ QUIET = {
     "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1", "PYTHONWARNINGS": "ignore",
 }  # fmt: skip
 LIMIT = 900  # seconds a case may take
+RUN = ["-c", "from chronomoe_hf.cli.main import main; main()", "run", "--preset", "balance", "--"]
 Result = dict[str, Any]
 
 
@@ -128,7 +129,7 @@ def axolotl(**more: Any) -> Callable[[Run], Result]:
         (run.folder / "train.yml").write_text(yaml.safe_dump(settings))
         command = ["-m", "axolotl.cli.main", "train", "train.yml", "--launcher", "python"]
         if launched:
-            command = ["-m", "chronomoe_hf.cli.main", "run", "--preset", "balance", "--", sys.executable, *command]
+            command = [*RUN, sys.executable, *command]
         return ended(run, run.start(*command, recount=True), "out")
 
     return case
@@ -180,7 +181,7 @@ def llamafactory(launched: bool = False, **more: Any) -> Callable[[Run], Result]
         command = ["-m", "chronomoe_hf.integrations.llamafactory", "train.yaml", "--chronomoe", "balance"]
         if launched:
             start = ["-c", "from llamafactory.train.tuner import run_exp; run_exp()", "train.yaml"]
-            command = ["-m", "chronomoe_hf.cli.main", "run", "--preset", "balance", "--", sys.executable, *start]
+            command = [*RUN, sys.executable, *start]
         return ended(run, run.start(*command, recount=True), "out")
 
     return case
@@ -206,7 +207,7 @@ def swift(launched: bool = False, **more: Any) -> Callable[[Run], Result]:
         (run.folder / "train.yaml").write_text(yaml.safe_dump(settings))
         command = ["-m", "swift.cli.main", "sft", "train.yaml"]
         if launched:
-            command = ["-m", "chronomoe_hf.cli.main", "run", "--preset", "balance", "--", sys.executable, *command]
+            command = [*RUN, sys.executable, *command]
         return ended(run, run.start(*command, recount=True, CHRONOMOE="" if launched else "balance"), "out")
 
     return case
