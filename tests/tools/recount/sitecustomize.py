@@ -1,8 +1,8 @@
-"""Counts what Mixtral's experts are given in a process, independently of chronomoe_hf: real tokens per layer and expert.
+"""Counts what Mixtral's experts are given in a process, apart from chronomoe_hf: real tokens per layer and expert.
 
-Put the folder on PYTHONPATH and name a file in RECOUNT_TO. What counts is the dispatch (which a law on routing may have
-changed), in training mode with gradients, inside the model's own forward (so no recomputation). Written when the process
-ends.
+Put the folder on PYTHONPATH and name a file in RECOUNT_TO. What counts is the dispatch (which a law on routing may
+have changed), in training mode with gradients, inside the model's own forward (so no recomputation). Written when the
+process ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ NAME = "transformers.models.mixtral.modeling_mixtral"
 class Counter:
     def __init__(self):
         self.counts, self.mask, self.at, self.inside = {}, None, 0, False
-        self.evaluated = 0
 
     def install(self, module):
         import torch
