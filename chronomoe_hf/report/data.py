@@ -27,6 +27,7 @@ from chronomoe_hf.telemetry.reader import (
     DIRECTORY,
     EFFECTS,
     LOGS,
+    REPLAY,
     SPLITS,
     read_each,
     read_jsonl,
@@ -73,6 +74,9 @@ class Governing:
     reasons: Counter[str] = field(default_factory=Counter)
 
 
+MAX_REPLAY = 400  # windows of replay that are drawn
+
+
 @dataclass
 class RunData:
     """One run.
@@ -99,6 +103,7 @@ class RunData:
         baseline: layer -> its row of the last baseline record; empty where the run has none.
         eval_loss: ``(step, evaluation loss)`` as Trainer logged it.
         evaluations: ``(step, name)`` -> layer -> mean load of an evaluation, as its Neff / E.
+        replay: what every window says of replay, oldest first, at most MAX_REPLAY.
     """
 
     name: str
@@ -122,6 +127,7 @@ class RunData:
     baseline: dict[int, dict[str, Any]] = field(default_factory=dict)
     eval_loss: list[tuple[int, float]] = field(default_factory=list)
     evaluations: dict[tuple[int, str], dict[int, float]] = field(default_factory=dict)
+    replay: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def interval(self) -> int | None:
@@ -198,6 +204,7 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         baseline=_baseline(read_jsonl(directory / f"{BASELINES}.jsonl", run=run)[0]),
         eval_loss=_logged(directory, run, "eval_loss") or _loss(root, "eval_loss"),
         evaluations=_evaluations(directory, run),
+        replay=read_jsonl(directory / f"{REPLAY}.jsonl", run=run)[0][-MAX_REPLAY:],
     )
 
 

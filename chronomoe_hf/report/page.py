@@ -17,7 +17,7 @@ from markupsafe import Markup
 from chronomoe_hf.errors import ChronoError
 from chronomoe_hf.jsonfiles import write_text
 from chronomoe_hf.pictures import page as pictures_page
-from chronomoe_hf.report import figures, figures_acting, figures_roles
+from chronomoe_hf.report import figures, figures_acting, figures_replay, figures_roles
 from chronomoe_hf.report.against import against
 from chronomoe_hf.report.compare import compare
 from chronomoe_hf.report.data import RunData, load_run, profile_counts
@@ -135,6 +135,7 @@ def sections(run: RunData) -> list[Figure]:
         figures.coherence(run),
         figures_acting.governor(run),
         *figures_acting.lifecycle(run),
+        *figures_replay.replay(run),
         *figures_roles.roles(run),
         figures_acting.timeline(run),
     ]

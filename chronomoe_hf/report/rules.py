@@ -92,6 +92,40 @@ ALERTS: dict[str, Rule] = {
         "stop: load the model with from_pretrained(checkpoint) and resume again.",
         'ChronoConfig(checkpoint=CheckpointConfig(repair="repair"))',
     ),
+    "ROUTING_MISMATCH": Rule(
+        "act",
+        "rollout and trainer choose other experts, and it shows",
+        "For two windows or more, two passes of the same tokens chose other experts and the k3 KL between them was "
+        "above the limit: the importance ratio is then not of the policy that sampled.",
+        "An engine with other kernels or another precision, or several optimizer steps on one batch.",
+        "Repeat the recorded choices: those of the old-policy pass where only the weights move, those of the engine "
+        "where the engine differs. On-policy, an importance correction alone may be enough: measure both.",
+        'ChronoConfig.observe(replay__mode="rollout")',
+    ),
+    "REPLAY_UNCOVERED": Rule(
+        "watch",
+        "many tokens have no recorded choice",
+        "Fewer tokens than min_coverage of the passes that need a record had one; the others chose for themselves.",
+        "Texts that were edited after the rollout, an engine that hands out a part, or records that went because of "
+        "max_bytes. The alert says which.",
+        "Keep what is trained on equal to what was sampled; raise max_bytes if records were dropped.",
+        "ChronoConfig.observe(replay=ReplayConfig(max_bytes=8 * 2**30))",
+    ),
+    "REPLAY_INVALID": Rule(
+        "act",
+        "an engine's routes cannot be choices",
+        "Routes of an engine were missing, all zero, out of range or of other tokens, and were not repeated.",
+        "A kernel that does not report its routes (vLLM issue 54730), a cache that loses them, another model.",
+        "Start vLLM with --enable-return-routed-experts --moe-backend triton and prefix caching on; check that engine "
+        "and trainer hold the same checkpoint.",
+    ),
+    "REPLAY_IDLE": Rule(
+        "act",
+        "replay is on and repeats nothing",
+        "Gradient passes ran, and none of them found a recorded choice.",
+        "TRL runs no old-policy pass where every batch is used for one optimizer step; or an engine is silent.",
+        "Follow the alert: num_iterations=2 or a larger steps_per_generation for mode old, routes for mode rollout.",
+    ),
     "RECORDING_FAILED": Rule(
         "watch",
         "recording failed in a layer",

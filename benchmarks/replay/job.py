@@ -1,0 +1,179 @@
+"""The GRPO job of this study: small models trained for a minute, an engine that is not the trainer, three modes.
+
+Shape suffixes: L layers, K experts a token.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import chronomoe_hf
+from chronomoe_hf import ChronoConfig
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+warnings.filterwarnings("ignore")
+
+WORDS, COMPLETION = 96, 24
+_SIZE = {
+    "vocab_size": WORDS,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "max_position_embeddings": 256,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 64,
+            "head_dim": 16,
+            "norm_topk_prob": True,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 64}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 128,
+            "head_dim": 16,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w3 to w95 and three special tokens."""
+    vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, WORDS)}
+    core = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def prompts(rows: int = 64) -> list[str]:
+    """Prompts of four to eight words."""
+    return [" ".join(f"w{3 + (11 * i + 5 * j) % 90}" for j in range(4 + i % 5)) for i in range(rows)]
+
+
+def trained(family: str, seed: int, steps: int = 150) -> Any:
+    """A small model after some steps on sequences that count on by a step of their own."""
+    import transformers
+
+    torch.manual_seed(seed)
+    name, fields = FAMILIES[family]
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**_SIZE, **fields)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        start, stride = torch.randint(0, 90, (16, 1)), torch.randint(1, 8, (16, 1))
+        ids = 3 + (start + stride * torch.arange(32)) % 90
+        noise = torch.rand(ids.shape) < 0.1
+        ids = torch.where(noise, torch.randint(3, WORDS, ids.shape), ids)
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+class Copy:
+    """An engine: the policy in bf16, in another process's place; hands out what its routers chose."""
+
+    def __init__(self, model: Any, words: Any) -> None:
+        self.model = copy.deepcopy(model).to(torch.bfloat16).eval()
+        self.words = words
+        chronomoe_hf.wrap(self.model, ChronoConfig.observe(replay__mode="measure"))
+        self.replay = chronomoe_hf.system_of(self.model).replay
+
+    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
+        """TRL's ``rollout_func``."""
+        self.model.load_state_dict(trainer.model.state_dict())
+        out: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "routed_experts": []}
+        for prompt in prompts:
+            ids = torch.tensor([self.words(prompt)["input_ids"]])
+            with self.replay.rollout(pad_token_id=0) as tape, torch.no_grad():
+                done = self.model.generate(
+                    ids, max_new_tokens=COMPLETION, min_new_tokens=COMPLETION, do_sample=True, pad_token_id=0
+                )
+                tape.end(done)
+            (record,) = tape.records(self.replay.passes.dtype)
+            out["prompt_ids"].append(ids[0].tolist())
+            out["completion_ids"].append(record.tokens_N[ids.shape[1] :].tolist())
+            out["logprobs"].append(record.logps_N[ids.shape[1] :].tolist())
+            out["routed_experts"].append(record.routes_NLK)
+        return out
+
+
+def reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    """More different words are better."""
+    return [float(len(set(str(completion).split()))) for completion in completions]
+
+
+def run(
+    model: Any, mode: str, rollout: Callable[..., Any], directory: Path, seed: int, steps: int, **fields: Any
+) -> dict[str, Any]:
+    """One GRPO run of `steps` with replay in `mode`: what its only window says, and seconds a step."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "num_iterations": 2,
+        "learning_rate": 1e-4,
+        **fields,
+    }
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        rollout_func=rollout,
+        args=GRPOConfig(
+            output_dir=str(directory),
+            max_steps=steps,
+            max_completion_length=COMPLETION,
+            router_aux_loss_coef=0.0,
+            logging_steps=steps,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            seed=seed,
+            **arguments,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts()]),
+        processing_class=tokenizer(),
+    )
+    callback = chronomoe_hf.attach(trainer, ChronoConfig.observe(interval=steps, replay__mode=mode))
+    started = time.perf_counter()
+    trainer.train()
+    assert callback.system is not None and callback.system.last_snapshot is not None
+    record = callback.system.last_snapshot.replay
+    assert record is not None
+    return {**record, "seconds_per_step": (time.perf_counter() - started) / steps}

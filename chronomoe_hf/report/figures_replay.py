@@ -1,0 +1,174 @@
+"""What a run's page shows of replay: where passes choose other experts, and what that does to log-probabilities.
+
+Shape suffixes: L layers, W windows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from chronomoe_hf.report.data import RunData
+from chronomoe_hf.report.figures import Figure, lines, quantise, resumes, series
+from chronomoe_hf.report.verdict import counted
+
+PAIRS = {
+    "rollout_old": "rollout and old-policy pass",
+    "rollout_gradient": "rollout and gradient pass",
+    "old_gradient": "old-policy and gradient pass",
+}
+_MODES = {
+    "measure": "Nothing is repeated (mode measure)",
+    "old": "The gradient pass repeats the old-policy pass (mode old)",
+    "rollout": "Old-policy and gradient pass repeat the rollout (mode rollout)",
+}
+
+
+def replay(run: RunData) -> list[Figure]:
+    """Mismatch by layer and by position, k3 over steps; nothing where replay was off."""
+    records = [record for record in run.replay if isinstance(record.get("pairs"), dict)]
+    if not records:
+        return []
+    main = next((name for name in PAIRS if any(name in record["pairs"] for record in records)), None)
+    shown = [_layers(run, records, main)] if main is not None else []
+    return [*shown, _numbers(run, records)]
+
+
+def _layers(run: RunData, records: list[dict[str, Any]], name: str) -> Figure:
+    """A cell for every layer and window of the first pair of passes that the run has."""
+    ids = next((record["layers"] for record in records if isinstance(record.get("layers"), list)), [])
+    value_LW = np.full((len(ids), len(records)), math.nan)
+    for at, record in enumerate(records):
+        values = _of(record["pairs"].get(name)).get("mismatch") or []
+        for row, value in enumerate(values[: len(ids)]):
+            value_LW[row, at] = _number(value)
+    known = np.isfinite(value_LW)
+    high = max(0.02, round(float(np.nanmax(value_LW)) if known.any() else 0.0, 3))
+    labels = [str(layer) for layer in ids]
+    last = [value for value in value_LW[:, -1] if math.isfinite(value)]
+    sentence = f"Compared: {PAIRS[name]}. {_MODES.get(str(records[-1].get('mode')), 'Replay')}."
+    if last:
+        worst = int(np.nanargmax(np.where(np.isfinite(value_LW[:, -1]), value_LW[:, -1], -1.0)))
+        sentence = (
+            f"In the last window {PAIRS[name]} choose other experts in {np.mean(last):.2%} of (token, layer); most in "
+            f"layer {labels[worst]}, {value_LW[worst, -1]:.2%}. {_MODES.get(str(records[-1].get('mode')), 'Replay')}."
+        )
+    spec = {
+        "kind": "grid",
+        "rows": labels,
+        "columns": [str(record.get("step")) for record in records],
+        "row_name": "layer",
+        "column_name": "step",
+        "cells": quantise(value_LW, 0.0, high),
+        "low": 0.0,
+        "high": high,
+        "unit": "mismatch",
+        "scale": "sequential",
+        "frames": [],
+    }
+    rows = [
+        [label, *(_percent(value) for value in (value_LW[at, 0], np.nanmax(value_LW[at]), value_LW[at, -1]))]
+        for at, label in enumerate(labels)
+        if known[at].any()
+    ]
+    note = (
+        "Share of tokens whose set of k experts differs between the two passes, by the router's own choice: what it "
+        "would do without replay. Choices that differ are no damage by themselves; k3 says what they do."
+    )
+    head = ["layer", "first window", "highest", "last window"]
+    return Figure("replay_layers", "Routing mismatch between passes", sentence, spec, head, rows, note)
+
+
+def _numbers(run: RunData, records: list[dict[str, Any]]) -> Figure:
+    """k3 and coverage over steps, mismatch by position in the completion, recompute flips."""
+    steps = [float(record.get("step", at)) for at, record in enumerate(records)]
+    panels = []
+    k3 = {name: [_logp(record, name, "k3") for record in records] for name in PAIRS}
+    drawn = {name: values for name, values in k3.items() if np.isfinite(values).any()}
+    if drawn:
+        top = max(1e-6, *(float(np.nanmax(values)) for values in drawn.values()))
+        own = [series(PAIRS[name], [1e3 * value for value in values]) for name, values in drawn.items()]
+        panels.append({"title": "k3 KL (1/1000 nats)", "low": 0.0, "high": 1.1e3 * top, "series": own})
+    if (place := _by_position(records)) is not None:
+        panels.append(place)
+    covered = [_number(record.get("coverage")) for record in records]
+    if np.isfinite(covered).any():
+        panels.append({"title": "tokens with a record", "low": 0.0, "high": 1.0, "series": [series("share", covered)]})
+    flips = [_worst(_of(record.get("recompute")).get("flips")) for record in records]
+    if np.isfinite(flips).any():
+        high = max(0.01, 1.1 * float(np.nanmax(flips)))
+        own = [series("worst layer", flips)]
+        panels.append({"title": "choices that flip in the recompute", "low": 0.0, "high": high, "series": own})
+    rows = [
+        [
+            PAIRS[name],
+            *(_shown(_logp(records[-1], name, key)) for key in ("k3", "logp_diff_mean", "logp_diff_max")),
+            _percent(_logp(records[-1], name, "above_ln2")),
+        ]
+        for name in drawn
+    ]
+    return Figure(
+        "replay_numbers",
+        "What the mismatch does",
+        _sentence(records, k3),
+        lines(panels, steps, resumes(run)) if panels else None,
+        ["passes, last window", "k3, nats", "|dlogp|, mean", "|dlogp|, max", "above ln 2"],
+        rows,
+        "k3 estimates the KL divergence of two passes from the sampled tokens: r - 1 - ln r, r = the ratio of "
+        "probabilities. Below about 1e-4 rounding; ROUTING_MISMATCH is raised above the limit in the settings.",
+    )
+
+
+def _by_position(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Mismatch by position in the completion, of the last window; the x axis is a power of two."""
+    for name in PAIRS:
+        values = [_number(value) for value in _of(records[-1]["pairs"].get(name)).get("by_position") or []]
+        if np.isfinite(values).any():
+            count = max(at for at, value in enumerate(values) if math.isfinite(value)) + 1
+            high = max(0.01, 1.1 * float(np.nanmax(values)))
+            own = [series(PAIRS[name], values[:count])]
+            title = "mismatch by position in the completion (0, 1, 2-3, 4-7, ...)"
+            return {"title": title, "low": 0.0, "high": high, "x": list(range(count)), "series": own}
+    return None
+
+
+def _sentence(records: list[dict[str, Any]], k3: dict[str, list[float]]) -> str:
+    first = next((name for name, values in k3.items() if np.isfinite(values).any()), None)
+    if first is None:
+        return f"{counted(len(records), 'window')}; the log-probabilities of this trainer could not be read."
+    known = [value for value in k3[first] if math.isfinite(value)]
+    largest = _logp(records[-1], first, "logp_diff_max")
+    more = (
+        f", and a log-probability differed by up to {largest:.2g} in the last window" if math.isfinite(largest) else ""
+    )
+    return (
+        f"The k3 KL of {PAIRS[first]} was {known[0]:.2g} nats in the first window, {known[-1]:.2g} in the last{more}."
+    )
+
+
+def _of(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any) -> float:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if plain and math.isfinite(value) else math.nan
+
+
+def _logp(record: dict[str, Any], name: str, key: str) -> float:
+    return _number(_of(_of(record.get("logps")).get(name)).get(key))
+
+
+def _worst(values: Any) -> float:
+    known = [number for value in values or [] if math.isfinite(number := _number(value))]
+    return max(known, default=math.nan)
+
+
+def _shown(value: float) -> str:
+    return f"{value:.2e}" if math.isfinite(value) else "-"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2%}" if math.isfinite(value) else "-"
