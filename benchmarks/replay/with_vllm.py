@@ -82,7 +82,7 @@ def study(family: str, python: str) -> dict[str, Any]:
 def main() -> None:
     """Every family, and the check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", default="/nonexistent")
+    parser.add_argument("--python", required=True, help="of an environment with vLLM")
     parser.add_argument("--families", default="glm4_moe,qwen3_moe,olmoe")
     parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args()
