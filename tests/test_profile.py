@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 from support import models as tiny
 from support import moe_zoo, texts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
@@ -241,6 +244,98 @@ def test_conversations_go_through_the_chat_template() -> None:
         list(sequences(domain, tokenizer, 99, None))
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     assert list(sequences(domain, tokenizer, 99, None)) == [tokenizer("[user]def[assistant]a function")["input_ids"]]
+
+
+LIST = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+QUIET = (
+    "{% for m in messages %}{% if m.role == 'user' or m.role == 'assistant' %}[{{ m.content }}]{% endif %}{% endfor %}"
+)
+JOINS = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
+PARTS = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+DEMANDS = "{{ raise_exception('roles must alternate') }}"
+
+
+def chatting(template: str) -> Any:
+    tokenizer = copy.deepcopy(texts.tokenizer())
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [LIST, QUIET, JOINS, PARTS])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"from": "human", "value": "def a"}, {"from": "gpt", "value": "a function"}],
+        [{"role": "user", "content": "def a"}, {"role": "assistant", "content": "a function"}],
+        [
+            {"role": "user", "content": [{"type": "text", "text": "def "}, {"type": "text", "text": "a"}]},
+            {"role": "assistant", "content": "a function"},
+        ],
+        [
+            {"role": "user", "content": "def a"},
+            {"role": "assistant", "content": None, "tool_calls": []},
+            {"role": "assistant", "content": "a function"},
+        ],
+    ],
+    ids=["sharegpt", "messages", "parts", "tool call"],
+)
+def test_what_is_said_arrives_in_every_form(messages: list[Any], template: str) -> None:
+    tokenizer = chatting(template)
+    domain = Domain("d", [{"conversations": messages}], column="conversations")
+    (tokens,) = sequences(domain, tokenizer, 99, None)
+    text = tokenizer.decode(tokens)
+    assert "def a" in text and "a function" in text and "from" not in text and "type" not in text
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "words"),
+    [
+        (LIST, {"speaker": "me", "text": "hello"}, r"row 1: a message is \{role, content\}.*got speaker, text"),
+        (
+            QUIET,
+            {"role": "narrator", "content": "once upon"},
+            r"row 1: the chat template leaves out.*once upon.*narrator",
+        ),
+        (
+            DEMANDS,
+            {"role": "user", "content": "hello"},
+            r"row 1: .*does not take the conversation: roles must alternate",
+        ),
+        (
+            LIST,
+            {"role": "user", "content": [{"type": "image", "url": "x"}]},
+            r"row 1: .*holds image, and a profile reads",
+        ),
+        (LIST, {"role": "user", "content": 7}, r"row 1: the content of a message is text.*got int"),
+    ],
+    ids=["no role", "unknown role", "template error", "image", "number"],
+)
+def test_a_conversation_whose_text_does_not_arrive_is_refused(
+    template: str, message: dict[str, Any], words: str
+) -> None:
+    domain = Domain("d", [{"messages": [message]}], column="messages")
+    with pytest.raises(DataError, match=words):
+        list(sequences(domain, chatting(template), 99, None))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "switch_transformers"])
+def test_a_checkpoint_without_a_tokenizer_is_named(family: str, tmp_path: Path) -> None:
+    moe_zoo.build(family).save_pretrained(tmp_path)
+    empty = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"has no vocabulary .*--tokenizer"):
+        list(sequences(Domain("d", ["the dog runs"]), empty, 99, None))
+    empty.chat_template = LIST
+    with pytest.raises(DataError, match=r"has no vocabulary .*--tokenizer"):
+        list(sequences(Domain("d", [[{"role": "user", "content": "hello"}]]), empty, 99, None))
+
+
+def test_a_text_that_the_tokenizer_does_not_know_is_named() -> None:
+    words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1, "known": 2, "word": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    assert len(list(sequences(Domain("d", ["known word " * 40]), tokenizer, 99, None))) == 1
+    with pytest.raises(DataError, match=r"80 of the first 120 tokens are unknown.*--tokenizer"):
+        list(sequences(Domain("d", ["known strange thing " * 40]), tokenizer, 99, None))
 
 
 @pytest.mark.parametrize(

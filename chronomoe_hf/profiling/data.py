@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chronomoe_hf.errors import DataError
+from chronomoe_hf.profiling.chats import render
 
 TEXT, TOKENS = "text", "input_ids"
 FORMATS: dict[str, str] = {
@@ -24,6 +25,7 @@ FORMATS: dict[str, str] = {
     ".csv": "csv",
 }
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
+_UNKNOWN_FROM = 64  # tokens after which a share of unknown ones says something
 _DOCUMENT_CHARS = 32_768  # lines of a text file are joined to documents of about this size
 
 Source = Any
@@ -125,15 +127,16 @@ def raw_documents(domain: Domain) -> Iterator[Any]:
 
 
 def _documents(domain: Domain, tokenizer: Any) -> Iterator[list[int]]:
+    seen = _Unknown(domain, tokenizer)
     for number, row in enumerate(_rows(domain), start=1):
         value = row
         if isinstance(row, Mapping):
             value = row[_column(domain, row)]
         if value is None or isinstance(value, str):
             if value and value.strip():
-                yield list(_tokenize(domain, tokenizer, value))
+                yield seen.passed(list(_tokenize(domain, tokenizer, value)))
         elif isinstance(value, Sequence) and value and isinstance(value[0], Mapping):
-            yield list(_chat(domain, tokenizer, value))
+            yield seen.passed(list(_chat(domain, tokenizer, value, number)))
         elif (tokens := _token_ids(value)) is not None:
             yield tokens
         else:
@@ -141,6 +144,27 @@ def _documents(domain: Domain, tokenizer: Any) -> Iterator[list[int]]:
                 f"domain {domain.name!r}, row {number}: expected text, a conversation or token ids, got "
                 f"{type(value).__name__}; name the column that holds the text"
             )
+
+
+class _Unknown:
+    """Notices a tokenizer that does not know the text: most of it would be profiled as one token."""
+
+    def __init__(self, domain: Domain, tokenizer: Any) -> None:
+        self.domain = domain
+        self.unknown_id = getattr(tokenizer, "unk_token_id", None)
+        self.tokens = self.unknown = 0
+
+    def passed(self, tokens: list[int]) -> list[int]:
+        """The tokens of a document, counted."""
+        if self.unknown_id is not None and self.tokens < 100 * _UNKNOWN_FROM:
+            self.tokens += len(tokens)
+            self.unknown += tokens.count(self.unknown_id)
+            if self.tokens >= _UNKNOWN_FROM and 2 * self.unknown > self.tokens:
+                raise DataError(
+                    f"domain {self.domain.name!r}: {self.unknown} of the first {self.tokens} tokens are unknown to the "
+                    "tokenizer: it is another model's, or not of this text; give the right one (--tokenizer)"
+                )
+        return tokens
 
 
 def _token_ids(value: Any) -> list[int] | None:
@@ -164,16 +188,30 @@ def _column(domain: Domain, row: Mapping[str, Any]) -> str:
 def _tokenize(domain: Domain, tokenizer: Any, text: str) -> Sequence[int]:
     if tokenizer is None:
         raise DataError(f"domain {domain.name!r} holds text, and no tokenizer was given; pass one, or token ids")
+    _require_vocabulary(domain, tokenizer)
     return tokenizer(text, verbose=False)[TOKENS]
 
 
-def _chat(domain: Domain, tokenizer: Any, messages: Sequence[Any]) -> Sequence[int]:
+def _require_vocabulary(domain: Domain, tokenizer: Any) -> None:
+    """Transformers makes an empty tokenizer of a directory without tokenizer files, for some families."""
+    special = getattr(tokenizer, "all_special_ids", None)
+    if special is not None and len(tokenizer) <= len(set(special)) + 1:
+        where = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise DataError(
+            f"domain {domain.name!r}: the tokenizer of {where} has no vocabulary ({len(tokenizer)} entries): it has no "
+            "tokenizer files, as a checkpoint of a Trainer without processing_class; name another one (--tokenizer)"
+        )
+
+
+def _chat(domain: Domain, tokenizer: Any, messages: Sequence[Any], row: int) -> Sequence[int]:
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"domain {domain.name!r}: column {domain.column!r} holds conversations, and the tokenizer has no chat "
             "template; name a column of plain text"
         )
-    return tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True)[TOKENS]
+    _require_vocabulary(domain, tokenizer)
+    text = render(messages, tokenizer, f"domain {domain.name!r}, row {row}")
+    return tokenizer(text, add_special_tokens=False, verbose=False)[TOKENS]  # the template writes them itself
 
 
 def _rows(domain: Domain) -> Iterable[Any]:
