@@ -247,9 +247,7 @@ def test_conversations_go_through_the_chat_template() -> None:
 
 
 LIST = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-QUIET = (
-    "{% for m in messages %}{% if m.role == 'user' or m.role == 'assistant' %}[{{ m.content }}]{% endif %}{% endfor %}"
-)
+QUIET = "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}[{{ m.content }}]{% endif %}{% endfor %}"
 JOINS = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
 PARTS = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
 DEMANDS = "{{ raise_exception('roles must alternate') }}"
@@ -294,17 +292,17 @@ def test_what_is_said_arrives_in_every_form(messages: list[Any], template: str) 
         (
             QUIET,
             {"role": "narrator", "content": "once upon"},
-            r"row 1: the chat template leaves out.*once upon.*narrator",
+            r"row 1: the chat template leaves out.*once .*narrator",
         ),
         (
             DEMANDS,
             {"role": "user", "content": "hello"},
-            r"row 1: .*does not take the conversation: roles must alternate",
+            r"row 1: .*not take the conversation: roles must alternate",
         ),
         (
             LIST,
             {"role": "user", "content": [{"type": "image", "url": "x"}]},
-            r"row 1: .*holds image, and a profile reads",
+            r"row 1: .*holds image, and a profile",
         ),
         (LIST, {"role": "user", "content": 7}, r"row 1: the content of a message is text.*got int"),
     ],
