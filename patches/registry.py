@@ -146,13 +146,18 @@ class Adapter:
         return int(groups), int(setting(router, limit.keep))
 
     def weight(self, router: nn.Module) -> Tensor:
-        """Return the router's own weight ``[E, D]`` (the model's tensor, not a copy)."""
-        weight_ED: Tensor = setting(router, self.weight_at)
+        """Return the router's own weight ``[E, D]`` (the model's tensor, not a copy).
+
+        torch's own quantised Linear has a method in its place, which makes the packed tensor anew.
+        """
+        found: Any = setting(router, self.weight_at)
+        weight_ED: Tensor = found if isinstance(found, Tensor) else found()
         return weight_ED
 
     def linear_bias(self, router: nn.Module) -> Tensor | None:
         """Return the bias ``[E]`` of the router's own linear, or None when its logits have no constant part."""
-        bias: Tensor | None = None if self.linear_bias_at is None else setting(router, self.linear_bias_at)
+        found: Any = None if self.linear_bias_at is None else setting(router, self.linear_bias_at)
+        bias: Tensor | None = found if found is None or isinstance(found, Tensor) else found()
         return bias
 
     def native_bias_place(self, router: nn.Module, parent: nn.Module) -> tuple[nn.Module, str] | None:

@@ -149,6 +149,8 @@ def test_measuring_in_training_changes_no_bit_of_it() -> None:
     [
         ([], {}, LifecycleError, "at least one batch"),
         ([torch.zeros(2, 3)], {}, LifecycleError, "dictionaries with input_ids"),
+        ([{"input_ids": [[5, 6]], "labels": [[5, 6]]}], {}, LifecycleError, "input_ids is a list; let a data collator"),
+        ([{"input_ids": torch.ones(8), "labels": torch.ones(8)}], {}, LifecycleError, r"shape \(8,\): a single row"),
         ([{"input_ids": torch.ones(2, 8, dtype=torch.int64)}], {}, LifecycleError, "needs labels"),
         (
             [{"input_ids": torch.ones(2, 8, dtype=torch.int64), "labels": torch.full((2, 8), -100)}],

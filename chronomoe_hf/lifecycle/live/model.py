@@ -137,7 +137,24 @@ def as_batches(batches: Iterable[Batch], what: str) -> list[Batch]:
         if not is_dict or not ("input_ids" in batch or "inputs_embeds" in batch):
             got = ", ".join(map(str, batch)) if is_dict else type(batch).__name__
             raise LifecycleError(f"{what} reads batches as dictionaries with input_ids, got {got}")
+        _require_batched(batch, what)
     return [dict(batch) for batch in out]
+
+
+def _require_batched(batch: Batch, what: str) -> None:
+    """Tensors of a whole batch, as a collator makes them: not lists, and no single row."""
+    for name, least in (("input_ids", 2), ("inputs_embeds", 3), ("attention_mask", 2), ("labels", 1)):
+        value = batch.get(name)
+        if isinstance(value, list | tuple):
+            raise LifecycleError(
+                f"{what} reads batches of tensors (batch, length), and {name} is a {type(value).__name__}; let a data "
+                "collator make them, or call torch.tensor on it"
+            )
+        if isinstance(value, Tensor) and value.dim() < least:
+            raise LifecycleError(
+                f"{what} reads batches of tensors (batch, length), and {name} has shape {tuple(value.shape)}: a single "
+                "row; let a data collator batch the rows, or add a dimension (value[None])"
+            )
 
 
 def forward_arguments(model: nn.Module, batch: Batch, *, logits: bool) -> Batch:

@@ -225,6 +225,11 @@ def survivors_per_group(spec: LayerSpec, keep: float, multiple_of: int) -> int:
     if spec.num_groups > 1:
         least = max(least, min(2, spec.group_size) * spec.num_groups)
     least = math.ceil(least / step) * step
+    if total < least and least >= spec.num_experts:
+        raise PlanError(
+            f"{where}: no expert can go: {spec.top_k} a token from {spec.groups_kept} of {spec.num_groups} groups need "
+            f"all {spec.num_experts}; lower the model's experts per token first, or leave it whole"
+        )
     if total < least:
         raise PlanError(
             f"{where}: keep={keep!r} leaves {total} of {spec.num_experts} experts, but {spec.top_k} a token from "
