@@ -60,6 +60,10 @@ class InputTape:
         self.chunks.clear()
         self.folds.clear()
 
+    def held(self, device: torch.device) -> int:
+        """Bytes that router inputs take on a device, summing them included."""
+        return sum(self.limit for chunk in self.chunks.values() if chunk.rows_GND.device == device)
+
     def add(self, layer: InputLayer, x_TD: Tensor, real_T: Tensor, sample: TokenSample) -> None:
         """One call of a router.
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from chronomoe_hf import distributed
 from chronomoe_hf.config import CoherenceConfig, ReaderName
 from chronomoe_hf.lens.direction import SAMPLE, finite_rows, input_sums, sums_width
+from chronomoe_hf.recording.expert_sums import output_sums
 from chronomoe_hf.recording.faults import guarded
-from chronomoe_hf.recording.reduce import DISAGREEMENT_SAMPLE, output_sums
+from chronomoe_hf.recording.reduce import DISAGREEMENT_SAMPLE, routing_table
 from chronomoe_hf.recording.rows import TokenSample
 from chronomoe_hf.recording.scope import ForwardScope
 from chronomoe_hf.recording.tape import OutputCall, RoutedCall, output_batch, sums_of
@@ -183,7 +184,9 @@ class LayerRecorder:
         if call.logits_TE.shape[-1] != self.num_experts:
             self.other_width = call.logits_TE.shape[-1]  # the next step says so; the forward is none of ours
             return
-        self.scope.tape.calls.append(call)
+        mode = self.scope.mode
+        assert mode != "off"
+        self.scope.tape.remember(mode, call, self.scope.rows, self.scope.sample)
 
     def routed(self, num_rows: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Ids ``(T, K)`` of this layer's last router call and what capacity kept of it; None where it is not known."""
@@ -199,7 +202,7 @@ class LayerRecorder:
             compared = None
             if call.beta_E is not None:
                 compared = self.scope.sample(num_rows, DISAGREEMENT_SAMPLE, device)
-            head, tail = sums_of([call], row, self.scope.rows(num_rows, device), compared)
+            head, tail = routing_table([sums_of([call], row, self.scope.rows(num_rows, device), compared)], row)
             self._graph_R[row.head].add_(head[0])
             self._graph_R[row.tail].add_(tail[0])
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf import distributed
-from chronomoe_hf.recording.reduce import Reading, product32
+from chronomoe_hf.recording.expert_sums import Reading, product32
 
 ALPHA = 0.9
 """Decay of a role vector per window: half-life 6.6 windows."""

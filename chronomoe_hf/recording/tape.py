@@ -1,8 +1,10 @@
 """The tape of a running forward: routers and experts only leave references here; closing the scope sums them up.
 
-Layers of one shape are summed together, in chunks whose working memory stays below LIMIT bytes. Expert rows are the
-one thing that is copied (the backend's own are too large to keep), into a buffer for as many layers as fit; a full
-buffer is summed at once, the rest when the scope closes.
+Layers of one shape are summed together, in chunks of as many as fit into a limit (``recording/budget.py``). Expert rows
+are the one thing that is copied (the backend's own are too large to keep), into a buffer for as many layers as fit. A
+full chunk, of expert rows or of router calls, is summed at once, the rest when the scope closes. Only then are the few
+numbers an expert that are left put into their columns, once for all chunks, and added: a forward that fails before it
+is in no sum.
 
 Shape suffixes: L layers, E experts, T router rows (tokens), K experts per token, S tokens read, D width, R numbers of
 one row, G layers of a chunk.
@@ -12,27 +14,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from chronomoe_hf.recording.budget import limit_of, sizes
 from chronomoe_hf.recording.columns import Row
+from chronomoe_hf.recording.expert_sums import OutputBatch, OutputParts, output_parts, output_table
 from chronomoe_hf.recording.faults import guarded
 from chronomoe_hf.recording.inputs import InputTape
 from chronomoe_hf.recording.reduce import (
     DISAGREEMENT_SAMPLE,
-    OutputBatch,
     RouterBatch,
+    RoutingParts,
     Scores,
     disagreement_sums,
-    output_sums,
-    routing_sums,
+    routing_parts,
+    routing_table,
 )
 from chronomoe_hf.recording.rows import TokenSample
 from chronomoe_hf.recording.totals import Recorded, Sums
 
-LIMIT = 64 * 2**20
+LIMIT: int | None = None
+"""Bytes that layers may take together; None = as ``recording/budget.py`` says of the device."""
 
 
 class Layerlike(Protocol):
@@ -86,11 +91,21 @@ class RoutedCall:
         return (*shape, id(self.router.adapter), self.layer.num_experts, optional)
 
     @property
-    def bytes(self) -> int:
-        """Working memory of summing it: logits as stacked, in fp32 and as scores; ids, weights and comparisons."""
+    def held(self) -> int:
+        """Bytes that it keeps alive until it is summed."""
         num_rows, num_k = self.index_TK.shape
-        per_expert = self.logits_TE.element_size() + 3 * 4
-        return num_rows * (self.logits_TE.shape[-1] * per_expert + num_k * (3 * 8 + 2 * num_k))
+        ids = 8 * num_k * (1 if self.native_TK is None else 2)
+        return num_rows * (self.logits_TE.shape[-1] * self.logits_TE.element_size() + ids)
+
+    @property
+    def bytes(self) -> int:
+        """Working memory of summing it: logits as stacked and in fp32, scores, ids, weights and comparisons."""
+        num_rows, num_k = self.index_TK.shape
+        num_experts, size = self.logits_TE.shape[-1], self.logits_TE.element_size()
+        per_row = num_experts * (max(size + 4, 8) if self.masked_E is None else 16) + 24 + 2 * 8 * num_k
+        per_row += 0 if self.native_TK is None else num_k * (8 + num_k + 1)
+        compared = 0 if self.beta_E is None else min(num_rows, DISAGREEMENT_SAMPLE) * num_experts * 4 * 5
+        return num_rows * per_row + compared
 
 
 @dataclass(frozen=True)
@@ -135,13 +150,44 @@ class Tape:
         self.sums = sums
         self.calls: list[RoutedCall] = []
         self.chunks: dict[Any, OutputChunk] = {}
-        self.inputs = InputTape(sums.num_layers, LIMIT // 2)
+        self.inputs = InputTape(sums.num_layers, 32 * 2**20)
+        self._waiting: dict[Any, int] = {}  # calls by key
+        self._routed: dict[Any, list[tuple[list[RoutedCall], RoutingParts]]] = {}
+        self._read: dict[Any, list[tuple[list[OutputCall], OutputParts]]] = {}
+        self._pieces: list[tuple[list[int], slice, Tensor]] = []
 
     def clear(self) -> None:
         """Forget everything."""
-        self.calls.clear()
-        self.chunks.clear()
-        self.inputs.clear()
+        for held in (self.calls, self.chunks, self.inputs, self._waiting, self._routed, self._read, self._pieces):
+            held.clear()
+
+    def room(self, device: torch.device) -> int:
+        """Bytes that router calls may take together, beside what holds expert rows and router inputs now."""
+        limit = limit_of(device, self.sums.num_layers) if LIMIT is None else LIMIT
+        if device.type == "cpu" or LIMIT is not None:
+            return limit
+        rows = sum(chunk.rows_GSKD.nbytes for chunk in self.chunks.values() if chunk.rows_GSKD.device == device)
+        return limit - rows - self.inputs.held(device)
+
+    def remember(
+        self, mode: Recorded, call: RoutedCall, mask: Callable[[int, torch.device], Tensor | None], sample: Sampler
+    ) -> None:
+        """One router call; sums those of its kind that are waiting if no more of them fit.
+
+        Args:
+            mode: of the forward.
+            call: what it decided.
+            mask: real tokens of so many rows on a device.
+            sample: of these.
+        """
+        key, waiting = call.key, self._waiting.get(call.key, 0)
+        if waiting and (waiting + 1) * (call.bytes + call.held) > self.room(call.logits_TE.device):
+            due = [other for other in self.calls if other.key == key]
+            self.calls = [other for other in self.calls if other.key != key]
+            self._sum_calls(mode, due, mask, sample)
+            waiting = 0
+        self._waiting[key] = waiting + 1
+        self.calls.append(call)
 
     def slot(
         self, shape: tuple[int, int, int], like: Tensor, sample: TokenSample, every: int, divided: bool
@@ -158,14 +204,26 @@ class Tape:
         key = (shape, like.dtype, like.device, divided)
         chunk = self.chunks.get(key)
         if chunk is None:
-            num_tokens, num_k, width = shape
-            rows = num_tokens * num_k * width * like.element_size()
-            working = rows + self.sums.row.width * (6 * num_tokens * num_k * 2 + 2 * 4 * width)
-            working *= 1 if self.sums.roles is None else 2
-            num = max(1, min(self.sums.num_layers, LIMIT // working))
-            chunk = OutputChunk(like.new_empty(num, *shape), sample, sample.scale * every, divided)
+            scale = sample.scale if every == 1 else sample.scale * every
+            chunk = OutputChunk(like.new_empty(self._layers(shape, like), *shape), sample, scale, divided)
             self.chunks[key] = chunk
         return chunk
+
+    def _layers(self, shape: tuple[int, int, int], like: Tensor) -> int:
+        """Layers whose rows are to share a chunk."""
+        num_tokens, num_k, width = shape
+        rows = num_tokens * num_k * width * like.element_size()
+        # The larger of what comes one after the other: numbers of every slot and expert, coefficients and products.
+        num_slots = num_tokens * num_k
+        products = 2 * (num_slots * (like.element_size() + 1) + 4 * width)
+        working = self.sums.row.width * max(17 * num_slots, products)
+        working += 0 if self.sums.roles is None else rows + working
+        limit = limit_of(like.device, self.sums.num_layers) if LIMIT is None else LIMIT
+        if like.device.type == "cpu" or LIMIT is not None:
+            return max(1, min(self.sums.num_layers, limit // (rows + working)))
+        call = self.calls[-1] if self.calls and self.calls[-1].logits_TE.device == like.device else None
+        routing = (0, 0) if call is None else (call.bytes, call.held)
+        return sizes(limit - self.inputs.held(like.device), self.sums.num_layers, (rows, working), routing)
 
     def added(self, mode: Recorded, chunk: OutputChunk, call: OutputCall) -> None:
         """The caller has written a layer's rows; sums the chunk if it is full."""
@@ -181,8 +239,37 @@ class Tape:
         while chunks:
             self._sum_outputs(mode, chunks.pop())
         self.inputs.sum_up()
+        self._sum_calls(mode, calls, mask, sample)
+        for read in self._read.values():
+            for outputs in _distinct(read):
+                of_outputs = [call for calls, _ in outputs for call in calls]
+                guarded(_all(of_outputs, "fail_outputs"), self._add_outputs, mode, of_outputs, [p for _, p in outputs])
+        for routed in self._routed.values():
+            for routing in _distinct(routed):
+                of_routing = [call for calls, _ in routing for call in calls]
+                guarded(_all(of_routing, "fail"), self._add_routing, mode, of_routing, [p for _, p in routing])
+        for layer_ids, columns, value in self._pieces:
+            self.sums.add(mode, layer_ids, columns, value)
+        self.clear()
+
+    def _add_outputs(self, mode: Recorded, calls: list[OutputCall], parts: list[OutputParts]) -> None:
+        layer_ids = [call.layer.layer_id for call in calls]
+        with torch.no_grad(), torch.autocast(parts[0].dot_GE.device.type, enabled=False):
+            self.sums.add(mode, layer_ids, self.sums.row.outputs, output_table(parts, self.sums.row.width))
+
+    def _add_routing(self, mode: Recorded, calls: list[RoutedCall], parts: list[RoutingParts]) -> None:
+        layer_ids, row = [call.layer.layer_id for call in calls], self.sums.row
+        with torch.no_grad(), torch.autocast(parts[0].prob_GE.device.type, enabled=False):
+            head, tail = routing_table(parts, row)
+            self.sums.add(mode, layer_ids, row.head, head)
+            self.sums.add(mode, layer_ids, row.tail, tail)
+
+    def _sum_calls(self, mode: Recorded, calls: list[RoutedCall], mask: Any, sample: Sampler) -> None:
         for group in _groups(calls):
-            for part in _chunks(group):
+            room = self.room(group[0].logits_TE.device)
+            size = max(1, room // max(1, group[0].bytes + group[0].held))
+            for start in range(0, len(group), size):
+                part = group[start : start + size]
                 guarded(_all(part, "fail"), self._sum_routing, mode, part, mask, sample)
 
     def _sum_outputs(self, mode: Recorded, chunk: OutputChunk) -> None:
@@ -191,15 +278,15 @@ class Tape:
                 guarded(_all(calls, "fail_outputs"), self._sum_run, mode, chunk, calls, rows_GSKD)
 
     def _sum_run(self, mode: Recorded, chunk: OutputChunk, calls: list[OutputCall], rows_GSKD: Tensor) -> None:
-        layer_ids = [call.layer.layer_id for call in calls]
-        value_GC = output_sums(
+        parts = output_parts(
             output_batch(calls, rows_GSKD, chunk.sample, chunk.scale, chunk.divided),
             calls[0].layer.num_experts,
-            self.sums.row.width,
             calls[0].layer.reference,
-            self.sums.more(mode, layer_ids),
+            self.sums.more(mode, [call.layer.layer_id for call in calls]),
         )
-        self.sums.add(mode, layer_ids, self.sums.row.outputs, value_GC)
+        scale = chunk.scale if isinstance(chunk.scale, float) else id(chunk.sample)
+        key = (calls[0].layer.num_experts, calls[0].layer.reference, rows_GSKD.device, scale)
+        self._read.setdefault(key, []).append((calls, parts))
 
     def _sum_routing(self, mode: Recorded, calls: list[RoutedCall], mask: Any, sample: Sampler) -> None:
         device, num_rows = calls[0].logits_TE.device, calls[0].logits_TE.shape[0]
@@ -208,14 +295,18 @@ class Tape:
             mask_T = mask(num_rows, device)
             compared = None if calls[0].beta_E is None else sample(num_rows, DISAGREEMENT_SAMPLE, device)
             layer_ids = [call.layer.layer_id for call in calls]
-            for rows in _pieces(calls, num_rows):
+            most = limit_of(device, self.sums.num_layers, whole=True) if LIMIT is None else LIMIT
+            for rows in _pieces(calls, num_rows, most):
                 part_T = mask_T if mask_T is None or rows is None else mask_T[rows]
-                head, tail = sums_of(calls, row, part_T, compared, rows)
+                parts = sums_of(calls, row, part_T, compared, rows)
                 compared = None
-                if rows is not None and rows.start > 0:
+                if rows is None:
+                    self._routed.setdefault(calls[0].key, []).append((calls, parts))
+                    return
+                head, tail = routing_table([parts], row)
+                if rows.start > 0:
                     head[:, row.width + 3] = 0.0  # one call, however many pieces
-                self.sums.add(mode, layer_ids, row.head, head)
-                self.sums.add(mode, layer_ids, row.tail, tail)
+                self._pieces += [(layer_ids, row.head, head), (layer_ids, row.tail, tail)]
 
 
 Sampler = Callable[[int, int | None, torch.device], TokenSample]
@@ -233,7 +324,7 @@ def router_batch(calls: list[RoutedCall], mask_T: Tensor | None, rows: slice | N
     masked = [call.masked_E for call in calls if call.masked_E is not None]
 
     return RouterBatch(
-        logits_GTE=stacked("logits_TE"),
+        logits_GTE=stacked("logits_TE").float(),  # what was stacked goes before the scores come
         index_GTK=stacked("index_TK"),
         kept_GTK=stacked("kept_TK"),
         native_GTK=stacked("native_TK"),
@@ -250,8 +341,8 @@ def sums_of(
     mask_T: Tensor | None,
     compared: TokenSample | None = None,
     rows: slice | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``routing_sums`` of calls of one key.
+) -> RoutingParts:
+    """``routing_parts`` of calls of one key.
 
     Args:
         calls: of layers of one shape.
@@ -271,14 +362,14 @@ def sums_of(
             seen = Scores.of(logits_GSE, compared.valid_S, batch.distribution, batch.masked_GE)
             sample = TokenSample(None, None, compared.scale)
         disagreement_G4 = disagreement_sums(seen, beta_GE, sample, batch.distribution)
-    return routing_sums(batch, row, disagreement_G4, scores)
+    return routing_parts(batch, row, disagreement_G4, scores)
 
 
 def output_batch(
     calls: list[OutputCall], rows_GSKD: Tensor, sample: TokenSample, scale: Tensor | float, divided: bool
 ) -> OutputBatch:
     """Rows and what they belong to, of calls of one shape."""
-    weight_GSK = sample.pick(_stack([call.weight_TK for call in calls]), 1).float()
+    weight_GSK = sample.pick(_stack([call.weight_TK for call in calls]), 1)
     index_GSK = sample.pick(_stack([call.index_TK for call in calls]), 1)
     valid = None if sample.valid_S is None else sample.valid_S[None, :, None]
     usable = [call.valid_TK for call in calls if call.valid_TK is not None]
@@ -314,16 +405,27 @@ def _groups(calls: list[RoutedCall]) -> Iterator[list[RoutedCall]]:
         yield sorted(group, key=lambda call: call.layer.layer_id)
 
 
-def _chunks(group: list[RoutedCall]) -> Iterator[list[RoutedCall]]:
-    size = max(1, LIMIT // max(1, group[0].bytes))
-    for start in range(0, len(group), size):
-        yield group[start : start + size]
+Summed = TypeVar("Summed", "tuple[list[RoutedCall], RoutingParts]", "tuple[list[OutputCall], OutputParts]")
 
 
-def _pieces(calls: list[RoutedCall], num_rows: int) -> Iterator[slice | None]:
+def _distinct(summed: list[Summed]) -> Iterator[list[Summed]]:
+    """Chunks in runs that hold no layer twice: a layer that is called twice is added twice."""
+    run: list[Summed] = []
+    seen: set[int] = set()
+    for each in summed:
+        ids = {call.layer.layer_id for call in each[0]}
+        if ids & seen:
+            yield run
+            run, seen = [], set()
+        run.append(each)
+        seen |= ids
+    yield run
+
+
+def _pieces(calls: list[RoutedCall], num_rows: int, limit: int) -> Iterator[slice | None]:
     """Row ranges of a chunk of one layer that is too large by itself; None = all rows."""
-    pieces = -(-len(calls) * calls[0].bytes // LIMIT)
-    if pieces <= 1:
+    pieces = -(-len(calls) * calls[0].bytes // limit)
+    if pieces <= 1 or len(calls) > 1:
         yield None
         return
     step = -(-num_rows // pieces)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.recording.columns import Row
+from chronomoe_hf.recording.expert_sums import Reading
 from chronomoe_hf.recording.faults import Faults
-from chronomoe_hf.recording.reduce import Reading
 from chronomoe_hf.recording.role_sums import RoleState
 from chronomoe_hf.recording.rows import IGNORED, PadToken
 

@@ -42,7 +42,7 @@ PLACES: dict[str, tuple[Any, str, bool]] = {
     "the scope": (scoping, "real_tokens", False),
     "the rows of the experts": (reading, "_sorted_slots", True),
     "inside the tap": (reading._Tap, "post_expert_norm", True),
-    "summing the outputs": (taping, "output_sums", True),
+    "summing the outputs": (taping, "output_parts", True),
 }
 
 

@@ -19,7 +19,7 @@ from chronomoe_hf import ChronoConfig
 from chronomoe_hf.config import CheckpointConfig, CoherenceConfig
 from chronomoe_hf.errors import ConfigError, StateCorruptError
 from chronomoe_hf.export.cut_state import cut_state
-from chronomoe_hf.recording.reduce import Reading
+from chronomoe_hf.recording.expert_sums import Reading
 from chronomoe_hf.recording.role_sums import KEPT, WINDOW, RoleReading, RoleState
 
 INTERVAL = 2
