@@ -1,9 +1,9 @@
 """Launches and memory that recording adds at the widths of large models, at their own depth: counted, not timed.
 
 A recorded forward without gradients on the pretend device (``tests/support/phantom.py``): what a training step's
-forward adds, in a memory in which a whole depth fits. Where a lens is open, a backward adds four a layer. Experts are narrow and their
-weights are shared by all layers, which changes neither the router nor what is recorded: their outputs are as wide as the
-model.
+forward adds, in a memory that holds a whole depth. Where a lens is open, a backward adds four a layer. Experts are
+narrow and their weights are shared by all layers, which changes neither the router nor what is recorded: their outputs
+are as wide as the model.
 """
 
 from __future__ import annotations
