@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from chronomoe_hf import private
 from chronomoe_hf.checkpoint.biases import restore_biases
 from chronomoe_hf.checkpoint.folded import install_folded_hook, remove_folded_hook
 from chronomoe_hf.checkpoint.store import saved_config, warn_of_unloaded_state
@@ -188,6 +189,8 @@ def _check_model(verb: str, model: Any) -> None:
 @functools.cache
 def _check_version() -> None:
     installed = version("transformers")
+    for path, lost in private.absent().items():
+        warnings.warn(f"chronomoe_hf does not find {path} any more: {lost}", stacklevel=3)
     if installed not in TESTED_VERSIONS:
         warnings.warn(
             f"chronomoe_hf is tested with Transformers {', '.join(TESTED_VERSIONS)}; {installed} is installed. Each "

@@ -7,17 +7,17 @@ config is asked of Transformers: a model without storage, sent through the conve
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from chronomoe_hf.errors import ExportError
 from chronomoe_hf.export.cut_model import owners_of, shapes_of
 from chronomoe_hf.export.slicing import Piece, Shapes, cut_table
 from chronomoe_hf.export.tensor_files import Stored
 from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
+from chronomoe_hf.private import find
 from chronomoe_hf.wrapping.discovery import FoundLayer, find_layers
 
 
@@ -30,9 +30,10 @@ def writes_published_names(model: PreTrainedModel) -> bool:
     used = model.__dict__.get("_weight_conversions")
     if used is None:
         return False
-    known = get_model_conversion_mapping(model, add_legacy=False)
-    splits = [entry for entry in known if isinstance(entry, WeightConverter)]
-    return not splits or any(isinstance(entry, WeightConverter) for entry in used)
+    known = conversion("conversion_mapping.get_model_conversion_mapping")(model, add_legacy=False)
+    converter = conversion("core_model_loading.WeightConverter")
+    splits = [entry for entry in known if isinstance(entry, converter)]
+    return not splits or any(isinstance(entry, converter) for entry in used)
 
 
 def disk_pieces(
@@ -97,13 +98,29 @@ def require_unknown_dropped(unknown: Sequence[str], drop_unknown: bool) -> None:
         )
 
 
+def conversion(path: str) -> Any:
+    """A name of Transformers that says by which names files hold experts.
+
+    Raises:
+        ExportError: this release does not have it.
+    """
+    found = find(f"transformers.{path}")
+    if found is None:
+        raise ExportError(
+            f"Transformers {version('transformers')} has no {path}, which says by which names a checkpoint's files hold "
+            "its experts; cut the model in memory (lifecycle.export), or install a release that chronomoe_hf is tested "
+            "with"
+        )
+    return found
+
+
 def on_disk(model: PreTrainedModel) -> Shapes:
     """Shapes by the names that ``save_pretrained`` writes."""
     return shapes_of(_reverted(model, model.state_dict()))
 
 
 def _reverted(model: PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = revert_weight_conversion(model, dict(tensors))
+    out: dict[str, Any] = conversion("core_model_loading.revert_weight_conversion")(model, dict(tensors))
     return out
 
 

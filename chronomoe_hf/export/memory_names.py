@@ -15,10 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from chronomoe_hf.export.cut_model import owners_of, shapes_of
-from chronomoe_hf.export.disk_names import checked, on_disk, require_unknown_dropped, tied_names
+from chronomoe_hf.export.disk_names import checked, conversion, on_disk, require_unknown_dropped, tied_names
 from chronomoe_hf.export.slicing import Piece, cut_table
 from chronomoe_hf.export.tensor_files import INDEX, WEIGHTS, Stored, measure_pieces, read_tables
 from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
@@ -67,7 +66,9 @@ def write_published_names(folder: Path, small: PreTrainedModel, metadata: Mappin
         groups.setdefault(f"layer {owners[name]}" if name in owners else entry.file.name, []).append(name)
     parts: list[list[str]] = []
     for number, names in enumerate(groups.values()):
-        tensors = revert_weight_conversion(small, {name: _read(table[name].file, name) for name in names})
+        tensors = conversion("core_model_loading.revert_weight_conversion")(
+            small, {name: _read(table[name].file, name) for name in names}
+        )
         # Experts of one fused tensor are views of it: each gets memory of its own.
         own = {name: value.contiguous().clone() for name, value in tensors.items()}
         save_file(own, folder / f"part-{number}", metadata=dict(metadata))

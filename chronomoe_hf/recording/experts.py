@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+from chronomoe_hf import private
 from chronomoe_hf.recording.faults import guarded
 from chronomoe_hf.recording.recorder import LayerRecorder
 from chronomoe_hf.router.state import HANDLE
@@ -211,12 +211,13 @@ def dispatches_plainly(native: type[nn.Module]) -> bool:
     The decorator of Transformers keeps the table in the closure of the forward that it makes.
     """
     cells = getattr(native.forward, "__closure__", None) or ()
-    return any(cell.cell_contents is ALL_EXPERTS_FUNCTIONS for cell in cells if _is_table(cell))
+    return any(cell.cell_contents is private.EXPERTS_TABLE for cell in cells if _is_table(cell))
 
 
 def _is_table(cell: Any) -> bool:
     try:
-        return isinstance(cell.cell_contents, ExpertsInterface)
+        kind = private.EXPERTS_INTERFACE
+        return kind is not None and isinstance(cell.cell_contents, kind)
     except ValueError:  # an empty cell
         return False
 
@@ -226,7 +227,8 @@ def _is_tapped(experts: Any) -> bool:
     config = getattr(experts, "config", None)
     # hasattr: the attribute exists from Transformers 5.20 on, and with it the place to look.
     known = getattr(config, "_experts_implementation", None) in _TAPPED and hasattr(experts, "has_post_expert_norm")
-    return known and not experts._is_expert_parallel
+    # Where nobody says so, the order of rows is not known either.
+    return known and getattr(experts, "_is_expert_parallel", True) is False
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from chronomoe_hf import distributed
+from chronomoe_hf import distributed, private
 from chronomoe_hf.config import CoherenceConfig, ReaderName
 from chronomoe_hf.lens.direction import SAMPLE, finite_rows, input_sums, sums_width
 from chronomoe_hf.recording.expert_sums import output_sums
@@ -107,7 +107,7 @@ class LayerRecorder:
     def not_active(self) -> None:
         """The router was called and nothing is recorded: remember it where a training forward was to be seen."""
         unseen = torch.is_grad_enabled() and self.scope.switches.training and not self.scope.inside
-        if unseen and torch._C._current_graph_task_id() == -1:  # not the recompute of activation checkpointing
+        if unseen and not private.in_backward():  # not the recompute of activation checkpointing
             self.missed += 1
 
     def fail(self, error: Exception) -> None:

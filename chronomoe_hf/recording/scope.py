@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, compiler, nn
 from transformers import PreTrainedModel
 
+from chronomoe_hf import private
 from chronomoe_hf.recording.faults import guarded
 from chronomoe_hf.recording.passes import Passes
 from chronomoe_hf.recording.rows import DECODER_LABELS, PadToken, TokenSample, real_tokens, sample_tokens
@@ -168,13 +169,13 @@ class ForwardScope(SharedInParts):
         if torch.compiler.is_compiling():
             return "train" if torch.is_grad_enabled() else "off"
         # Inside torch.func.grad and its like tensors belong to the transform and may not be added to ours.
-        if torch._C._functorch.maybe_current_level() is not None:
+        if private.in_transform():
             return "off"
         step = self.switches.step
         if not torch.is_grad_enabled():
             self.passes.note_without_grad(named, step)
             return "off"
-        if torch._C._current_graph_task_id() != -1:
+        if private.in_backward():
             return "train" if self.passes.counts_in_backward(named, step) else "off"
         self.passes.note_counted(named, step)
         return "train"

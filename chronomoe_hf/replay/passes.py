@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, compiler, nn
 
+from chronomoe_hf import private
 from chronomoe_hf.config import ReplayConfig
 from chronomoe_hf.errors import ReplayError
 from chronomoe_hf.replay.adapters import AdapterWatch
@@ -108,7 +109,7 @@ class Passes:
         """See ``router.state.Replayer``."""
         if compiler.is_compiling():
             return False
-        return self.phase != "none" or (self._remembers and in_backward())
+        return self.phase != "none" or (self._remembers and private.in_backward())
 
     @property
     def repeats(self) -> Source | None:
@@ -131,9 +132,9 @@ class Passes:
             self._apart -= 1
 
     def _phase(self, training: bool) -> Phase:
-        if in_backward():
+        if private.in_backward():
             return "recompute"
-        if self._apart or torch._C._functorch.maybe_current_level() is not None:
+        if self._apart or private.in_transform():
             return "none"
         if self.tape is not None:
             return "rollout"
@@ -249,7 +250,7 @@ class Passes:
         """See ``router.state.Replayer``."""
         layer = self.layers[layer_id]
         if self.phase in ("none", "recompute"):
-            if not (self._remembers and in_backward()):
+            if not (self._remembers and private.in_backward()):
                 return None
             return self.pending.recompute(layer_id, own_TK, layer.name, self.config.mode in ("old", "rollout"))
         forward = self._forward
@@ -355,11 +356,6 @@ class Passes:
         """Forget the running forward."""
         self.phase = "none"
         self._forward = _Forward()
-
-
-def in_backward() -> bool:
-    """Whether autograd runs backward now, in which activation checkpointing runs forwards again."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _cached(named: Mapping[str, Any]) -> int | None:

@@ -7,7 +7,9 @@ they have to be told apart by what Trainer and TRL do around them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +30,7 @@ class PolicyPasses:
     """
 
     def __init__(self, trainer: Trainer, system: ChronoSystem) -> None:
+        self.trainer = trainer
         self.switches = system.switches
         self.owners = [module for module in system.model.modules() if SCOPE in module.__dict__]
         self.replaced = Replaced()
@@ -37,7 +40,7 @@ class PolicyPasses:
         self._other_adapter_on = False
         model = trainer.model
         self.adapter = getattr(model, "active_adapter", None)
-        self.replaced.replace(trainer, "_prepare_inputs", self._prepare_inputs)
+        self.replaced.replace(trainer, "_prepare_inputs", self._prepare_inputs, "generation there counts as evaluation")
         self.replaced.replace(model, "generate", self._apart)
         if isinstance(self.adapter, str) and hasattr(model, "disable_adapter"):  # a PeftModel
             self.replaced.replace(model, "disable_adapter", self._adapters_off)
@@ -77,6 +80,11 @@ class PolicyPasses:
             self.mismatched = []
             if isinstance(inputs, dict):
                 self.mismatched = [inputs[name] for name in ("KL_input_ids",) if isinstance(inputs.get(name), Tensor)]
+            if not self.mismatched and getattr(self.trainer, "calculate_KL", False) and isinstance(inputs, dict):
+                _tell_once(
+                    f"{type(self.trainer).__name__} measures a KL, but its batches have no KL_input_ids: its pass on "
+                    "mismatched completions counts as evaluation"
+                )
             if self.mismatched and not self.handles:
                 # Before our own pre-hook, which asks the switch.
                 self.handles = [
@@ -108,6 +116,11 @@ class PolicyPasses:
             return result
 
         return set_adapter
+
+
+@functools.cache
+def _tell_once(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 def evaluate_apart(trainer: Trainer, system: ChronoSystem, prefix: str, loop: Callable[[], Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType
@@ -54,10 +55,21 @@ class Replaced:
         self._undo: list[tuple[Any, str, Any, Any]] = []
         self.active = True
 
-    def replace(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Put ``make(original)`` in the place of ``owner.name``; an owner without that method is left alone."""
+    def replace(
+        self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]], lost: str = ""
+    ) -> None:
+        """Put ``make(original)`` in the place of ``owner.name``; an owner without that method is left alone.
+
+        Args:
+            owner: the object.
+            name: of its method.
+            make: what takes the original's place.
+            lost: what does not happen where the method is missing, for a warning; empty where that is no fault.
+        """
         original = getattr(owner, name, None)
         if original is None:
+            if lost:
+                warnings.warn(f"{type(owner).__name__} has no {name} any more: {lost}", stacklevel=2)
             return
         ours = make(original)
 
@@ -128,11 +140,11 @@ class TrainerHooks:
         self.trainer = trainer
         self.callback = callback
         self.replaced = Replaced()
-        self.replaced.replace(trainer, "save_model", self._save_model)
-        self.replaced.replace(trainer, "train", self._train)
+        self.replaced.replace(trainer, "save_model", self._save_model, "no chronomoe state is written with weights")
+        self.replaced.replace(trainer, "train", self._train, "no state is restored on a resume")
         self.replaced.replace(trainer, "create_model_card", self._create_model_card)
-        self.replaced.replace(trainer, "call_model_init", self._call_model_init)
-        self.replaced.replace(trainer, "evaluation_loop", self._evaluation_loop)
+        self.replaced.replace(trainer, "call_model_init", self._call_model_init, "rebuilt models are not wrapped")
+        self.replaced.replace(trainer, "evaluation_loop", self._evaluation_loop, "evaluation is not recorded")
         for name in ("remove_callback", "pop_callback"):
             self.replaced.replace(trainer.callback_handler, name, self._callback_removed)
 

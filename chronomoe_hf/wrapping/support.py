@@ -165,7 +165,8 @@ def _builder(name: str, config: PreTrainedConfig) -> Callable[[PreTrainedConfig]
         found = getattr(transformers, name, None)
     except (ImportError, RuntimeError):  # the class needs a library that is not installed
         return None
-    if name in AUTO_CLASSES and found is not None and type(config) in found._model_mapping:
+    mapping = getattr(found, "_model_mapping", ())
+    if name in AUTO_CLASSES and found is not None and type(config) in mapping:
         # False, not None: None asks at the terminal whether code that came with the weights may run.
         return functools.partial(found.from_config, trust_remote_code=False)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
