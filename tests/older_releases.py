@@ -1,6 +1,9 @@
-"""Run a reduced suite against older Transformers releases, each in an environment of its own.
+"""Run a reduced suite against older Transformers releases, each in an environment of its own, and the lowest versions.
 
-    python tests/older_releases.py [5.13.1 ...]
+    python tests/older_releases.py [5.13.1 ... lowest]
+
+`lowest` holds the lowest versions of torch, accelerate, peft and trl that pyproject.toml promises, with the lowest
+Transformers. The torch of that age on PyPI is the CUDA build, several GB; it is downloaded once.
 
 An environment holds the release and what it pins differently; everything else (torch, pytest, this package in its
 editable install) is read from the environment that runs this script, so that it takes seconds to build.
@@ -23,14 +26,26 @@ PINS = {
     "5.16.1": ["huggingface_hub==1.33.0"],
     "5.19.0": [],
 }
+# The lowest versions that pyproject.toml promises; tests/test_versions.py compares them with it.
+LOWEST = {"transformers": "5.6.0", "torch": "2.6.0", "accelerate": "1.10.0", "peft": "0.18.0", "trl": "1.0.0"}
 # Switch routers return another layout before 5.18: the contract probe refuses them, which test_versions asserts.
 SUITE = ["tests/test_versions.py", "tests/wrapping/test_wrap.py", "tests/recording/test_observe.py"]
+# What users do after training, a test or two each: export, refit, repair of a resume, the dry run.
+SMOKE = [
+    "tests/export/test_live.py::test_the_directory_says_what_it_is",
+    "tests/export/test_live.py::test_an_exported_model_can_be_cut_again",
+    "tests/lifecycle/test_masking.py",
+    "tests/lifecycle/test_refit.py",
+    "tests/lifecycle/test_coordinator.py",
+    "tests/trainer/test_weight_repair.py",
+]
 SELECT = "not switch and not batched_mm and not ac and not reentrant"
 
 
 def build(release: str) -> Path:
-    """Create (or reuse) the environment of `release` and return its python."""
-    home = ROOT / "build" / f"transformers-{release}"
+    """Create (or reuse) the environment of `release` (or ``"lowest"``) and return its python."""
+    lowest = release == "lowest"
+    home = ROOT / "build" / (release if lowest else f"transformers-{release}")
     python = home / "bin" / "python"
     if not (home / ".installed").exists():
         venv.create(home, with_pip=True, clear=True)
@@ -40,8 +55,13 @@ def build(release: str) -> Path:
             f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
         )
         command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*command, "--no-deps", f"transformers=={release}", *PINS[release]], check=True)
-        if any(pin.startswith("huggingface_hub") for pin in PINS[release]):
+        pins = [f"transformers=={release}", *PINS[release]] if not lowest else []
+        if lowest:
+            subprocess.run([*command, f"torch=={LOWEST['torch']}"], check=True)  # with its own CUDA libraries
+            pins = [f"{name}=={version}" for name, version in LOWEST.items() if name != "torch"]
+            pins += PINS[LOWEST["transformers"]]
+        subprocess.run([*command, "--no-deps", "--ignore-installed", *pins], check=True)
+        if any(pin.startswith("huggingface_hub") for pin in pins):
             subprocess.run([*command, "httpx"], check=True)  # the older hub client speaks through it
         (home / ".installed").touch()
     return python
@@ -50,11 +70,11 @@ def build(release: str) -> Path:
 def main() -> int:
     """Run the suite for every release asked for; 0 if all passed."""
     failed = []
-    for release in sys.argv[1:] or list(PINS):
+    for release in sys.argv[1:] or [*PINS, "lowest"]:
         python = build(release)
-        print(f"== Transformers {release}", flush=True)
+        print(f"== {release if release == 'lowest' else f'Transformers {release}'}", flush=True)
         done = subprocess.run(
-            [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECT, *SUITE],
+            [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECT, *SUITE, *SMOKE],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,

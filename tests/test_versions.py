@@ -6,9 +6,13 @@ other layouts than today's; the contract probe must refuse exactly those.
 
 from __future__ import annotations
 
+import ast
+import re
+import tomllib
 import warnings
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +139,15 @@ def test_an_untested_release_warns_once(monkeypatch: pytest.MonkeyPatch) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _check_version()
+
+
+def test_the_lowest_environment_holds_what_is_promised() -> None:
+    """`python tests/older_releases.py lowest` runs the lowest versions that pyproject.toml promises."""
+    root = Path(__file__).resolve().parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
+    source = (root / "tests" / "older_releases.py").read_text(encoding="utf-8")
+    pins = ast.literal_eval(source.split("LOWEST = ")[1].split("\n")[0])
+    for name, pinned in pins.items():
+        (lowest,) = {match[1] for each in named if (match := re.match(rf"{name}>=([\d.]+)", each))}
+        assert pinned in (lowest, f"{lowest}.0"), f"{name}: {lowest} is promised, {pinned} is run"

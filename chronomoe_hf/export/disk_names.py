@@ -107,7 +107,7 @@ def conversion(path: str) -> Any:
     found = find(f"transformers.{path}")
     if found is None:
         raise ExportError(
-            f"Transformers {version('transformers')} has no {path}, which says by which names a checkpoint's files hold "
+            f"Transformers {version('transformers')} has no {path}, which says by which names files hold "
             "its experts; cut the model in memory (lifecycle.export), or install a release that chronomoe_hf is tested "
             "with"
         )
