@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 ARGS   ?=
 
-.PHONY: help demo test test-slow test-vllm test-versions test-tools check docs bench format clean
+.PHONY: help demo test test-slow test-vllm test-versions test-tools test-clients check docs bench format clean
 
 help:
 	@echo "make demo       the main job: fine-tune a small Mixtral and print its routing verdict (about 5 minutes, 2 cores)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-vllm  GRPO with rollouts of a real vLLM, its routes replayed (some minutes; builds an environment)"
 	@echo "make test-versions  a reduced suite with older Transformers releases"
 	@echo "make test-tools     axolotl, LLaMA-Factory, ms-swift and others, each in a folder of its own; writes docs/tools.md (ARGS='bnb st')"
+	@echo "make test-clients   vLLM, llama.cpp, lm-eval and an older Transformers on checkpoints of ours (about an hour)"
 	@echo "make docs       the documentation, built strictly, into build/site"
 	@echo "make bench      the CPU benchmarks again, what differs from the committed tables, docs/results.md (about half an hour)"
 	@echo "make format     rewrite the sources in the project's format"
@@ -56,6 +57,11 @@ test-versions: $(STAMP)
 # Real tools, each with its own packages in a folder of its own (TOOLS_DIR, else build/tools).
 test-tools: $(STAMP)
 	$(TEST_ENV) $(BIN)/python tests/tools/run.py --page $(ARGS)
+
+# Real engines, each in an environment of its own below CLIENT_ENVS; writes benchmarks/results/serving.json and docs/serving.md.
+CLIENT_ENVS ?= build/clients/envs
+test-clients: $(STAMP)
+	$(TEST_ENV) $(BIN)/python tests/clients/run.py --envs $(CLIENT_ENVS) $(ARGS)
 
 # mypy cannot follow the mapped folder in an editable install, so it reads a copy laid out as installed.
 check: $(STAMP)

@@ -77,11 +77,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     ),
     "afmoe": (
         "Afmoe",
-        {**_E8, "num_dense_layers": 1, "num_shared_experts": 1, "score_func": "sigmoid", "sliding_window": 128},
+        {**_E8, "num_dense_layers": 1, "num_shared_experts": 1, "score_func": "sigmoid", "sliding_window": 128,
+         "route_norm": True, "n_group": 1, "topk_group": 1},
         "bias",
         5,
     ),
-    "minimax_m2": ("MiniMaxM2", {**_LOCAL8, "intermediate_size": 64, "scoring_func": "sigmoid"}, "bias", 5),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {**_LOCAL8, "intermediate_size": 64, "scoring_func": "sigmoid", "rotary_dim": 64, "use_routing_bias": True},
+        "bias",
+        5,
+    ),
 }  # fmt: skip
 KINDS = ("plain", "governed", "folded", "cut", "refitted")
 PROMPT_TOKENS = 40

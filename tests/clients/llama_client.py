@@ -36,23 +36,13 @@ def made_up(self):
     self.gguf_writer.add_token_list(names)
     self.gguf_writer.add_token_scores([0.0] * size)
     self.gguf_writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * (size - 3))
-namespace = {}
-def patch(module):
-    for value in vars(module).values():
-        if isinstance(value, type) and "set_vocab" in vars(value):
-            value.set_vocab = made_up
-text = Path(converter).read_text()
-import types
-module = types.ModuleType("__main__")
-module.__file__ = converter
-sys.modules["__main__"] = module
-start = "if __name__ == "
-head = text[: text.rindex(start)]
-exec(compile(head, converter, "exec"), module.__dict__)
-for name, other in list(sys.modules.items()):
-    if name.startswith("conversion") or other is module:
-        patch(other)
-module.__dict__["main"]()
+import conversion.base
+for name in list(vars(conversion.base.TextModel)):
+    if name.startswith("_set_vocab"):
+        setattr(conversion.base.TextModel, name, lambda self, *args, **kwargs: made_up(self))
+conversion.base.TextModel.set_vocab = made_up
+conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "default"
+runpy.run_path(converter, run_name="__main__")
 """
 
 
@@ -78,18 +68,22 @@ def ask(directory: str, converter: str) -> dict[str, Any]:
 
     said = np.load(f"{directory}.npz")
     prompts_NS, want_NSV, greedy_NG = said["prompts"], said["logprobs"], said["generated"]
+    wrapped_NSV = want_NSV
+    if "plain_logprobs" in said:
+        want_NSV = said["plain_logprobs"]
     path = convert(directory, converter)
     try:
         model = llama_cpp.Llama(
             str(path), n_ctx=128, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False
         )
-        worst, same, apart = 0.0, 0, 0
+        worst, wrapped, same, apart = 0.0, 0.0, 0, 0
         for n, prompt in enumerate(prompts_NS.tolist()):
             model.reset()
             model.eval(prompt)
             scores_SV = np.array(model.scores[: len(prompt)], dtype=np.float64)
             got_SV = scores_SV - np.log(np.exp(scores_SV - scores_SV.max(-1, keepdims=True)).sum(-1, keepdims=True))
             got_SV -= scores_SV.max(-1, keepdims=True)
+            wrapped = max(wrapped, float(np.abs(got_SV - wrapped_NSV[n]).max()))
             gap_S = np.abs(got_SV - want_NSV[n]).max(-1)
             worst, apart = max(worst, float(gap_S.max())), apart + int((gap_S > 0.01).sum())
             for token in greedy_NG[n].tolist():
@@ -100,6 +94,7 @@ def ask(directory: str, converter: str) -> dict[str, Any]:
         path.unlink(missing_ok=True)
     return {
         "difference": worst,
+        "to_wrapped": wrapped,
         "positions": int(prompts_NS.size),
         "apart": apart,
         "same_tokens": same,

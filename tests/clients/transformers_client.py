@@ -27,8 +27,13 @@ def ask(directory: str) -> dict[str, Any]:
         return {"error": f"does not load strictly: {left[0]}"}
     with torch.no_grad():
         got_NSV = model.eval()(input_ids=torch.from_numpy(said["prompts"])).logits.float().log_softmax(-1).numpy()
-    difference = np.abs(got_NSV - said["logprobs"])
-    return {"difference": float(difference.max()), "positions": int(difference.shape[0] * difference.shape[1])}
+    plain_NSV = said["plain_logprobs"] if "plain_logprobs" in said else said["logprobs"]
+    difference = np.abs(got_NSV - plain_NSV)
+    return {
+        "difference": float(difference.max()),
+        "to_wrapped": float(np.abs(got_NSV - said["logprobs"]).max()),
+        "positions": int(difference.shape[0] * difference.shape[1]),
+    }
 
 
 def main() -> None:

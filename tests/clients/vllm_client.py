@@ -29,6 +29,9 @@ def ask(directory: str, impl: str) -> dict[str, Any]:
     """Largest difference of a log-probability, and how many greedy tokens agree."""
     said = np.load(f"{directory}.npz")
     prompts_NS, want_NSV, greedy_NG = said["prompts"], said["logprobs"], said["generated"]
+    wrapped_NSV = want_NSV
+    if "plain_logprobs" in said:  # governed: an engine runs the plain model, which may be what was trained or not
+        want_NSV = said["plain_logprobs"]
     llm = LLM(
         model=directory,
         dtype="float32",
@@ -45,16 +48,23 @@ def ask(directory: str, impl: str) -> dict[str, Any]:
         temperature=0.0, max_tokens=count, min_tokens=count, prompt_logprobs=TOP, ignore_eos=True, detokenize=False
     )
     outputs = llm.generate([{"prompt_token_ids": row.tolist()} for row in prompts_NS], params, use_tqdm=False)
-    worst, same, positions = 0.0, 0, 0
+    worst, wrapped, same, positions = 0.0, 0.0, 0, 0
     for n, output in enumerate(outputs):
         for at, entries in enumerate(output.prompt_logprobs[1:], start=1):
             positions += 1
             for token, entry in entries.items():
                 worst = max(worst, abs(entry.logprob - float(want_NSV[n, at - 1, token])))
+                wrapped = max(wrapped, abs(entry.logprob - float(wrapped_NSV[n, at - 1, token])))
         same += int((np.array(output.outputs[0].token_ids) == greedy_NG[n]).sum())
     del llm
     gc.collect()
-    return {"difference": worst, "positions": positions, "same_tokens": same, "tokens": int(greedy_NG.size)}
+    return {
+        "difference": worst,
+        "to_wrapped": wrapped,
+        "positions": positions,
+        "same_tokens": same,
+        "tokens": int(greedy_NG.size),
+    }
 
 
 def main() -> None:

@@ -1,0 +1,63 @@
+"""lm-eval's perplexity of checkpoints on a text of our own. Runs without this library.
+
+LM_EVAL_ENV/bin/python tests/clients/lmeval_client.py OUT.json TEXT.jsonl DIRECTORY ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+from lm_eval import evaluator
+from lm_eval.tasks import TaskManager
+
+TASK = """
+task: local_text
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {path}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list:
+  - metric: byte_perplexity
+  - metric: word_perplexity
+metadata:
+  version: 1.0
+"""
+
+
+def main() -> None:
+    out, text, *directories = sys.argv[1:]
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "local_text.yaml").write_text(TASK.format(path=Path(text).resolve()))
+        manager = TaskManager(include_path=folder)
+        for directory in directories:
+            try:
+                said = evaluator.simple_evaluate(
+                    model="hf",
+                    model_args=f"pretrained={directory},dtype=float32",
+                    tasks=["local_text"],
+                    device="cpu",
+                    batch_size=1,
+                    task_manager=manager,
+                    bootstrap_iters=0,
+                )["results"]["local_text"]
+                results[directory] = {"byte_perplexity": said["byte_perplexity,none"]}
+            except Exception as error:
+                results[directory] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+            print(directory, results[directory], flush=True)
+            Path(out).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
