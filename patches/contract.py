@@ -32,7 +32,7 @@ def probe(adapter: Adapter, router: nn.Module, output: Any) -> Routing:
     if wrong is not None:
         raise ContractError(
             f"{where} returned {_shape_of(output)}: {wrong}. The adapter was verified against Transformers 5.23; "
-            "install that version, or describe the new layout with an Adapter (CONTRIBUTING.md)."
+            "install that version, or describe the new layout with an Adapter (docs/adding_an_architecture.md)."
         )
     return routing
 

@@ -325,5 +325,5 @@ def find(router: nn.Module) -> Adapter:
     hint = f"; closest known routers: {', '.join(close)}" if close else ""
     raise UnsupportedArchitectureError(
         f"no adapter describes {cls.__name__} of {cls.__module__}{hint}. "
-        "Describe it with chronomoe_hf.patches.register(Adapter(...)); CONTRIBUTING.md shows how."
+        "Describe it with chronomoe_hf.patches.register(Adapter(...)); docs/adding_an_architecture.md shows how."
     )

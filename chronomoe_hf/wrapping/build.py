@@ -133,7 +133,7 @@ def discover(model: nn.Module) -> list[FoundLayer]:
         raise UnsupportedArchitectureError(
             f"no MoE layer of {type(model).__name__} can be wrapped:\n  "
             + "\n  ".join(map(str, refused))
-            + "\nCONTRIBUTING.md shows how to add an architecture."
+            + "\ndocs/adding_an_architecture.md shows how to add an architecture."
         )
     if not found:
         raise NoMoELayersError(
