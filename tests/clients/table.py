@@ -29,7 +29,7 @@ CLIENTS = {
 def gather(folder: Path) -> dict[str, Any]:
     """``{client: {"FAMILY/KIND": {"difference", ...}}}`` from the files ``CLIENT*.json``."""
     found: dict[str, Any] = {}
-    for client in (*CLIENTS, "lm_eval", "measured", "vllm_plugin", "vllm_plugin_off"):
+    for client in (*CLIENTS, "lm_eval", "measured", "vllm_plugin", "vllm_plugin_off", "onnx"):
         rows: dict[str, Any] = {}
         for path in sorted(folder.glob(f"{client}.json")):
             for directory, row in json.loads(path.read_text()).items():

@@ -42,12 +42,17 @@ def test_beta_and_lens_are_inside_an_exported_graph(kind: str) -> None:
         model(**tiny.tiny_batch("mixtral", seed=step))
         system_of(model).step(step)
     model.eval()
+    model.set_experts_implementation("batched_mm")
     example, other = torch.arange(1, 25).reshape(2, 12), torch.arange(1, 41).flip(0).reshape(2, 20)
     length = torch.export.Dim("length", min=2, max=64)
     with torch.no_grad():
         want = Logits(model)(other)
         program = torch.export.export(Logits(model), (example,), dynamic_shapes=({1: length},))
         got = program.module()(other)
+        spaces = {node.target.namespace for node in program.graph.nodes if hasattr(node.target, "namespace")}
+        assert "aten" in spaces and spaces <= {"aten", "higher_order"}, (
+            "operators that only Transformers or this library know"
+        )
         assert system_of(model).take_sums().count_nonzero() == 0, "nothing of a graph is recorded"
         plain = Logits(chronomoe_hf.unwrap(model))(other)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
