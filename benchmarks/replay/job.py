@@ -83,7 +83,7 @@ def prompts(rows: int = 64) -> list[str]:
     return [" ".join(f"w{3 + (11 * i + 5 * j) % 90}" for j in range(4 + i % 5)) for i in range(rows)]
 
 
-def trained(family: str, seed: int, steps: int = 150) -> Any:
+def trained(family: str, seed: int, steps: int = 60) -> Any:
     """A small model after some steps on sequences that count on by a step of their own."""
     import transformers
 
