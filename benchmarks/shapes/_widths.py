@@ -77,6 +77,21 @@ def build(width: Width, layers: int) -> Any:
     return model.eval()
 
 
+def on_device(model: Any) -> Any:
+    """Parameters and buffers on the pretend device, shared ones once: ``model.to`` would copy them for every layer."""
+    moved: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for key, value in held.items():
+                if value is not None:
+                    if id(value) not in moved:
+                        there = phantom.to_device(value.detach())
+                        is_weight = isinstance(value, torch.nn.Parameter)
+                        moved[id(value)] = torch.nn.Parameter(there, requires_grad=False) if is_weight else there
+                    held[key] = moved[id(value)]
+    return model
+
+
 def count(width: Width, layers: int, case: str) -> dict[str, int]:
     """Launches, host reads and peak bytes of one recorded forward of the decoder."""
     rows = max(1, width.tokens // 512)
@@ -84,7 +99,7 @@ def count(width: Width, layers: int, case: str) -> dict[str, int]:
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
     with phantom.device(), torch.no_grad():
-        model = phantom.to_device(build(width, layers))
+        model = on_device(build(width, layers))
         batch = phantom.to_device({"input_ids": ids, "attention_mask": mask})
         short = {name: value[:1, :8] for name, value in batch.items()}
         if case == "untouched":

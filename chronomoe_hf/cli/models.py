@@ -46,8 +46,13 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
         options["device_map"] = device_map
     try:
         model, info = builder.from_pretrained(name, output_loading_info=True, use_safetensors=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WrapError(f"{name} does not load: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "mmap" in str(error) or "allocate memory" in str(error):
+            raise WrapError(
+                f"{name} does not fit into the memory that this process may take ({_first(error)}); load it in parts "
+                "with --device-map, or export with --check shapes, which loads no model"
+            ) from error
+        raise WrapError(f"{name} does not load: {_first(error)}") from error
     missing = sorted(map(str, info["missing_keys"]))
     if missing:
         raise WrapError(f"{len(missing)} weights of {name} are missing (first: {missing[0]}); is it whole?")

@@ -23,6 +23,7 @@ from chronomoe_hf.export.cut_state import cut_state
 from chronomoe_hf.export.disk_names import disk_pieces, require_names
 from chronomoe_hf.export.live import details, fresh_target, make_report, reload, staged
 from chronomoe_hf.export.memory_names import has_memory_names, memory_pieces, write_published_names
+from chronomoe_hf.export.memory import available_memory
 from chronomoe_hf.export.slicing import Piece
 from chronomoe_hf.export.tensor_files import Stored, measure_pieces, read_tables, write_checkpoint
 from chronomoe_hf.export.verify import Comparison, masked_logits, probe_batches, require_close
@@ -122,17 +123,6 @@ def _how(check: Check, config: PreTrainedConfig, stored: Mapping[str, Stored]) -
         return check
     needed = _SPARE * sum(entry.end - entry.begin for entry in stored.values())
     return "logits" if not _is_quantized(config) and needed < available_memory() else "shapes"
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping; 0 where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError, AttributeError):
-        return 0
 
 
 def _masked_logits(model_class: type[PreTrainedModel], source: Path, plan: PrunePlan) -> list[Tensor]:

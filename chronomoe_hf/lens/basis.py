@@ -15,6 +15,7 @@ from torch import Tensor
 
 # Eigenvalues of W W^T below this fraction of the largest are treated as zero: fp32 weights carry no more information.
 _EIGEN_CUTOFF = 1e-12
+_PIVOT_CUTOFF = 1e-8
 
 
 def steering_target(share_E: Tensor | Sequence[float]) -> Tensor:
@@ -102,12 +103,26 @@ def least_squares_basis(
     if spread_E is not None:
         target_E = target_E * spread_E
         target_E = target_E - target_E.mean()
-    # pinv(W) t = W^T (W W^T)^+ t: an E x E eigenproblem instead of an SVD of the E x D weight.
-    value_E, vector_EE = torch.linalg.eigh(weight @ weight.T)
+    shift_D = weight.T @ _solved(weight @ weight.T, target_E)  # pinv(W) t = W^T (W W^T)^+ t
+    return reader_column(mu_D, reader_D), shift_D.unsqueeze(0).float()
+
+
+def _solved(gram_EE: Tensor, target_E: Tensor) -> Tensor:
+    """``gram^+ target``: by Cholesky where the rows are independent, else by an eigendecomposition.
+
+    The latter costs ten times as much. It is taken where a pivot is near zero, or the solution found is none.
+    """
+    factor_EE, failed = torch.linalg.cholesky_ex(gram_EE)
+    if int(failed) == 0:
+        pivot_E = factor_EE.diagonal().square()
+        found_E = torch.cholesky_solve(target_E[:, None], factor_EE)[:, 0]
+        off = float((gram_EE @ found_E - target_E).norm())
+        if float(pivot_E.min()) > _PIVOT_CUTOFF * float(pivot_E.max()) and off <= 1e-9 * float(target_E.norm()):
+            return found_E
+    value_E, vector_EE = torch.linalg.eigh(gram_EE)
     keep_E = value_E > value_E[-1] * _EIGEN_CUTOFF
     inverse_E = torch.where(keep_E, 1.0 / value_E.where(keep_E, torch.ones_like(value_E)), torch.zeros_like(value_E))
-    shift_D = weight.T @ (vector_EE @ (inverse_E * (vector_EE.T @ target_E)))
-    return reader_column(mu_D, reader_D), shift_D.unsqueeze(0).float()
+    return vector_EE @ (inverse_E * (vector_EE.T @ target_E))
 
 
 def router_basis(

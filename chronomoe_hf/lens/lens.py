@@ -148,6 +148,7 @@ class ChronoLens:
             None, or why the inputs are degenerate; the basis is then empty and the lens an exact identity
             at any scale.
         """
+        weight_ED = host64(weight_ED)  # once: the functions below take it as it is
         self.note = basis_problem(mu_D, weight_ED, share_E, logit_std)
         if self.note is not None:
             self.set_basis(*no_basis(self.d_model))

@@ -402,3 +402,21 @@ def test_a_lens_is_no_module():
         assert not isinstance(lens, torch.nn.Module)
     assert lens_module.ChronoLens.supported is True
     assert lens_module.IdentityLens.supported is False
+
+
+@pytest.mark.parametrize("rows", ["independent", "nearly dependent", "twice the same", "more than the width"])
+def test_the_basis_is_that_of_the_pseudo_inverse_whichever_way_it_is_solved(rows: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(40 if rows == "more than the width" else 16, 32, generator=generator, dtype=torch.float64)
+    if rows == "nearly dependent":
+        weight[3] = weight[2] + 1e-7 * weight[4]
+    elif rows == "twice the same":
+        weight[3] = weight[2]
+    mu = torch.randn(32, generator=generator, dtype=torch.float64)
+    share = torch.rand(len(weight), generator=generator, dtype=torch.float64)
+    share = share / share.sum()
+    if rows in ("twice the same", "nearly dependent"):
+        share[3] = share[2] = share[2:4].mean()  # the same target for the same row
+    _, U = least_squares_basis(mu, weight, share, 1.5)
+    wanted = torch.linalg.pinv(weight, rtol=1e-6) @ (steering_target(share) * 1.5)
+    torch.testing.assert_close(U[0].double(), wanted, rtol=1e-5, atol=1e-7)
