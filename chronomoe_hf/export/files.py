@@ -22,8 +22,8 @@ from chronomoe_hf.export.cut_model import check_plan, cut_config, small_on_meta
 from chronomoe_hf.export.cut_state import cut_state
 from chronomoe_hf.export.disk_names import disk_pieces, require_names
 from chronomoe_hf.export.live import details, fresh_target, make_report, reload, staged
-from chronomoe_hf.export.memory_names import has_memory_names, memory_pieces, write_published_names
 from chronomoe_hf.export.memory import available_memory
+from chronomoe_hf.export.memory_names import has_memory_names, memory_pieces, write_published_names
 from chronomoe_hf.export.slicing import Piece
 from chronomoe_hf.export.tensor_files import Stored, measure_pieces, read_tables, write_checkpoint
 from chronomoe_hf.export.verify import Comparison, masked_logits, probe_batches, require_close
