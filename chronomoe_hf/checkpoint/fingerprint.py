@@ -122,7 +122,9 @@ def rounded_fingerprint(layers: Sequence[Layer]) -> dict[str, str]:
     }
 
 
-def foreign_weights(layers: Sequence[Layer], saved: Mapping[str, str], rounded: Mapping[str, str]) -> list[str]:
+def foreign_weights(
+    layers: Sequence[Layer], saved: Mapping[str, str], rounded: Mapping[str, str], held: Iterable[str] = ()
+) -> list[str]:
     """Names of router and expert weights that are not those a state was saved with, sorted.
 
     A weight is the same if its bytes are, or if they are after the rounding that lies between two dtypes: an fp32
@@ -133,7 +135,10 @@ def foreign_weights(layers: Sequence[Layer], saved: Mapping[str, str], rounded: 
         layers: of the live model.
         saved: what :func:`live_fingerprint` gave when the state was saved.
         rounded: what :func:`rounded_fingerprint` gave; empty for states before schema 3.
+        held: names of the state's tensors. Where it holds the model's own correction biases (``bias.*``), which the
+            balance law moved, it brings them, and the weights need not have them: those of an adapter do not.
     """
+    brought = _own_biases(layers) if any(name.startswith("bias.") for name in held) else set()
     entries = entries_of(layers)
     names = {name: "" for name in entries}
     lines = {_own_path(name, names): line for name, line in saved.items()}
@@ -141,8 +146,14 @@ def foreign_weights(layers: Sequence[Layer], saved: Mapping[str, str], rounded: 
     return [
         name
         for name, (tensor, whole) in sorted(entries.items())
-        if name in lines and not _same_weight(lines[name], bf16.get(name), tensor, whole)
+        if name in lines and id(tensor) not in brought and not _same_weight(lines[name], bf16.get(name), tensor, whole)
     ]
+
+
+def _own_biases(layers: Sequence[Layer]) -> set[int]:
+    """Identities of the parameters that are correction biases (ERNIE 4.5's; most families have buffers)."""
+    places = (layer.adapter.native_bias_place(layer.router, layer.parent) for layer in layers)
+    return {id(getattr(holder, name)) for holder, name in filter(None, places)}
 
 
 def _same_weight(saved: str, rounded: str | None, tensor: Tensor, whole: bool) -> bool:

@@ -100,12 +100,12 @@ def saved_config(directory: str | Path) -> ChronoConfig:
         ) from error
 
 
-def require_same_weights(layers: Sequence[Layer], meta: dict[str, Any], directory: str | Path, policy: str) -> None:
+def require_same_weights(layers: Sequence[Layer], state: dict[str, Any], directory: str | Path, policy: str) -> None:
     """Check that the live weights are those that a state was saved with, on the main process for all. Collective.
 
     Args:
         layers: of the live model.
-        meta: of the state.
+        state: ``{"tensors": ..., "meta": ...}``.
         directory: where it lies.
         policy: ``CheckpointConfig.other_weights``.
 
@@ -113,8 +113,10 @@ def require_same_weights(layers: Sequence[Layer], meta: dict[str, Any], director
         WeightMismatchError: they are not, and `policy` is ``"raise"``.
     """
     wrong: Any = []
+    meta = state["meta"]
     if distributed.is_main():
-        wrong = foreign_weights(layers, meta.get("fingerprint", {}), meta.get("fingerprint_bfloat16", {}))
+        lines, rounded = meta.get("fingerprint", {}), meta.get("fingerprint_bfloat16", {})
+        wrong = foreign_weights(layers, lines, rounded, held=state["tensors"])
     wrong = distributed.broadcast_object(wrong)
     if not wrong:
         return
@@ -241,7 +243,8 @@ class StateStore:
             check_layers(
                 meta["layers"], [layer.table_row() for layer in layers], self.parts.config.checkpoint.allow_partial
             )
-            require_same_weights(layers, meta, directory, self.parts.config.checkpoint.other_weights)
+            policy = self.parts.config.checkpoint.other_weights
+            require_same_weights(layers, {"tensors": tensors, "meta": meta}, directory, policy)
         return {"tensors": tensors, "meta": meta}
 
     @property
@@ -293,7 +296,8 @@ def warn_of_unloaded_state(model: nn.Module, layers: Sequence[Layer]) -> None:
     steering = manifest.get("steering")
     beta = isinstance(steering, list) and any(steering)
     if manifest.get("governed") is True and (beta or any(name.startswith("lens.") for name in manifest["tensors"])):
-        if foreign_weights(layers, manifest.get("fingerprint", {}), manifest.get("fingerprint_bfloat16", {})):
+        lines, rounded = manifest.get("fingerprint", {}), manifest.get("fingerprint_bfloat16", {})
+        if foreign_weights(layers, lines, rounded, held=manifest["tensors"]):
             return
         warnings.warn(
             f"the weights of this model come from {short(source)}, where their routing was governed, and without the "
