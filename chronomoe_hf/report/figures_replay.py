@@ -38,7 +38,7 @@ def replay(run: RunData) -> list[Figure]:
 
 def _layers(run: RunData, records: list[dict[str, Any]], name: str) -> Figure:
     """A cell for every layer and window of the first pair of passes that the run has."""
-    ids = next((record["layers"] for record in records if isinstance(record.get("layers"), list)), [])
+    ids: list[Any] = next((record["layers"] for record in records if isinstance(record.get("layers"), list)), [])
     value_LW = np.full((len(ids), len(records)), math.nan)
     for at, record in enumerate(records):
         values = _of(record["pairs"].get(name)).get("mismatch") or []
