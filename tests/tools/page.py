@@ -27,8 +27,8 @@ tiny model on the CPU, and holds the records against counts taken by other code 
 [Integration](integration.md#tools) says how each tool is told.
 """
 TAIL = """
-A case of `tests/tools/run.py` that is not listed above has not been run with a result that is kept here: for ms-swift
-none, for axolotl and LLaMA-Factory the adapters, packing, preferences and `chronomoe run`.
+A case of `tests/tools/run.py` that is not listed above has not been run with a result that is kept here; that is so for
+most adapters, packing and preference methods of axolotl, LLaMA-Factory and ms-swift.
 
 Not run: a GPU, and with it the Triton kernels of Liger, FP8, MXFP4, scattermoe and sonicmoe; unsloth; several
 processes of axolotl, LLaMA-Factory and ms-swift. `torchrun`, `accelerate launch` with two processes and TRL's command
