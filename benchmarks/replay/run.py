@@ -45,8 +45,8 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         "Made by `python benchmarks/replay/run.py`. k3 in nats between the named passes; mismatch is the router's own",
         "choice, before anything is repeated. Means over seeds; the largest |dlogp| is the largest of all seeds.",
         "`old` compares the old-policy with the gradient pass: its rollouts are not recorded.",
-        f"{len(next(iter(results.values()), []))} seed(s). The seconds are of the machine as it was: compare none that ran",
-        "beside other work.",
+        f"{len(next(iter(results.values()), []))} seed(s). The seconds are of the machine as it was: none that",
+        "ran beside other work can be compared.",
         "",
         "| family | mode | mismatch rollout/old | k3 rollout/old | largest dlogp rollout/old "
         "| mismatch old/gradient | k3 old/gradient | s a step |",
