@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import types
 from typing import Any
 
 import pytest
@@ -82,10 +83,35 @@ def test_the_advice_for_a_plain_reload_comes_once_a_run(tmp_path, caplog: pytest
         assert "wrap(model, state=directory)" in said[0]
 
 
+def test_an_interrupted_forward_lets_go_at_once() -> None:
+    model = tiny_model("mixtral")
+    chronomoe_hf.wrap(model, ChronoConfig.protect(interval=100))
+    system, batch = chronomoe_hf.system_of(model), tiny_batch("mixtral")
+    seen: list[int] = []
+
+    def interrupt(*_: object) -> None:
+        seen.append(len(system.layers[0].recorder.scope.tape.calls))
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[-1].self_attn.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch)
+    hook.remove()
+    scope = system.layers[0].recorder.scope
+    assert seen == [1] and not scope.tape.calls and scope.mode == "off" and scope.mask_T is None
+    system.step(1)
+    assert not system.snapshot().layers[0].token_count
+
+
 @pytest.mark.parametrize("next_call", ["step", "take_evaluation", "discard"])
 def test_an_interrupted_forward_is_dropped_at_the_next_call(next_call: str) -> None:
-    """torch calls no hook of a forward that Ctrl-C ends; its half is in no sum and its tensors are let go."""
+    """torch calls no hook of a forward that Ctrl-C ends; its half is in no sum and its tensors are let go.
+
+    An owner whose forward somebody has replaced on the instance is seen by hooks; any other one by its class, which
+    lets go at once.
+    """
     model = tiny_model("mixtral")
+    model.model.forward = types.MethodType(type(model.model).forward, model.model)
     chronomoe_hf.wrap(model, ChronoConfig.protect(interval=100))
     system = chronomoe_hf.system_of(model)
     batch = tiny_batch("mixtral")

@@ -100,14 +100,14 @@ def test_phimoe_without_its_mixin_says_so() -> None:
     call = moe_zoo.calls_of(moe_zoo.build("phimoe"))[0]
     call.router.train()
     output, args, kwargs = call.run()
-    with pytest.raises(ContractError, match="router_class"):
+    with pytest.raises(ContractError, match="wrap its model with chronomoe_hf.wrap"):
         call.adapter.reroute(
             call.router, RouterCall(output, output[0], torch.zeros(output[0].shape[-1]), "routing", args, kwargs)
         )
 
 
 def test_a_router_from_outside_can_be_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CONTRIBUTING.md tells a user to do, with a router that Transformers does not know."""
+    """What docs/adding_an_architecture.md tells a user to do, with a router that Transformers does not know."""
     from chronomoe_hf.patches import registry
     from chronomoe_hf.patches.rules import Renorm, ScoreTopK
 

@@ -119,7 +119,7 @@ def test_runs_in_one_directory_get_a_page_each(tmp_path: Path) -> None:
     assert block(render(load_run(tmp_path, "first")))["steps"] == [10, 20, 30]
     with pytest.raises(TelemetryError, match="first, second"):
         load_run(tmp_path, "third")
-    with pytest.raises(TelemetryError, match="no records"):
+    with pytest.raises(TelemetryError, match="there is no directory"):
         load_run(tmp_path / "nowhere")
 
 
