@@ -37,7 +37,6 @@ class Replay:
     Attributes:
         passes: what the routers ask.
         invalid: what was wrong with the routes that engines handed out since the last window; None = nothing.
-        rewritten: weights of the engine are older than records of this many windows; see ``docs/replay.md``.
 
     Raises:
         UnsupportedArchitectureError, ConfigError: see ``replay.layers.replayable``.
