@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 ARGS   ?=
 
-.PHONY: help demo test test-slow test-vllm test-versions test-tools test-clients check docs bench format clean
+.PHONY: help demo test test-slow test-vllm test-versions test-lowest test-tools test-clients check docs bench format clean
 
 help:
 	@echo "make demo       the main job: fine-tune a small Mixtral and print its routing verdict (about 5 minutes, 2 cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow  the slow tests"
 	@echo "make test-vllm  GRPO with rollouts of a real vLLM, its routes replayed (some minutes; builds an environment)"
 	@echo "make test-versions  a reduced suite with older Transformers releases"
+	@echo "make test-lowest    the same with the lowest promised versions (downloads several GB)"
 	@echo "make test-tools     axolotl, LLaMA-Factory, ms-swift and others, each in a folder of its own; writes docs/tools.md (ARGS='bnb st')"
 	@echo "make test-clients   vLLM, llama.cpp, lm-eval and an older Transformers on checkpoints of ours (about an hour)"
 	@echo "make docs       the documentation, built strictly, into build/site"
@@ -52,7 +53,11 @@ test-vllm: $(STAMP)
 
 # Each older Transformers release in an environment of its own, a reduced suite.
 test-versions: $(STAMP)
-	$(TEST_ENV) $(BIN)/python tests/older_releases.py
+	$(TEST_ENV) $(BIN)/python tests/older_releases.py $(ARGS)
+
+# The lowest promised torch, accelerate, peft and trl; PyPI's torch of that age brings several GB of CUDA libraries.
+test-lowest: $(STAMP)
+	$(TEST_ENV) $(BIN)/python tests/older_releases.py lowest
 
 # Real tools, each with its own packages in a folder of its own (TOOLS_DIR, else build/tools).
 test-tools: $(STAMP)
