@@ -77,4 +77,4 @@ def test_collapse_is_printed_once_it_persists(tmp_path, monkeypatch, capsys):
     snapshot = run(counts, history)["snapshot"]
     printed = capsys.readouterr().out
     assert printed.startswith("WARNING:") and printed.count("PRE_COLLAPSE") == 4
-    assert str(snapshot.alerts[0]).startswith("PRE_COLLAPSE raised (layer 0, step 100)")
+    assert str(snapshot.alerts[0]).startswith("PRE_COLLAPSE raised (layer 0, step 100, as it came)")

@@ -120,7 +120,7 @@ def test_many_faults_are_counted(run: Path) -> None:
 
 
 def tensor_file(directory: Path) -> Path:
-    return next(path for path in directory.rglob("*.safetensors") if "chronomoe" in str(path.relative_to(directory)))
+    return next(path for path in directory.rglob("state.tensors") if "chronomoe" in str(path.relative_to(directory)))
 
 
 def flip(directory: Path) -> None:

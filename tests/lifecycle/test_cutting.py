@@ -186,11 +186,11 @@ def test_the_state_carries_the_cut_and_what_it_will_be_made_of(tmp_path: Path) -
     third.load_state_dict(model.state_dict())
     last.load(tmp_path / "after")
     assert last.cut.plan == system.cut.plan and torch.equal(logits(third), logits(model))
-    other.load(tmp_path / "before")
+    other.load(tmp_path / "before", check_weights=False)  # a step of training further
     assert other.cut.plan is None and other.cut.pending, "a state from before the cut takes it off"
     plain = chronomoe_hf.wrap(models.tiny_model("mixtral"), ChronoConfig.observe(interval=2))
     with pytest.warns(UserWarning, match="the cut to 4 experts a layer"):
-        chronomoe_hf.system_of(plain).load(tmp_path / "after")
+        chronomoe_hf.system_of(plain).load(tmp_path / "after", check_weights=False)
     assert chronomoe_hf.system_of(plain).cut.plan is None
     state = system.state_dict()
     for wrong in ({**state["meta"]["cut"], "plan": {}}, {"plan": None, "step": 1, "windows": [[{}]]}, {}):

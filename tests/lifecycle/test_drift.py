@@ -105,11 +105,11 @@ def test_a_resumed_run_measures_from_where_the_first_one_began(
         assert torch.equal(rows, gate(models.tiny_model("mixtral"), layer_id))
     _, off = wrapped(on=False, interval=2)
     with pytest.warns(UserWarning, match="router rows that drift is measured from"):
-        off.load(tmp_path)
+        off.load(tmp_path, check_weights=False)
     off.save(tmp_path / "without")
     fresh, blank = wrapped(interval=2)
     with pytest.warns(UserWarning, match="router_drift"):  # other settings than were saved
-        blank.load(tmp_path / "without")
+        blank.load(tmp_path / "without", check_weights=False)
     assert "holds no router rows" in caplog.text
     assert drifts(stepped(fresh, blank, 4)) == [None, None], "where it began is not known"
 

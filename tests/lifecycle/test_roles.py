@@ -25,7 +25,7 @@ from chronomoe_hf.lifecycle.dry_run.role_numbers import (
     load_distance,
     two_roles_of,
 )
-from chronomoe_hf.recording.reduce import Reading
+from chronomoe_hf.recording.expert_sums import Reading
 from chronomoe_hf.recording.role_sums import RoleReading, RoleState
 
 # ---- two roles ---------------------------------------------------------------------------------------------

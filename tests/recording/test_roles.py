@@ -204,7 +204,7 @@ def test_layers_that_agree_bring_their_roles_but_not_their_open_window(tmp_path:
     system.save(tmp_path)
     coherence = CoherenceConfig(roles=True, max_tokens=None)
     config = ChronoConfig.observe(
-        interval=INTERVAL, coherence=coherence, checkpoint=CheckpointConfig(allow_partial=True)
+        interval=INTERVAL, coherence=coherence, checkpoint=CheckpointConfig(allow_partial=True, other_weights="warn")
     )
     other = chronomoe_hf.system_of(chronomoe_hf.wrap(more, config))
     with warnings.catch_warnings():
