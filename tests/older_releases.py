@@ -35,12 +35,13 @@ SUITE = ["tests/test_versions.py", "tests/wrapping/test_wrap.py", "tests/recordi
 SMOKE = [
     "tests/export/test_live.py::test_the_directory_says_what_it_is",
     "tests/export/test_live.py::test_an_exported_model_can_be_cut_again",
-    "tests/lifecycle/test_masking.py",
     "tests/lifecycle/test_refit.py",
     "tests/lifecycle/test_coordinator.py",
     "tests/trainer/test_weight_repair.py",
 ]
 SELECT = "not switch and not batched_mm and not ac and not reentrant"
+# These go over families that an older release lays out otherwise, or over conversions that it does not have.
+SELECT += " and not every_family and not layouts and not where_the_routed and not conversion_that and not few_copies"
 
 
 def build(release: str) -> Path:
@@ -75,7 +76,20 @@ def main() -> int:
         python = build(release)
         print(f"== {release if release == 'lowest' else f'Transformers {release}'}", flush=True)
         done = subprocess.run(
-            [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECT, *SUITE, *SMOKE],
+            [
+                str(python),
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-m",
+                "not slow",
+                "-k",
+                SELECT,
+                *SUITE,
+                *SMOKE,
+            ],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,
