@@ -21,8 +21,8 @@ NAMES = {
 }
 HEAD = """# Tools: what was run
 
-From `tests/tools/run.py` (`make test-tools` runs it for every tool; here it was run tool by tool), which puts each version
-below on a tiny model on the CPU, and holds the records against counts taken by other code in the same process
+From `tests/tools/run.py` (`make test-tools` runs it for every tool; here it was run tool by tool). Each version is
+put on a tiny model on the CPU, and the records are held against counts taken by other code in the same process
 (`tests/tools/recount`). `EQUAL` means: real tokens of every expert in every layer, over all windows.
 [Integration](integration.md#tools) says how each tool is told.
 """

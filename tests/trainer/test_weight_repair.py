@@ -155,7 +155,7 @@ MEMORY = """
 import json, sys, torch
 from pathlib import Path
 from transformers import MixtralConfig, MixtralForCausalLM
-from chronomoe_hf.trainer import converted, weight_repair
+from chronomoe_hf.trainer import converted, resume_weights
 
 def memory(name):
     with open("/proc/self/status") as file:
@@ -178,9 +178,9 @@ converted.MAPPED_BYTES = 2**22
 found = {"model": sum(sizes), "largest": max(sizes), "tensors": len(sizes)}
 for name, shard in (("warm-up", "10MB"), ("shards", "10MB"), ("one file", "1GB")):
     model.save_pretrained(root / name, max_shard_size=shard)
-    found[name], repaired = rise(lambda: weight_repair.repair_weights(model, root / name))
+    found[name], repaired = rise(lambda: resume_weights.repair_weights(model, root / name))
     assert len(repaired) == len(sizes), repaired
-found["second model"], _ = rise(lambda: weight_repair._load_reference(model, root / "shards", model.state_dict()))
+found["second model"], _ = rise(lambda: resume_weights._load_reference(model, root / "shards", model.state_dict()))
 print(json.dumps(found))
 """
 
