@@ -155,7 +155,8 @@ MEMORY = """
 import json, sys, torch
 from pathlib import Path
 from transformers import MixtralConfig, MixtralForCausalLM
-from chronomoe_hf.trainer import converted, resume_weights
+from chronomoe_hf.checkpoint import converted
+from chronomoe_hf.trainer import resume_weights
 
 def memory(name):
     with open("/proc/self/status") as file:
