@@ -15,7 +15,7 @@ from chronomoe_hf.errors import TelemetryError
 from chronomoe_hf.report.data import RunData, profile_counts
 from chronomoe_hf.report.figures import Figure
 from chronomoe_hf.report.pictures import changed_picture
-from chronomoe_hf.report.verdict import counted, percent, points
+from chronomoe_hf.report.words import counted, percent, points
 from chronomoe_hf.telemetry.baseline import ERRORS, sampling_errors, share_errors
 from chronomoe_hf.telemetry.events import COUNTS
 from chronomoe_hf.telemetry.views import number, plain_text, whole

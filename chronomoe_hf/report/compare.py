@@ -19,7 +19,8 @@ from typing import Any
 from chronomoe_hf.errors import TelemetryError
 from chronomoe_hf.report.data import RunData, pick
 from chronomoe_hf.report.figures import Figure, series
-from chronomoe_hf.report.verdict import counted, judge, listed
+from chronomoe_hf.report.verdict import judge
+from chronomoe_hf.report.words import counted, listed
 from chronomoe_hf.telemetry.baseline import ERRORS
 from chronomoe_hf.telemetry.views import LayerView, Window
 

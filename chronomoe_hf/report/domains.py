@@ -10,7 +10,7 @@ import numpy as np
 from chronomoe_hf.metrics import effective_experts
 from chronomoe_hf.report.data import RunData
 from chronomoe_hf.report.figures import Figure, percent, quantise
-from chronomoe_hf.report.verdict import counted
+from chronomoe_hf.report.words import counted
 from chronomoe_hf.telemetry.views import number, plain_text, whole
 
 MOST_DOMAINS = 60

@@ -7,7 +7,8 @@ from typing import Any
 
 from chronomoe_hf.report.data import RunData
 from chronomoe_hf.report.figures import Figure, series
-from chronomoe_hf.report.verdict import mean_neff, percent
+from chronomoe_hf.report.judged import mean_neff
+from chronomoe_hf.report.words import percent
 
 MOST_NAMES = 6  # evaluations by name that are drawn
 

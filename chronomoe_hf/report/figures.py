@@ -15,7 +15,8 @@ import numpy as np
 
 from chronomoe_hf.pictures.picture import Picture
 from chronomoe_hf.report.data import RunData, relative_load
-from chronomoe_hf.report.verdict import counted, listed, lowest
+from chronomoe_hf.report.judged import lowest
+from chronomoe_hf.report.words import counted, listed
 from chronomoe_hf.telemetry.views import LayerView, Window, number
 
 Array = np.ndarray[Any, Any]

@@ -10,7 +10,7 @@ import numpy as np
 from chronomoe_hf.report.data import Governing, RunData
 from chronomoe_hf.report.figures import Figure, lines, resumes, series
 from chronomoe_hf.report.rules import REASONS
-from chronomoe_hf.report.verdict import counted, listed
+from chronomoe_hf.report.words import counted, listed
 
 MOST_ROWS = 200
 

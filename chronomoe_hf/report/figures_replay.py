@@ -12,7 +12,7 @@ import numpy as np
 
 from chronomoe_hf.report.data import RunData
 from chronomoe_hf.report.figures import Figure, lines, quantise, resumes, series
-from chronomoe_hf.report.verdict import counted
+from chronomoe_hf.report.words import counted
 
 PAIRS = {
     "rollout_old": "rollout and old-policy pass",

@@ -6,7 +6,7 @@ from typing import Any
 
 from chronomoe_hf.report.data import RunData
 from chronomoe_hf.report.figures import Figure
-from chronomoe_hf.report.verdict import counted
+from chronomoe_hf.report.words import counted
 
 MOST_PAIRS = 20
 SHOWN = 0.005  # a score below it is shown as 0.00

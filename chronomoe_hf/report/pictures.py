@@ -17,7 +17,7 @@ from chronomoe_hf.pictures.loads import Load, before_after_picture, load_picture
 from chronomoe_hf.pictures.picture import Picture
 from chronomoe_hf.report.data import RunData
 from chronomoe_hf.report.figures import Figure
-from chronomoe_hf.report.verdict import listed
+from chronomoe_hf.report.words import listed
 from chronomoe_hf.telemetry.events import COUNTS
 from chronomoe_hf.telemetry.reader import DIRECTORY
 from chronomoe_hf.telemetry.views import number, plain_text, whole

@@ -14,12 +14,14 @@ from typing import Any, Literal
 from chronomoe_hf import metrics
 from chronomoe_hf.config import AlertConfig, LifecycleConfig
 from chronomoe_hf.report.data import RunData, load_run, profile_counts, relative_load
+from chronomoe_hf.report.judged import busier, busiest, judged_layers, lowest, mean_change, mean_neff, neff_change
 from chronomoe_hf.report.rules import ALERTS, LEVELS, REASONS, STATES, Level, Rule
+from chronomoe_hf.report.words import counted, listed, percent, points
 from chronomoe_hf.telemetry.alerts import LEVELS as LEVEL_ALERTS
 from chronomoe_hf.telemetry.alerts import PRE_COLLAPSE
 from chronomoe_hf.telemetry.arrays import Array
-from chronomoe_hf.telemetry.baseline import ERRORS, MOVED
-from chronomoe_hf.telemetry.views import LayerView, Window
+from chronomoe_hf.telemetry.baseline import MOVED
+from chronomoe_hf.telemetry.views import LayerView
 
 NEAR_CEILING = 0.75  # of the largest possible violation E/k - 1
 IDLE = LifecycleConfig().split_idle  # fair shares: what `revive` calls idle
@@ -144,54 +146,6 @@ def _healthy(run: RunData) -> str:
     return f"Healthy: this data uses {percent(used)} of the experts of this model; {moved}."
 
 
-# ---- which windows and layers count ----------------------------------------------------------------------------------
-
-
-def judged_layers(run: RunData) -> list[LayerView]:
-    """Every layer as its newest window with enough evidence shows it; as the newest window at all where none has."""
-    found: dict[int, LayerView] = {}
-    for window in reversed(run.windows):
-        for layer in window.layers:
-            if layer.index not in found or (layer.sufficient and not found[layer.index].sufficient):
-                found[layer.index] = layer
-        if len(found) == len(window.layers) and all(layer.sufficient for layer in found.values()):
-            break
-    return [found[index] for index in sorted(found)]
-
-
-def mean_neff(layers: Iterable[LayerView]) -> float | None:
-    """Mean over layers of the fraction of the experts in effective use."""
-    known = [fraction for layer in layers if (fraction := layer.neff_fraction) is not None]
-    return sum(known) / len(known) if known else None
-
-
-def neff_change(run: RunData, layer: LayerView) -> float | None:
-    """How much the fraction of experts in effective use changed in a layer since the baseline.
-
-    Records of older versions hold no baseline: their first window with evidence stands for it.
-    """
-    if "n_effective" in layer.change and layer.num_choices:
-        return layer.change["n_effective"] / layer.num_choices
-    first = _first(run, layer)
-    if first is None or first.neff_fraction is None or layer.neff_fraction is None:
-        return None
-    return layer.neff_fraction - first.neff_fraction
-
-
-def _first(run: RunData, layer: LayerView) -> LayerView | None:
-    for window in run.windows:
-        for seen in window.layers:
-            if seen.index == layer.index and seen.sufficient and seen.neff_fraction is not None:
-                return seen
-    return None
-
-
-def mean_change(run: RunData) -> float | None:
-    """Mean over layers of :func:`neff_change`."""
-    known = [change for layer in judged_layers(run) if (change := neff_change(run, layer)) is not None]
-    return sum(known) / len(known) if known else None
-
-
 # ---- alerts ----------------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +226,7 @@ def _states(run: RunData) -> list[Finding]:
     if idle:
         where = listed([f"layer {i} ({n})" for i, n in idle.items()])
         add(key, f"{counted(sum(idle.values()), 'expert')}: {where}.", map(str, idle))
-    near = [layer for layer in layers if (layer.violation_fraction or 0.0) > NEAR_CEILING and _busier(run, layer)]
+    near = [layer for layer in layers if (layer.violation_fraction or 0.0) > NEAR_CEILING and busier(run, layer)]
     if near:
         where = listed([f"layer {layer.layer_id}" for layer in near])
         add("CEILING", f"At the end: {where}.", [layer.layer_id for layer in near])
@@ -298,16 +252,6 @@ def _silence(layers: list[LayerView], add: Any) -> None:
     if dead:
         where = listed([f"layer {i} ({n})" for i, n in dead.items()])
         add("DEAD", f"{counted(sum(dead.values()), 'expert')} without a token in the last window: {where}.", dead)
-
-
-def _busier(run: RunData, layer: LayerView) -> bool:
-    """Whether the busiest expert of a layer got busier than at the baseline, beyond the error of that."""
-    change, error = layer.change.get("max_violation"), layer.error.get("max_violation")
-    if change is None:
-        first, now = _first(run, layer), layer.violation_fraction
-        return first is not None and now is not None and now - (first.violation_fraction or 0.0) > MOVED
-    ceiling = layer.get("max_violation_ceiling") or 0.0
-    return change > max(ERRORS * (error or 0.0), MOVED * ceiling)
 
 
 def _idle_throughout(run: RunData) -> dict[int, int]:
@@ -383,7 +327,7 @@ def _is_biased(run: RunData) -> bool:
 def measured(run: RunData) -> dict[str, float | int | None]:
     """The numbers of a run's verdict by name; what is not known is None."""
     layers = judged_layers(run)
-    worst, high = lowest(layers), _busiest(layers)
+    worst, high = lowest(layers), busiest(layers)
     change = None if worst is None else neff_change(run, worst)
     return {
         "step": run.windows[-1].step if run.windows else None,
@@ -416,7 +360,7 @@ def _numbers(run: RunData) -> list[tuple[str, str, str]]:
     died = sum(len(layer.died) for layer in layers)
     experts = sum(layer.num_choices or 0 for layer in layers)
     used, change = mean_neff(layers), mean_change(run)
-    worst, high = lowest(layers), _busiest(layers)
+    worst, high = lowest(layers), busiest(layers)
     fell = None if worst is None else neff_change(run, worst)
     return [
         (
@@ -439,11 +383,6 @@ def _numbers(run: RunData) -> list[tuple[str, str, str]]:
         ),
         ("alerts in force", str(len(last.active)), f"{sum(a.urgent for a in last.active)} urgent, step {last.step}"),
     ]
-
-
-def _busiest(layers: list[LayerView]) -> LayerView | None:
-    known = [layer for layer in layers if layer.violation_fraction is not None]
-    return max(known, key=lambda layer: layer.violation_fraction or 0.0, default=None)
 
 
 def _of_profile(run: RunData) -> Verdict:
@@ -484,36 +423,3 @@ def _of_profile(run: RunData) -> Verdict:
         ("experts without a token", str(dead), f"of {experts}"),
     ]
     return Verdict("fine", sentence, findings, strip, numbers)
-
-
-def lowest(layers: list[LayerView]) -> LayerView | None:
-    """The layer with the smallest Neff/E."""
-    known = [layer for layer in layers if layer.neff_fraction is not None]
-    return min(known, key=lambda layer: layer.neff_fraction or 0.0, default=None)
-
-
-def last_window(run: RunData) -> Window | None:
-    """The newest window of a run."""
-    return run.windows[-1] if run.windows else None
-
-
-def percent(value: float | None) -> str:
-    """``57 %``, or a dash."""
-    return "-" if value is None else f"{100 * value:.0f} %"
-
-
-def points(change: float) -> str:
-    """``+3.1 points``: a change of a fraction in hundredths."""
-    return f"{100 * change:+.1f} points"
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 window``, ``3 windows``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def listed(names: list[str], most: int = 4) -> str:
-    """``a, b and c``; of many names the first ones and how many more."""
-    if len(names) > most:
-        return f"{', '.join(names[:most])} and {len(names) - most} more"
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "none"
