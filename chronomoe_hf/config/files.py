@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from chronomoe_hf.config.base import require
 from chronomoe_hf.errors import ConfigError, shown
 
-CONFIG_SCHEMA = 3
+CONFIG_SCHEMA = 4
 CONFIG_NAME = "chronomoe_config.json"
 MAX_BYTES = 2**20
 """Largest config that is read; one with every field is about 3 KB."""
@@ -83,7 +83,8 @@ def upgrade(data: Mapping[str, Any]) -> dict[str, Any]:
     """A config dictionary of any schema that was ever written, in today's form.
 
     A dictionary without ``schema_version`` may use the names of any schema, and means today's presets. One that says
-    schema 1 or 2 and ``"contract": "balance"`` keeps the law that this preset had then.
+    schema 1 or 2 and ``"contract": "balance"`` keeps the law that this preset had then; one that says a schema below 4
+    keeps what its ``max_tokens`` meant.
 
     Raises:
         ConfigError: a newer schema, or one that never was.
@@ -103,7 +104,17 @@ def upgrade(data: Mapping[str, Any]) -> dict[str, Any]:
         out = _from_1(out)
     if schema < 3 and "schema_version" in data:
         out = _from_2(out)
+    if schema < 4 and "schema_version" in data:
+        out = _from_3(out)
     return out
+
+
+def _from_3(data: dict[str, Any]) -> dict[str, Any]:
+    """256, the default of these schemas, meant 64 where outputs are replayed, which ``"auto"`` says now."""
+    coherence = data.get("coherence")
+    if isinstance(coherence, Mapping) and coherence.get("max_tokens") == 256:
+        return {**data, "coherence": {**coherence, "max_tokens": "auto"}}
+    return data
 
 
 def _from_2(data: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ BalanceRule = Literal["quadratic", "proportional", "sign"]
 FirstLayer = Literal["same", "floor", "off", "auto"]
 BasisName = Literal["scaled", "least_squares", "router"]
 ReaderName = Literal["ridge", "mean"]
+AUTO_READ, AUTO_REPLAYED = 256, 64  # tokens, see CoherenceConfig.max_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +263,10 @@ class CoherenceConfig(ConfigBase):
     Args:
         enabled: read expert outputs at all; without them phi and contributions are reported as null.
         max_tokens: tokens of one micro-batch and layer whose expert outputs are read, spread evenly over the
-            real tokens; every record says how many rows were used. ``None`` reads all of them (exact).
+            real tokens; every record says how many rows were used. ``None`` reads all of them (exact). ``"auto"``:
+            256 where rows are read as the experts compute them, 64 where the tokens must go through the experts once
+            more (``eager`` experts, Transformers < 5.20, families whose experts are called in a way of their own). A
+            number is read as it is written, in either way.
         reference: ``"leave_one_out"`` (mixture without the expert's own part; falls back to ``"mixture"``
             where k = 1) or ``"mixture"``.
         every: read expert outputs in every n-th micro-batch only; what is read counts n-fold, so that sums stay
@@ -274,7 +278,7 @@ class CoherenceConfig(ConfigBase):
     """
 
     enabled: bool = True
-    max_tokens: int | None = 256
+    max_tokens: int | Literal["auto"] | None = "auto"
     reference: Literal["leave_one_out", "mixture"] = "leave_one_out"
     every: int = 1
     roles: bool = False
@@ -282,8 +286,18 @@ class CoherenceConfig(ConfigBase):
     def _check(self) -> None:
         positive("coherence.every", self.every)
         require(self.enabled or not self.roles, "coherence.roles reads expert outputs, but coherence.enabled is False")
-        if self.max_tokens is not None:
+        if isinstance(self.max_tokens, int):
             positive("coherence.max_tokens", self.max_tokens)
+
+    def tokens_read(self, replayed: bool) -> int | None:
+        """Tokens of one micro-batch and layer that are read; None = all.
+
+        Args:
+            replayed: they go through the experts once more for it, which costs compute; reading rows does not.
+        """
+        if self.max_tokens == "auto":
+            return AUTO_REPLAYED if replayed else AUTO_READ
+        return self.max_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,6 @@ from chronomoe_hf.recording.recorder import LayerRecorder
 from chronomoe_hf.router.state import HANDLE
 
 _TAPPED = ("grouped_mm", "batched_mm")
-# Sending tokens through the experts again costs compute, reading rows does not: keep the former small.
-_REPLAY_LIMIT = 64
 
 
 class _Tap:
@@ -127,9 +125,7 @@ class ChronoExperts(nn.Module):
 
     @torch.no_grad()
     def _replay(self, recorder: LayerRecorder, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
-        limit = recorder.coherence.max_tokens
-        limit = None if limit is None else min(limit, _REPLAY_LIMIT)
-        sample = recorder.sample(index_TK.shape[0], index_TK.device, limit)
+        sample = recorder.sample(index_TK.shape[0], index_TK.device, replayed=True)
         hidden_AD = sample.pick(hidden_TD).repeat_interleave(index_TK.shape[1], 0)
         with _without_dropout(self):
             rows_AD = self._unweighted(hidden_AD, sample.pick(index_TK).reshape(-1, 1))

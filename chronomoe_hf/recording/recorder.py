@@ -231,9 +231,9 @@ class LayerRecorder:
 
     # ---- experts -------------------------------------------------------------------------------------------------
 
-    def sample(self, num_rows: int, device: torch.device, limit: int | None = None) -> TokenSample:
-        """The tokens whose expert outputs are read: `limit` of them, or as many as the settings say."""
-        return self.scope.sample(num_rows, self.coherence.max_tokens if limit is None else limit, device)
+    def sample(self, num_rows: int, device: torch.device, replayed: bool = False) -> TokenSample:
+        """The tokens whose expert outputs are read: as many as the settings say for rows read so, or sent once more."""
+        return self.scope.sample(num_rows, self.coherence.tokens_read(replayed), device)
 
     def outputs(
         self,

@@ -164,6 +164,7 @@ def test_everything_is_keyword_only_and_frozen() -> None:
         ("lifecycle", "confirmations", 0),
         ("coherence", "max_tokens", 0),
         ("coherence", "max_tokens", 1.5),
+        ("coherence", "max_tokens", "all"),
         ("coherence", "reference", "own"),
         ("telemetry", "on_error", "ignore"),
         ("telemetry", "output_dir", 3),
@@ -222,11 +223,11 @@ def test_config_errors_are_both_ours_and_value_errors() -> None:
     eta=st.floats(1e-9, 10, allow_nan=False),
     tau=st.one_of(st.just("layer_mean"), st.floats(-1, 1)),
     floor=st.floats(0, 1),
-    max_tokens=st.one_of(st.none(), st.integers(1, 10**6)),
+    max_tokens=st.one_of(st.none(), st.just("auto"), st.integers(1, 10**6)),
     law=st.sampled_from(["none", "coherence", "balance"]),
 )
 def test_any_valid_config_survives_json_exactly(
-    interval: int, eta: float, tau: Any, floor: float, max_tokens: int | None, law: Any
+    interval: int, eta: float, tau: Any, floor: float, max_tokens: Any, law: Any
 ) -> None:
     config = ChronoConfig(
         interval=interval,

@@ -71,6 +71,17 @@ def test_a_balance_config_of_schema_2_keeps_its_law() -> None:
     assert ChronoConfig.from_dict(observing) == ChronoConfig.observe()
 
 
+def test_the_cap_that_schemas_below_4_had_without_a_word_is_auto_now() -> None:
+    written = {"coherence": {"max_tokens": 256}}
+    for schema in (1, 2, 3):
+        assert ChronoConfig.from_dict({**written, "schema_version": schema}).coherence.max_tokens == "auto"
+        for value in (100, None):
+            data = {"coherence": {"max_tokens": value}, "schema_version": schema}
+            assert ChronoConfig.from_dict(data).coherence.max_tokens == value
+    for data in (written, {**written, "schema_version": CONFIG_SCHEMA}):
+        assert ChronoConfig.from_dict(data).coherence.max_tokens == 256, "a number is what was written"
+
+
 def test_old_and_new_names_together_are_refused() -> None:
     with pytest.raises(ConfigError, match="both given"):
         ChronoConfig.from_dict({"control": {"harm_hold": 1, "harm": {"hold": 2}}})
@@ -98,7 +109,7 @@ def test_old_and_new_names_together_are_refused() -> None:
         ('{"a":' * 100_000, "nested too deeply"),
         (" " * (MAX_BYTES + 1), "at most"),
         ('{"intervall": 3}', "did you mean 'interval'"),
-        ('{"schema_version": 4, "newkey": 3}', "newer"),
+        ('{"schema_version": 5, "newkey": 3}', "newer"),
         ('{"schema_version": 0}', "from 1 to"),
         ('{"schema_version": "2"}', "from 1 to"),
         ('{"schema_version": true}', "from 1 to"),

@@ -202,6 +202,19 @@ def test_a_row_cap_reads_fewer_rows_says_so_and_stays_close(backend: str) -> Non
     assert total[0] == pytest.approx(total[1], rel=0.15)
 
 
+@pytest.mark.parametrize(("backend", "auto"), [("eager", 64), ("grouped_mm", 256)])
+def test_a_written_number_of_tokens_is_what_is_read_and_auto_reads_fewer_of_a_replay(backend: str, auto: int) -> None:
+    for written, read in ((256, 256), (200, 200), ("auto", auto), (8, 8)):
+        model = tiny.tiny_model("mixtral")
+        model.set_experts_implementation(backend)
+        chronomoe_hf.wrap(model, ChronoConfig.observe(coherence=CoherenceConfig(max_tokens=written)))
+        model(**tiny.tiny_batch("mixtral", batch=16, length=64)).loss.backward()
+        system = chronomoe_hf.system_of(model)
+        system.step(1)
+        for layer in system.snapshot().layers:
+            assert sum(layer.phi_rows) == read * 2
+
+
 # ---- samples -------------------------------------------------------------------------------------------
 
 
