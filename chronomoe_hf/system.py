@@ -466,8 +466,15 @@ class ChronoSystem(ShownSystem):
 
     # ---- records -----------------------------------------------------------------------------------------------
 
-    def open_telemetry(self, output_dir: str | Path, *, resume_step: int | None = None) -> None:
+    def open_telemetry(
+        self, output_dir: str | Path, *, resume_step: int | None = None, learning_rate: float | None = None
+    ) -> None:
         """Write records below ``<output_dir>/chronomoe`` from now on (main process only).
+
+        Args:
+            output_dir: of the run.
+            resume_step: optimizer step that is resumed from, None for a fresh start.
+            learning_rate: of the run as it was configured, for the verdict; None where it is not known.
 
         Raises:
             TelemetryError: the directory cannot be written.
@@ -481,6 +488,7 @@ class ChronoSystem(ShownSystem):
             resume_step=resume_step,
             interval=self.interval,
             adapter=any(type(module).__module__.startswith("peft.") for module in self.model.modules()),
+            learning_rate=learning_rate,
         )
         self.record_baseline(again=resume_step is not None)
 

@@ -96,6 +96,8 @@ class RunData:
         proposals: last word of the dry run on every merge, split and spawn.
         splits: ``(step, experts rewritten, layers)`` of every split.
         loss: ``(step, training loss)`` as Trainer logged it.
+        learned: some weight could have changed; False where the run was configured with a learning rate of 0 and logged
+            no other.
         resumes: ``(attempt, step)``.
         others: names of other runs in the directory.
         broken: lines and records that could not be read.
@@ -128,6 +130,7 @@ class RunData:
     eval_loss: list[tuple[int, float]] = field(default_factory=list)
     evaluations: dict[tuple[int, str], dict[int, float]] = field(default_factory=dict)
     replay: list[dict[str, Any]] = field(default_factory=list)
+    learned: bool = True
 
     @property
     def interval(self) -> int | None:
@@ -179,13 +182,15 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         raise TelemetryError(f"no run {name!r} in {directory}; it holds {known}")
     shown, broken = read_each(directory / "snapshots.jsonl", _packed, run=run)
     windows = PackedWindows(packed for packed in shown if packed is not None)
+    manifest = (run.manifest if run is not None else {}) or read_manifest(directory.parent) or {}
+    rates = _logged(directory, run, "learning_rate") or _loss(root, "learning_rate")
     picked = pick(windows)
     alerts = [view for record in read_jsonl(directory / "alerts.jsonl", run=run)[0] for view in alert_views([record])]
     lifecycle, measured = (read_jsonl(directory / f"{name}.jsonl", run=run)[0] for name in (DECISIONS, EFFECTS))
     return RunData(
         name="" if run is None else plain_text(run.name, 80),
         directory=root,
-        manifest=(run.manifest if run is not None else {}) or read_manifest(directory.parent) or {},
+        manifest=manifest,
         windows=windows,
         picked=picked,
         frames=_frames(directory, run, {window.step for window in picked}),
@@ -205,6 +210,7 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         eval_loss=_logged(directory, run, "eval_loss") or _loss(root, "eval_loss"),
         evaluations=_evaluations(directory, run),
         replay=read_jsonl(directory / f"{REPLAY}.jsonl", run=run)[0][-MAX_REPLAY:],
+        learned=manifest.get("learning_rate") != 0 or any(rate > 0 for _, rate in rates),
     )
 
 

@@ -148,11 +148,12 @@ STATES: dict[str, Rule] = {
         "ChronoConfig.balance()",
     ),
     "UNFOLDED": Rule(
-        "fine",
+        "watch",
         "other software routes this model differently",
         "The routing bias of this run has no place in the weights of this family: without chronomoe_hf, in a plain "
-        "server for example, some tokens go to other experts than in training. Above 10 % of a layer's tokens this is "
-        "urgent.",
+        "server for example, some tokens go to other experts than those that the weights were trained for. Above 10 % "
+        "of a layer's tokens the row is red and the run is at least 'watch'; it is never 'act' for this alone. At a "
+        "learning rate of 0 no weight was trained for any routing, so nothing depends on it.",
         "A preset that moves a bias, on a family without a bias of its own.",
         "Keep the model wrapped where it is used, `wrap(model, state=checkpoint)`, or train the last part of the run "
         "without steering.",

@@ -25,7 +25,8 @@ from chronomoe_hf.telemetry.views import LayerView
 
 NEAR_CEILING = 0.75  # of the largest possible violation E/k - 1
 IDLE = LifecycleConfig().split_idle  # fair shares: what `revive` calls idle
-UNFOLDED_WATCH, UNFOLDED_ACT = 0.01, 0.10  # share of a layer's tokens that a plain server routes otherwise
+# Share of a layer's tokens that a plain server routes otherwise: said above the first, red above the second.
+UNFOLDED_SAID, UNFOLDED_RED = 0.01, 0.10
 VERDICT_SCHEMA = 1
 MACHINE_LEVELS: dict[Level, Literal["healthy", "watch", "act"]] = {"fine": "healthy", "watch": "watch", "act": "act"}
 
@@ -61,7 +62,7 @@ class Verdict:
     """What to say first.
 
     Attributes:
-        level: the worst of the findings.
+        level: the worst of the findings; where a model is served sets no more than ``"watch"``.
         sentence: in words.
         findings: worst first.
         numbers: ``(name, value, detail)`` of the strip.
@@ -121,15 +122,14 @@ def judge(run: RunData) -> Verdict:
     if run.profile:
         return _of_profile(run)
     findings = [*_alerts(run), *_states(run)]
-    # Where the model is served is no matter of how training went: that is said beside the level, in red above 10 %.
+    # Nothing is lost yet, and no run needs stopping for it: where a model is served sets no more than "watch".
     serving = [finding for finding in findings if finding.key == "UNFOLDED"]
-    weighed = [finding for finding in findings if finding.key != "UNFOLDED"]
-    held = {finding.level for finding in weighed}
+    held = {"watch" if finding in serving and finding.level == "act" else finding.level for finding in findings}
     level: Level = next((level for level in LEVELS if level in held), "fine")
     if level == "fine":
         findings.insert(0, Finding("HEALTHY", STATES["HEALTHY"], STATES["HEALTHY"].meaning))
     findings.sort(key=lambda finding: (LEVELS.index(finding.level), finding in serving))
-    worst = [finding for finding in weighed if finding.level == level]
+    worst = [finding for finding in findings if finding.level == level or (level == "watch" and finding.level == "act")]
     titles = "; ".join(dict.fromkeys(finding.rule.title for finding in worst))
     sentence = _healthy(run) if level == "fine" else f"{'Act now' if level == 'act' else 'Worth watching'}: {titles}."
     sentence += "".join(f" {finding.seen}" for finding in serving if finding.level == "act")
@@ -299,17 +299,18 @@ def _unfolded(run: RunData, layers: list[LayerView], add: Any) -> None:
         (share, layer)
         for layer in layers
         if (share := layer.get("topk_disagreement")) is not None
-        and share > UNFOLDED_WATCH
+        and share > UNFOLDED_SAID
         and folds.get(layer.index) is False
     ]
     if lost:
         worst, layer = max(lost, key=lambda pair: pair[0])
+        still = "" if run.learned else " At a learning rate of 0 no weight has learned under that routing."
         add(
             "UNFOLDED",
             f"A plain server would route up to {percent(worst)} of the tokens of a layer to other experts "
-            f"(layer {layer.layer_id}), and more than 1 % in {counted(len(lost), 'layer')}.",
+            f"(layer {layer.layer_id}), and more than 1 % in {counted(len(lost), 'layer')}.{still}",
             [each.layer_id for _, each in lost],
-            "act" if worst > UNFOLDED_ACT else None,
+            "act" if worst > UNFOLDED_RED and run.learned else "fine",
         )
 
 

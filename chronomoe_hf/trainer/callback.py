@@ -175,7 +175,8 @@ class ChronoCallback(TrainerCallback):
         system.cut.schedule(total, state.global_step)
         output_dir = Path(system.config.telemetry.output_dir or args.output_dir)
         try:
-            system.open_telemetry(output_dir, resume_step=state.global_step if resumed or again else None)
+            begun = state.global_step if resumed or again else None
+            system.open_telemetry(output_dir, resume_step=begun, learning_rate=args.learning_rate)
         except TelemetryError as error:
             # Training must not die for its telemetry; statistics and scalars go on.
             logger.error("%s; training goes on without record files", error)

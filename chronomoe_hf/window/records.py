@@ -56,6 +56,7 @@ class RunRecords:
         resume_step: int | None = None,
         interval: int | None = None,
         adapter: bool = False,
+        learning_rate: float | None = None,
     ) -> None:
         """Write records below ``<output_dir>/chronomoe`` from now on (main process only).
 
@@ -68,6 +69,7 @@ class RunRecords:
             resume_step: optimizer step that is resumed from, None for a fresh start.
             interval: optimizer steps in a window, as in force.
             adapter: an adapter (PEFT) trains in place of the weights.
+            learning_rate: of the run as it was configured, None where it is not known.
 
         Raises:
             TelemetryError: the directory cannot be written.
@@ -89,9 +91,8 @@ class RunRecords:
             attempt=self.attempt,
             notes=[f"layer {layer.layer_id}: {note}" for layer in layers for note in layer.notes],
         )
-        self.writer.write_manifest(
-            {**manifest, "interval": interval, "adapter": adapter, "process": this_process()}, resumed_from=resume_step
-        )
+        about = {"interval": interval, "adapter": adapter, "learning_rate": learning_rate, "process": this_process()}
+        self.writer.write_manifest({**manifest, **about}, resumed_from=resume_step)
 
     def window(
         self,

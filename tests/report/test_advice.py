@@ -138,6 +138,51 @@ def test_idle_experts_have_work_after_revive(tmp_path: Path) -> None:
     assert idle[0] > idle[1], idle
 
 
+def test_training_the_last_part_without_steering_makes_a_plain_server_route_alike(tmp_path: Path) -> None:
+    """The first way out of UNFOLDED: the same run, resumed under the setting of the row."""
+
+    def trainer(steps: int, config: ChronoConfig) -> Trainer:
+        torch.manual_seed(0)
+        model = moe_zoo.build("mixtral")
+        moe_zoo.randomise(model)
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=steps,
+            learning_rate=1e-4,
+            per_device_train_batch_size=16,
+            save_steps=24,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        made = Trainer(model, arguments, train_dataset=narrow_rows(16 * 32))
+        chronomoe_hf.attach(made, config)
+        return made
+
+    rule = STATES["UNFOLDED"]
+    trainer(24, ChronoConfig.balance(beta__rate=1.0, interval=2)).train()
+    before = judge_directory(tmp_path)
+    assert before.level == "watch" and before.advice == (rule.advice, rule.config), before.sentence
+    trainer(32, config_of(rule.config, interval=2)).train(resume_from_checkpoint=True)
+    after = judge_directory(tmp_path)
+    assert "UNFOLDED" not in [finding.key for finding in after.findings], after.sentence
+
+
+def test_the_wrapped_model_routes_as_it_was_trained_and_a_plain_one_does_not(tmp_path: Path) -> None:
+    """The other way out: `wrap(model, state=checkpoint)`."""
+    made = collapsed_trainer(tmp_path / "run", ChronoConfig.balance(beta__rate=1.0, interval=2))
+    (found,) = [finding for finding in judge_directory(tmp_path / "run").findings if finding.key == "UNFOLDED"]
+    assert found.level == "act"
+    made.save_model(str(tmp_path / "saved"))
+    batch = {name: torch.stack([row[name] for row in narrow_rows(8, labels=False)]) for name in ("input_ids",)}
+    trained = made.model.eval()(**batch).logits
+    wrapped = chronomoe_hf.wrap(type(made.model).from_pretrained(tmp_path / "saved"), state=tmp_path / "saved").eval()
+    plain = type(made.model).from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.equal(wrapped(**batch).logits, trained)
+        assert not torch.allclose(plain(**batch).logits, trained, atol=1e-4)
+
+
 def test_nothing_says_that_balancing_is_free() -> None:
     for rule in (*ALERTS.values(), *STATES.values()):
         text = f"{rule.meaning} {rule.cause} {rule.advice}".lower()

@@ -115,15 +115,38 @@ def test_a_thin_last_window_does_not_decide(tmp_path: Path) -> None:
     assert "INSUFFICIENT" in [finding.key for finding in judge_directory(tmp_path / "all").findings]
 
 
-@pytest.mark.parametrize(("share", "level"), [(0.005, None), (0.05, "fine"), (0.3, "act")])
-def test_what_a_plain_server_would_route_otherwise(share: float, level: str | None, tmp_path: Path) -> None:
-    made_run(tmp_path, draws([1] * 8, 4), fields={"topk_disagreement": share})
+@pytest.mark.parametrize(
+    ("share", "rate", "level"),
+    [(0.005, None, None), (0.05, 1e-4, "fine"), (0.3, None, "act"), (0.3, 1e-4, "act"), (0.3, 0.0, "fine")],
+)
+def test_what_a_plain_server_would_route_otherwise(
+    share: float, rate: float | None, level: str | None, tmp_path: Path
+) -> None:
+    """It is red above a tenth, and the run is to be watched, unless no weight was trained under that routing."""
+    made_run(tmp_path, draws([1] * 8, 4), fields={"topk_disagreement": share}, learning_rate=rate)
     found = [finding for finding in judge_directory(tmp_path).findings if finding.key == "UNFOLDED"]
     assert [finding.level for finding in found] == ([] if level is None else [level])
     verdict = judge_directory(tmp_path)
-    assert verdict.level == "fine", "training is not to blame for where a model is served"
+    assert verdict.level == ("watch" if level == "act" else "fine"), "a run is not stopped for where it is served"
     assert ("plain server" in verdict.sentence) == (level == "act")
     assert ("wrapped" in verdict.advice[0]) == (level == "act")
+    assert run("report", tmp_path, "--check").exit_code == (4 if level == "act" else 0)
+
+
+def test_a_logged_learning_rate_counts_more_than_a_configured_0(tmp_path: Path) -> None:
+    """An optimizer of the user's own may have another rate than the arguments."""
+    made_run(tmp_path, draws([1] * 8, 4), fields={"topk_disagreement": 0.3}, learning_rate=0.0)
+    assert judge_directory(tmp_path).level == "fine"
+    with (tmp_path / "chronomoe" / "logs.jsonl").open("a") as out:
+        out.write(json.dumps({"schema": 1, "run_id": "run", "attempt": 0, "step": 2, "learning_rate": 1e-5}) + "\n")
+    assert judge_directory(tmp_path).level == "watch"
+
+
+def test_what_went_wrong_in_training_comes_before_where_it_is_served(tmp_path: Path) -> None:
+    made_run(tmp_path, draws(NARROW, 6) + draws(NARROWER, 5), fields={"topk_disagreement": 0.3})
+    verdict = judge_directory(tmp_path)
+    assert verdict.level == "act" and verdict.advice[1] == "ChronoConfig.balance()"
+    assert verdict.findings[0].key != "UNFOLDED" and "plain server" in verdict.sentence
 
 
 def test_under_an_adapter_idle_experts_do_not_lead_to_revive(tmp_path: Path) -> None:
