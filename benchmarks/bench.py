@@ -47,20 +47,20 @@ class Part:
     quick: bool = False
 
 
-# records.py has no option for its directory.
+# cost/records.py has no option for its directory.
 _RECORDS = (
-    "import pathlib, sys; sys.path.insert(0, {here!r}); import records; "
+    "import pathlib, sys; sys.path.insert(0, {here!r}); from cost import records; "
     "records.RESULTS = pathlib.Path(sys.argv.pop(1)) / 'records.md'; records.main()"
 )
 PARTS = (
-    Part("launches", ("launches.py", "--large", "--label", "now", "--output", "OUTPUT")),
-    Part("cost", ("cost.py", "--output", "OUTPUT")),
+    Part("launches", ("cost/launches.py", "--large", "--label", "now", "--output", "OUTPUT")),
+    Part("cost", ("cost/run.py", "--output", "OUTPUT")),
     Part("records", ("-c", _RECORDS.format(here=str(HERE)), "OUTPUT")),
-    Part("rivals", ("rivals.py", "--output", "OUTPUT")),
-    Part("overhead", ("overhead.py", "--graph", "eager", "--pairs", "11", "--output", "OUTPUT")),
-    Part("throughput", ("throughput.py", "--output", "OUTPUT")),
-    Part("balance", ("balance.py", "--quick", "--output", "OUTPUT"), quick=True),
-    Part("prune_quality", ("prune_quality.py", "--quick", "--output", "OUTPUT"), quick=True),
+    Part("rivals", ("rivals/run.py", "--output", "OUTPUT")),
+    Part("overhead", ("cost/overhead.py", "--graph", "eager", "--pairs", "11", "--output", "OUTPUT")),
+    Part("throughput", ("throughput/run.py", "--output", "OUTPUT")),
+    Part("balance", ("balance/run.py", "--quick", "--output", "OUTPUT"), quick=True),
+    Part("prune_quality", ("prune/run.py", "--quick", "--output", "OUTPUT"), quick=True),
 )
 
 

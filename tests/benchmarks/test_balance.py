@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from support.models import tiny_model
-from support.scripts import load_benchmark
 
 from chronomoe_hf import ChronoConfig
 
@@ -22,34 +22,28 @@ BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
 @pytest.fixture(scope="module")
 def table() -> ModuleType:
-    return load_benchmark("_balance_table")
+    return import_module("balance.table")
 
 
 @pytest.fixture(scope="module")
 def job() -> ModuleType:
     pytest.importorskip("tokenizers")
-    load_benchmark("_balance_arms")
-    load_benchmark("_fast_head")
-    return load_benchmark("_balance_job")
+    return import_module("balance.job")
 
 
 @pytest.fixture(scope="module")
 def arms(job: ModuleType) -> ModuleType:
-    return sys.modules["_balance_arms"]
+    return import_module("balance.arms")
 
 
 @pytest.fixture(scope="module")
 def front(job: ModuleType) -> ModuleType:
-    load_benchmark("_coherence_table")
-    load_benchmark("_balance_seeds")
-    found = load_benchmark("_balance_front")
-    load_benchmark("_balance_plot")
-    return found
+    return import_module("balance.front")
 
 
 @pytest.fixture(scope="module")
 def measure(job: ModuleType) -> ModuleType:
-    return load_benchmark("_balance_measure")
+    return import_module("balance.measure")
 
 
 def naive_neff_fraction(counts: list[int]) -> float:
@@ -118,7 +112,7 @@ def test_one_round_of_quantiles_on_numbers_worked_out_by_hand(arms: ModuleType) 
 
 
 def test_the_fast_head_has_the_loss_and_the_gradients_of_the_model_it_is_put_in(job: ModuleType) -> None:
-    fast = sys.modules["_fast_head"]
+    fast = import_module("balance.fast_head")
     model = tiny_model("mixtral")
     ids = torch.randint(3, 60, (3, 300))
     labels = ids.masked_fill(torch.rand(3, 300) < 0.2, -100)
@@ -219,7 +213,7 @@ def test_a_healthy_run_is_compared_bit_by_bit_until_the_first_action(table: Modu
 def test_later_parts_replace_what_earlier_ones_measured(
     measure: ModuleType, front: ModuleType, table: ModuleType, tmp_path: Path
 ) -> None:
-    balance = load_benchmark("balance")
+    balance = import_module("balance.run")
 
     def part(name: str, *rows: dict[str, Any], **changes: Any) -> Path:
         results = {**balance.header(["e8"], [0], ["none", "balance", "sign"]), "runs": list(rows), **changes}
@@ -247,7 +241,7 @@ def test_later_parts_replace_what_earlier_ones_measured(
 def test_a_changed_part_stands_beside_protect_and_apart_from_the_arms(
     measure: ModuleType, front: ModuleType, table: ModuleType
 ) -> None:
-    results = load_benchmark("balance").header(["e8"], [0, 1], ["none", "protect", "no memory"])
+    results = import_module("balance.run").header(["e8"], [0, 1], ["none", "protect", "no memory"])
     losses = {"none": (3.0, 4.0), "protect": (3.01, 4.01), "no memory": (3.1, 4.0)}
     results["runs"] = [
         row(
@@ -339,7 +333,7 @@ def test_with_k_unchanged_one_standard_error_above_none_is_allowed(front: Module
 
 
 def test_further_seeds_are_told_apart_and_change_no_target(front: ModuleType) -> None:
-    seeds = sys.modules["_balance_seeds"]
+    seeds = import_module("balance.seeds")
     results = made_up(none=NONE, aux=NONE, sign=NONE, revive=[(2.99, EVEN, 0), (4.01, EVEN, 0), (4.985, EVEN, 0)])
     assert seeds.more_seeds(results) == [], "there is none yet"
     judged = front.targets(results)
@@ -371,7 +365,7 @@ def test_the_front_holds_what_no_other_arm_beats_in_both(front: ModuleType) -> N
 
 @pytest.mark.slow
 def test_quick_run_shows_that_balance_beats_none(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "balance.py"), "--quick", "--output", str(tmp_path)]
+    command = [sys.executable, str(BENCHMARKS / "balance" / "run.py"), "--quick", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "balance.json").read_text())
@@ -385,7 +379,7 @@ def test_quick_run_shows_that_balance_beats_none(tmp_path: Path) -> None:
     assert runs["balance 0.2"]["worst_neff_tail"] > max(0.9, runs["none"]["worst_neff_tail"])
     assert runs["balance"]["worst_neff_tail"] > runs["none"]["worst_neff_tail"]
     merged = tmp_path / "merged"
-    again = [sys.executable, str(BENCHMARKS / "balance.py"), "--merge", str(tmp_path), "--output", str(merged)]
+    again = [sys.executable, str(BENCHMARKS / "balance" / "run.py"), "--merge", str(tmp_path), "--output", str(merged)]
     subprocess.run(again, capture_output=True, timeout=300, check=True)
     for name in ("balance.json", "balance.md"):
         assert (merged / name).read_text() == (tmp_path / name).read_text()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support.scripts import load_benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    return load_benchmark("bench")
+    return import_module("bench")
 
 
 def test_every_part_is_a_script_that_knows_its_options(bench: ModuleType, tmp_path: Path) -> None:

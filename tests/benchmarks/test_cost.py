@@ -7,19 +7,19 @@ import math
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from support.scripts import load_benchmark
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def cost() -> ModuleType:
-    return load_benchmark("cost")
+    return import_module("cost.run")
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,11 @@ def test_bytes_of_two_real_processes_are_the_formulas(cost: ModuleType, committe
         lens = 8 * layers * (2 * hidden + 4) if row["preset"] == "protect" else 0
         assert row["between"] == row["formula_between"] == [step]
         assert row["window"] == row["formula_window"] == [step + lens, 64, 8 * (2 * layers + 1)]
-    assert rows == committed["collectives"], "run benchmarks/cost.py again"
+    assert rows == committed["collectives"], "run benchmarks/cost/run.py again"
 
 
 def test_state_grows_as_the_fit_says(cost: ModuleType, committed: dict[str, Any]) -> None:
-    assert committed["state"] == cost.state(), "the state has changed: run benchmarks/cost.py again"
+    assert committed["state"] == cost.state(), "the state has changed: run benchmarks/cost/run.py again"
     for preset, fit in committed["state"].items():
         assert fit["said"] == pytest.approx(fit["checked"], rel=1e-9), preset
         assert fit["checked"] > 10_000 and fit["per_expert"] > 0
@@ -51,7 +51,7 @@ def test_state_grows_as_the_fit_says(cost: ModuleType, committed: dict[str, Any]
 @pytest.mark.slow
 def test_the_script_runs_end_to_end(tmp_path: Path) -> None:
     """In a process of its own: the pretend device must be there before the first backward."""
-    command = [sys.executable, str(BENCHMARKS / "cost.py"), "--quick", "--output", str(tmp_path)]
+    command = [sys.executable, str(BENCHMARKS / "cost" / "run.py"), "--quick", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "cost.json").read_text())
@@ -67,7 +67,7 @@ def test_the_paper_table_follows_from_the_counts(cost: ModuleType, committed: di
     """Written again from the assumptions and units that the JSON names, by hand."""
     counted = json.loads((BENCHMARKS / "results" / "launches.json").read_text("utf-8"))["runs"]
     run = counted[committed["launches_run"]]
-    assert committed["scale"] == cost.scale.table(run, committed["state"]), "run benchmarks/cost.py --render"
+    assert committed["scale"] == cost.scale.table(run, committed["state"]), "run benchmarks/cost/run.py --render"
     assumed = committed["scale"]["assumed"]
     qwen = next(m for m in committed["scale"]["models"] if m["name"].startswith("Qwen3"))
     unit = next(row for part in run.values() for row in part["rows"] if row["case"] == "observe")

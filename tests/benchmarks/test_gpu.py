@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "run.py"
 PARTS = ("overhead", "syncs", "equal_runs", "launches", "memory", "compiled", "suite", "ranks")
 
 
@@ -55,9 +55,9 @@ def test_every_part_runs_and_fills_its_table(tmp_path: Path) -> None:
 def test_a_part_that_fails_costs_the_others_nothing(tmp_path: Path) -> None:
     """The part is named, its error stands in the table, and the status says so."""
     code = (
-        "import sys; sys.argv = ['gpu.py', '--device', 'cpu', '--tiny', '--part', 'syncs', 'memory', '--output', "
-        f"{str(tmp_path)!r}]; sys.path.insert(0, {str(SCRIPT.parent)!r}); import gpu; "
-        "broken = lambda bench: 1 / 0; gpu.PARTS['syncs'] = broken; sys.exit(gpu.main())"
+        "import sys; sys.argv = ['run.py', '--device', 'cpu', '--tiny', '--part', 'syncs', 'memory', '--output', "
+        f"{str(tmp_path)!r}]; sys.path.insert(0, {str(SCRIPT.parents[1])!r}); from gpu import run; "
+        "broken = lambda bench: 1 / 0; run.PARTS['syncs'] = broken; sys.exit(run.main())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr[-2000:]

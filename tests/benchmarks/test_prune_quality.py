@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from support.plans import evidence, spec
-from support.scripts import load_benchmark
 
 from chronomoe_hf.lifecycle import LayerEvidence
 
@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
 @pytest.fixture(scope="module")
 def table() -> ModuleType:
-    return load_benchmark("_prune_table")
+    return import_module("prune.table")
 
 
 def row(rank: str, rise: float, *, seed: int = 0, cut: float = 0.5, refit: bool = False, **more: Any) -> dict[str, Any]:
@@ -67,10 +67,9 @@ def test_cells_show_the_mean_and_every_seed(table: ModuleType) -> None:
     assert table.cell([]) == "-"
 
 
-def test_free_budgets_drop_the_lowest_of_the_whole_model_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_free_budgets_drop_the_lowest_of_the_whole_model_within_limits() -> None:
     pytest.importorskip("tokenizers")
-    import _prune_cuts
+    from prune import cuts
 
     def layer(layer_id: int, scores: list[float], **fields: int) -> LayerEvidence:
         made_spec = spec(layer_id, num_experts=len(scores), **fields)
@@ -78,15 +77,14 @@ def test_free_budgets_drop_the_lowest_of_the_whole_model_within_limits(monkeypat
 
     low, high = [0.1, 0.2, 0.3, 0.4], [5.0, 6.0, 7.0, 8.0]
     subject: Any = SimpleNamespace(evidence=evidence([layer(0, low), layer(1, high)]))
-    assert _prune_cuts.free_drops(subject, 0.25) == [[0, 1], []]
-    assert _prune_cuts.free_drops(subject, 0.5) == [[0, 1], [0, 1]], "every layer keeps k"
+    assert cuts.free_drops(subject, 0.25) == [[0, 1], []]
+    assert cuts.free_drops(subject, 0.5) == [[0, 1], [0, 1]], "every layer keeps k"
     grouped: Any = SimpleNamespace(evidence=evidence([layer(0, [1.0, 2.0, 3.0, 9.0, 8.0, 7.0], groups=2, kept=1)]))
-    assert _prune_cuts.free_drops(grouped, 0.5) == [[0, 5]], "every group keeps two"
+    assert cuts.free_drops(grouped, 0.5) == [[0, 5]], "every group keeps two"
 
 
-def test_healed_rows_are_compared_with_the_dense_model_at_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import _prune_heal_table as heal
+def test_healed_rows_are_compared_with_the_dense_model_at_the_same_step() -> None:
+    from prune import heal_table as heal
 
     def healed(how: str, rise: float, after: int, seed: int, cut: float = 0.5) -> dict[str, Any]:
         common = {"shape": "e8", "seed": seed, "cut": cut, "how": how, "after": after}
@@ -113,7 +111,7 @@ def test_healed_rows_are_compared_with_the_dense_model_at_the_same_step(monkeypa
 @pytest.mark.slow
 def test_a_quick_run_writes_its_results(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    command = [sys.executable, str(BENCHMARKS / "prune_quality.py"), "--quick", "--output", str(tmp_path)]
+    command = [sys.executable, str(BENCHMARKS / "prune" / "run.py"), "--quick", "--output", str(tmp_path)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, timeout=300, env=environment, capture_output=True)
     results = json.loads((tmp_path / "prune_quality.json").read_text())

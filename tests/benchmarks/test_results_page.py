@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support.scripts import load_benchmark
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def results_page() -> ModuleType:
-    return load_benchmark("results_page")
+    return import_module("results_page")
 
 
 def test_a_page_is_its_tables_in_order(results_page: ModuleType, tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support.scripts import load_benchmark
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 def rivals() -> ModuleType:
     pytest.importorskip("datasets")
     pytest.importorskip("tokenizers")
-    return load_benchmark("rivals")
+    return import_module("rivals.run")
 
 
 def test_errors_are_their_definitions(rivals: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""benchmarks/split_cost.py runs at a small shape and writes what it measured."""
+"""benchmarks/prune/split_cost.py runs at a small shape and writes what it measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_tiny_shape_runs_and_is_written(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/split_cost.py", "--tiny", "--output", str(tmp_path)]
+    command = [sys.executable, "benchmarks/prune/split_cost.py", "--tiny", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     row = json.loads((tmp_path / "split_cost.json").read_text())["row"]

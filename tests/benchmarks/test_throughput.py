@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from support.scripts import load_benchmark
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def throughput() -> ModuleType:
     pytest.importorskip("datasets")
     pytest.importorskip("tokenizers")
-    return load_benchmark("throughput")
+    return import_module("throughput.run")
 
 
 def test_imbalance_is_its_definition(throughput: ModuleType) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
-from support.scripts import load_benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA: dict[str, Any] = {
@@ -26,7 +26,7 @@ DATA: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def claims() -> ModuleType:
-    return load_benchmark("claims")
+    return import_module("claims")
 
 
 def test_every_number_of_readme_and_docs_is_the_tables(claims: ModuleType) -> None:

@@ -110,7 +110,7 @@ def test_commands_in_shell_blocks_exist() -> None:
                     assert words[1] in targets, f"{page}: {line}"
                     seen += 1
                 for word in words:
-                    if re.match(r"(examples|benchmarks)/\w+\.py$", word):
+                    if re.match(r"(examples|benchmarks)/[\w/]+\.py$", word):
                         assert (ROOT / word).is_file(), f"{page}: {line}"
     assert seen > 10, "hardly a command was found; is the reader broken?"
 

@@ -1,0 +1,1 @@
+"""What balance costs or pays in loss and evenness."""

@@ -1,0 +1,1 @@
+"""What wrapping and records cost: time, launches, host reads, bytes."""

@@ -1,0 +1,1 @@
+"""What cutting, refitting, exporting and reviving experts costs."""

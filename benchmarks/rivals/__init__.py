@@ -1,0 +1,1 @@
+"""Who counts right, beside other tools."""

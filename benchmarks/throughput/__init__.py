@@ -1,0 +1,1 @@
+"""What balance is worth where experts are spread over ranks."""
