@@ -6,9 +6,8 @@ import math
 import statistics
 from typing import Any
 
-from prune.table import cell, shapes_of
+from prune.cells import Row, cell, shapes_of
 
-Row = dict[str, Any]
 HOWS = ("at the end", "at the end, refit", "at the end, random", "in the middle")
 CUTS = (0.25, 0.5)
 

@@ -5,37 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from prune.cells import Row, cell, pick, shapes_of
+from prune.heal_table import balance_lines, healing_claims, healing_lines
+
 CUTS = (0.125, 0.25, 0.5)
 FACTOR = 4.0  # half of the experts with refit may cost at most 1 / FACTOR of REAP one-shot
-
-
-def pick(rows: list[Row], **wanted: Any) -> list[Row]:
-    """Rows with these values; ``rank="random"`` means every random plan."""
-    rank = wanted.pop("rank", None)
-    found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-    if rank is None:
-        return found
-    return [row for row in found if row["rank"] == rank or (rank == "random" and row["rank"].startswith("random"))]
-
-
-def shapes_of(rows: list[Row]) -> list[str]:
-    """Shapes in the order of their first row."""
-    return list(dict.fromkeys(row["shape"] for row in rows))
-
-
-def cell(rows: list[Row]) -> str:
-    """Mean over seeds, and each seed."""
-    by_seed: dict[int, list[float]] = {}
-    for row in rows:
-        by_seed.setdefault(row["seed"], []).append(row["rise"])
-    means = [statistics.fmean(values) for _, values in sorted(by_seed.items())]
-    if not means:
-        return "-"
-    each = " / ".join(f"{value:.3f}" for value in means)
-    return f"**{statistics.fmean(means):.3f}** ({each})"
 
 
 def claims(rows: list[Row]) -> list[Row]:
@@ -110,8 +85,6 @@ def _prediction(rows: list[Row]) -> list[Row]:
 
 def markdown(results: Row) -> str:
     """The page."""
-    from prune.heal_table import balance_lines, healing_lines  # reads cells with the functions above
-
     rows = results["rows"]
     seeds = sorted({row["seed"] for row in rows})
     lines = [
@@ -169,8 +142,6 @@ def _rank_lines(rows: list[Row]) -> list[str]:
 
 
 def _claim_lines(results: Row) -> list[str]:
-    from prune.heal_table import healing_claims
-
     lines = ["## Claims", "", "| claim | holds | numbers |", "| --- | --- | --- |"]
     fresh = results.get("fresh", [])
     found = claims(results["rows"])
