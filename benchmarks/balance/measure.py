@@ -9,8 +9,9 @@ import statistics
 from typing import Any
 
 import torch
-from balance.job import Run
 from torch import Tensor
+
+from balance.job import Run
 
 SMOOTH = 10  # steps over which "balanced" must hold on average
 TAIL = 50  # last steps that describe where a run ended

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cost.arms import Hooks, RouterLogits, Untouched
 from torch import Tensor
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
+from cost.arms import Hooks, RouterLogits, Untouched
 
 PRESETS = ("observe", "protect", "balance")
 Row = dict[str, Any]

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
 from gpu.base import (
     PRESETS,
     Bench,
@@ -29,9 +33,6 @@ from gpu.base import (
     synchronise,
 )
 from gpu.processes import ranks, suite
-from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[2]
 WINDOW, ACTING = 4, 6  # governance acts from step 5 on; step 6 closes no window (as in benchmarks/cost/launches.py)

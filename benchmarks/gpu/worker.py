@@ -18,12 +18,12 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from cost.launches import Shape, build
-from cost.scale import MODELS, reduced_bytes
 from support import gloo_exit
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
+from cost.launches import Shape, build
+from cost.scale import MODELS, reduced_bytes
 
 REPEATS = 20
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from prune.job import SHAPES, Subject, subject
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -22,6 +21,7 @@ from chronomoe_hf.export import export
 from chronomoe_hf.lifecycle import PrunePlan, masked, measure, plan_prune, random_plan, refit, worst_plan
 from chronomoe_hf.lifecycle.live.masking import mask_experts
 from chronomoe_hf.lifecycle.live.model import match_layers
+from prune.job import SHAPES, Subject, subject
 
 CUTS = (0.125, 0.25, 0.5)
 RANKS = ("contribution", "reap", "frequency", "fisher", "phi")

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prune.cuts import Row, calibration, held_out, losses, rise
-from prune.job import SHAPES, WINDOWS, Subject, base_and_text, fine_tuned, subject, train
 from torch import Tensor
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 from chronomoe_hf.config import LifecycleConfig
 from chronomoe_hf.lifecycle import Evidence, PrunePlan, calibrate, masked, plan_prune, random_plan, refit
+from prune.cuts import Row, calibration, held_out, losses, rise
+from prune.job import SHAPES, WINDOWS, Subject, base_and_text, fine_tuned, subject, train
 
 CUTS = (0.25, 0.5)
 HEAL_STEPS = 100

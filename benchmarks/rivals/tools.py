@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rivals.recount import Reading, entropy_of, routers_of
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
+from rivals.recount import Reading, entropy_of, routers_of
 
 
 class Tool:
