@@ -14,7 +14,7 @@ from torch import nn
 
 from chronomoe_hf import private
 from chronomoe_hf.checkpoint.biases import restore_biases
-from chronomoe_hf.checkpoint.folded import install_folded_hook, remove_folded_hook
+from chronomoe_hf.checkpoint.folded import save_folded
 from chronomoe_hf.checkpoint.store import saved_config, warn_of_unloaded_state
 from chronomoe_hf.config import ChronoConfig, PresetName, as_config
 from chronomoe_hf.errors import AlreadyWrappedError, ConfigError, NotWrappedError
@@ -27,7 +27,7 @@ from chronomoe_hf.wrapping.class_swap import add_hooks, add_label_hooks, check_r
 from chronomoe_hf.wrapping.discovery import clean_name, find_layers, root_of
 from chronomoe_hf.wrapping.native_bias import cast_bias
 from chronomoe_hf.wrapping.owner import SYSTEM, find_system
-from chronomoe_hf.wrapping.save_pretrained import install_save_hook, remove_save_hook
+from chronomoe_hf.wrapping.save_pretrained import bind_save, save_pretrained, unbind_save
 
 TESTED_VERSIONS = ("5.6.0", "5.13.1", "5.16.1", "5.19.0", "5.23.0")
 
@@ -71,7 +71,7 @@ def wrap(model: Model, config: ChronoConfig | PresetName | None = None, *, state
                 f"(different: {', '.join(system.config.differences(config))})"
             )
         check_layers(system.model, system.layers)
-        install_save_hook(model)  # a wrapper that was added since (PEFT) has a save_pretrained of its own
+        bind_save(model, save_pretrained)  # a wrapper that was added since (PEFT) has a save_pretrained of its own
         add_label_hooks(labelled_models(system.model, model, system.sums))
         if state is not None:
             system.load(state)
@@ -84,8 +84,8 @@ def wrap(model: Model, config: ChronoConfig | PresetName | None = None, *, state
     system = system_of(root)
     add_label_hooks(labelled_models(root, model, system.sums))
     for module in (root, model):
-        remove_folded_hook(module)
-        install_save_hook(module)
+        unbind_save(module, save_folded)
+        bind_save(module, save_pretrained)
     restore_biases(root, system.layers, (state, getattr(root, "name_or_path", None)))
     if state is None:
         warn_of_unloaded_state(root, system.layers)
@@ -137,7 +137,7 @@ def unwrap(model: Model, fold: bool = False) -> Model:
         restore(module)
     for _, module in modules:
         remove_hooks(module)
-        remove_save_hook(module)
+        unbind_save(module, save_pretrained)
     system.close_telemetry()
     del system.model.__dict__[SYSTEM]
     system.cut.unwrapped()
@@ -145,7 +145,7 @@ def unwrap(model: Model, fold: bool = False) -> Model:
         left()
     if folded:
         for module in (system.model, model):
-            install_folded_hook(module)
+            bind_save(module, save_folded)
     return model
 
 

@@ -57,13 +57,7 @@ class SparsemixerRule:
         return softmax_distribution(logits_TE)
 
     def route(
-        self,
-        router: Any,
-        call: RouterCall,
-        *,
-        k: int,
-        bias_E: Tensor | None,
-        dtype: torch.dtype,
+        self, router: Any, call: RouterCall, *, k: int, bias_E: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Repeat SparseMixer. Beta is rounded to ``dtype``, that of the logits: the native threshold is taken in it."""
         lensed_TE = lensed_logits(call)

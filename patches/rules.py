@@ -103,13 +103,7 @@ class Rule(Protocol):
     """What an adapter needs of a rule."""
 
     def route(
-        self,
-        router: nn.Module,
-        call: RouterCall,
-        *,
-        k: int,
-        bias_E: Tensor | None,
-        dtype: torch.dtype,
+        self, router: nn.Module, call: RouterCall, *, k: int, bias_E: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Return ``(weights_TK, index_TK)`` chosen with ``z + beta``; weights in ``dtype``, indices int64."""
         ...
@@ -149,13 +143,7 @@ class ScoreTopK:
         return 1.0 / num_experts if self.score in ("softmax", "softmax32") else 0.25
 
     def route(
-        self,
-        router: nn.Module,
-        call: RouterCall,
-        *,
-        k: int,
-        bias_E: Tensor | None,
-        dtype: torch.dtype,
+        self, router: nn.Module, call: RouterCall, *, k: int, bias_E: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Score -> (+ native bias) -> (group limit) -> top-k -> gather -> renormalise -> scale -> cast.
 
@@ -219,13 +207,7 @@ class TopKSquash:
         return str(setting(router, self.squash[1:])) if self.squash.startswith("@") else self.squash
 
     def route(
-        self,
-        router: nn.Module,
-        call: RouterCall,
-        *,
-        k: int,
-        bias_E: Tensor | None,
-        dtype: torch.dtype,
+        self, router: nn.Module, call: RouterCall, *, k: int, bias_E: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """(Logits + native bias) -> top-k -> squash the chosen logits -> renormalise -> divide.
 

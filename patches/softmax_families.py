@@ -43,24 +43,12 @@ ADAPTERS = (
     Adapter(
         family="mistral4",
         router_class="Mistral4TopkRouter",
-        rule=ScoreTopK(
-            score="softmax",
-            sort=False,
-            renorm=EPS20_BY_FLAG,
-            group=GROUPS,
-            scale="routed_scaling_factor",
-        ),
+        rule=ScoreTopK(score="softmax", sort=False, renorm=EPS20_BY_FLAG, group=GROUPS, scale="routed_scaling_factor"),
     ),
     Adapter(
         family="mistral_large4",
         router_class="MistralLarge4TextTopkRouter",
-        rule=ScoreTopK(
-            score="softmax",
-            sort=False,
-            renorm=EPS20,
-            group=GROUPS,
-            scale="routed_scaling_factor",
-        ),
+        rule=ScoreTopK(score="softmax", sort=False, renorm=EPS20, group=GROUPS, scale="routed_scaling_factor"),
     ),
     Adapter(
         family="longcat_flash",

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import types
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from chronomoe_hf.checkpoint.state_file import STATE_FOLDER, has_state, read_manifest, remove_state
 from chronomoe_hf.errors import StateError
@@ -49,19 +46,6 @@ def leave_note(directory: str | Path) -> None:
     remove_state(directory)
     note = {"format": "chronomoe_hf.folded", "schema": 1, "step": step}
     write_json(Path(directory) / STATE_FOLDER / NOTE_FILE, note)
-
-
-def install_folded_hook(model: nn.Module) -> None:
-    """From now on ``model.save_pretrained`` removes the state that it finds, until the model is wrapped again."""
-    if hasattr(type(model), SAVE_HOOK) and SAVE_HOOK not in model.__dict__:
-        model.__dict__[SAVE_HOOK] = types.MethodType(save_folded, model)
-
-
-def remove_folded_hook(model: nn.Module) -> None:
-    """Undo :func:`install_folded_hook`."""
-    hook = model.__dict__.get(SAVE_HOOK)
-    if isinstance(hook, types.MethodType) and hook.__func__ is save_folded:
-        del model.__dict__[SAVE_HOOK]
 
 
 def save_folded(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:

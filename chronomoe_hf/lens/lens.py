@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -242,17 +242,8 @@ class IdentityLens:
     def set_basis(self, V_DR: Tensor, U_RD: Tensor) -> None:
         """Ignored."""
 
-    def aim(
-        self,
-        mu_D: Tensor,
-        weight_ED: Tensor,
-        share_E: Tensor | Sequence[float],
-        logit_std: float,
-        basis: BasisName = "least_squares",
-        carry: float = 0.0,
-        reader_D: Tensor | None = None,
-    ) -> str | None:
-        """Ignored; returns why."""
+    def aim(self, *args: Any, **kwargs: Any) -> str | None:
+        """Arguments as in :meth:`ChronoLens.aim`, ignored; returns why."""
         return self.note or "this layer has no lens"
 
     def set_scale(self, scale: float) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from chronomoe_hf.profiling.data import TEXT, Domain, Source, sequences
+from chronomoe_hf.recording.rows import IGNORED
 
-IGNORED = -100
 _LOSS_ROWS = 1024  # positions whose logits are widened to fp32 at a time
 
 

@@ -27,20 +27,10 @@ from chronomoe_hf.report.figures import Figure
 from chronomoe_hf.report.pictures import baseline_figure, profile_figures
 from chronomoe_hf.report.verdict import judge
 from chronomoe_hf.telemetry.events import COUNTS
+from chronomoe_hf.telemetry.layers import LOAD_NUMBERS
 from chronomoe_hf.telemetry.views import plain_text
 
-METRICS = (
-    "n_effective",
-    "top2_share",
-    "top2_relative",
-    "dead_experts",
-    "nearly_dead_count",
-    "max_violation",
-    "max_violation_ceiling",
-    "gini",
-    "load_cv",
-    "coherence_mean",
-)
+METRICS = (*LOAD_NUMBERS, "coherence_mean")
 _TEMPLATES = "templates"
 
 

@@ -18,15 +18,8 @@ from chronomoe_hf.metrics import load_metrics
 from chronomoe_hf.telemetry.events import RoutingEvent, Vector
 from chronomoe_hf.telemetry.values import finite
 
-# Scalars of a layer in a snapshot record, in this order.
-LAYER_NUMBERS = (
-    "token_count",
-    "tokens",
-    "dropped",
-    "nonfinite_tokens",
-    "calls",
-    "window_steps",
-    "entropy",
+# Metrics of a layer's counts that pages and tables show, in this order.
+LOAD_NUMBERS = (
     "n_effective",
     "top2_share",
     "top2_relative",
@@ -36,6 +29,17 @@ LAYER_NUMBERS = (
     "max_violation_ceiling",
     "gini",
     "load_cv",
+)
+# Scalars of a layer in a snapshot record, in this order.
+LAYER_NUMBERS = (
+    "token_count",
+    "tokens",
+    "dropped",
+    "nonfinite_tokens",
+    "calls",
+    "window_steps",
+    "entropy",
+    *LOAD_NUMBERS,
     "coherence_mean",
     "coherence_min",
     "logit_std",

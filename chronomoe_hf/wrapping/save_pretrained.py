@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,16 @@ def state_saved(system: object) -> Iterator[None]:
         _saved.discard(id(system))
 
 
-def install_save_hook(model: nn.Module) -> None:
-    """Make ``model.save_pretrained`` write our state too; bound on the instance, so a deep copy binds its own."""
+def bind_save(model: nn.Module, function: Callable[..., Any]) -> None:
+    """Make `function` the model's ``save_pretrained``; bound on the instance, so a deep copy binds its own."""
     if hasattr(type(model), SAVE_HOOK) and SAVE_HOOK not in model.__dict__:
-        model.__dict__[SAVE_HOOK] = types.MethodType(save_pretrained, model)
+        model.__dict__[SAVE_HOOK] = types.MethodType(function, model)
 
 
-def remove_save_hook(model: nn.Module) -> None:
-    """Undo :func:`install_save_hook`."""
+def unbind_save(model: nn.Module, function: Callable[..., Any]) -> None:
+    """Undo :func:`bind_save`."""
     hook = model.__dict__.get(SAVE_HOOK)
-    if isinstance(hook, types.MethodType) and hook.__func__ is save_pretrained:
+    if isinstance(hook, types.MethodType) and hook.__func__ is function:
         del model.__dict__[SAVE_HOOK]
 
 

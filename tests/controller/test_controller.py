@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 
 import pytest
+from support.laws import HAND
 
-from chronomoe_hf.config import HarmGuardConfig
 from chronomoe_hf.controller import ControlConfig, ControlDecision, Controller
 from chronomoe_hf.errors import ConfigError, StateCorruptError, StateMismatchError
 from chronomoe_hf.lens.lens import ChronoLens, IdentityLens
@@ -84,18 +84,6 @@ def test_against_its_baseline_a_layer_owes_only_what_the_run_lost():
     assert got_worse[:2] == [0.0, 0.0] and min(got_worse[2:]) > 0.0
     healthy = evaluations("baseline", [HEALTHY] * 2 + [COLLAPSED] * 2)
     assert healthy == evaluations("level", [HEALTHY] * 2 + [COLLAPSED] * 2), "from an even start both are the same"
-
-
-# The original gate's cap, warm-up and harm threshold; round numbers for sums by hand.
-HAND = {
-    "integral_target": 0.65,
-    "integral_gain": 0.5,
-    "integral_leak": 0.98,
-    "integral_step": 1.0,
-    "scale_max": 0.5,
-    "warmup_steps": 100,
-    "harm": HarmGuardConfig(threshold=0.02, restart=False),
-}
 
 
 def test_first_evaluation_of_a_collapsed_layer_by_hand():

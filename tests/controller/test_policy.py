@@ -5,20 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+from support.laws import HAND
 
 from chronomoe_hf.config import ControlConfig, HarmGuardConfig
 from chronomoe_hf.controller import policy
 
-# Round numbers for sums by hand; the defaults are measured ones.
-HAND = {
-    "integral_target": 0.65,
-    "integral_gain": 0.5,
-    "integral_leak": 0.98,
-    "integral_step": 1.0,
-    "scale_max": 0.5,
-    "warmup_steps": 100,
-    "harm": HarmGuardConfig(threshold=0.02, restart=False),
-}
 CONFIG = ControlConfig(**HAND)
 ORIGINAL = ControlConfig(**HAND, gate="pressure")
 

@@ -39,6 +39,7 @@ from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.lifecycle.pruning.plan_prune import random_plan, worst_plan
 from chronomoe_hf.patches import find
 from chronomoe_hf.pictures.shown import Looks, Shown
+from chronomoe_hf.recording.rows import IGNORED
 from chronomoe_hf.wrapping.discovery import FoundLayer, root_of
 
 # What a plan costs, as numbers on the host.
@@ -299,7 +300,7 @@ def _logits(model: nn.Module, arguments: Batch, shift: int) -> Tensor:
 def _full_sums(logits_BSV: Tensor, labels_BS: Tensor) -> list[float]:
     """The full model's row: sequences with a label, tokens, and the sum of the loss in place of a difference."""
     loss_BS = _losses(logits_BSV, labels_BS)
-    number_B = (labels_BS != -100).sum(-1)
+    number_B = (labels_BS != IGNORED).sum(-1)
     return [
         float((number_B > 0).sum()),
         float(number_B.sum()),
@@ -311,7 +312,7 @@ def _full_sums(logits_BSV: Tensor, labels_BS: Tensor) -> list[float]:
 def _losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Cross-entropy per position in fp32, 0 where the label is -100."""
     rows = [
-        F.cross_entropy(logits_SV.float(), labels_S, reduction="none", ignore_index=-100)
+        F.cross_entropy(logits_SV.float(), labels_S, reduction="none", ignore_index=IGNORED)
         for logits_SV, labels_S in zip(logits_BSV, labels_BS, strict=True)
     ]
     return torch.stack(rows)
@@ -320,9 +321,9 @@ def _losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 def _paired_sums(full_BSV: Tensor, masked_BSV: Tensor, labels_BS: Tensor) -> list[float]:
     """Moments of (tokens, tokens * mean difference) per sequence, and the sums of KL and overlap."""
     delta_B = (_losses(masked_BSV, labels_BS) - _losses(full_BSV, labels_BS)).double().sum(-1)
-    number_B = (labels_BS != -100).sum(-1).double()
+    number_B = (labels_BS != IGNORED).sum(-1).double()
     kl = overlap = 0.0
-    for p_NV, q_NV in log_distributions(full_BSV, masked_BSV, labels_BS != -100):
+    for p_NV, q_NV in log_distributions(full_BSV, masked_BSV, labels_BS != IGNORED):
         kl += kl_of(p_NV, q_NV)
         overlap += float(torch.minimum(p_NV, q_NV).exp().sum())
     moments = [(number_B > 0).sum(), number_B.sum(), delta_B.sum(), (delta_B**2).sum(), (number_B * delta_B).sum()]
