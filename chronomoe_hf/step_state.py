@@ -31,7 +31,6 @@ from chronomoe_hf.router.laws import (
 from chronomoe_hf.router.state import LOGIT_STD_ALPHA, RouterState
 
 # Names of the stacked tensors that share one storage, so that one operation or one copy serves all of them.
-_CLOCKS = ("ema_CLE", "phi_raw_LE")
 _WIDE = ("beta_LE", "beta_full_LE", "beta_applied_LE")
 _NARROW = ("logit_std_L", "relevance_L", "js_L", "flip_L", "overlap_L")
 

@@ -15,7 +15,7 @@ from chronomoe_hf import CoherenceBuffer
 from chronomoe_hf.config import BetaConfig, VetoConfig
 from chronomoe_hf.original import compute_relevance, update_beta
 from chronomoe_hf.recording.columns import META, PER_EXPERT, PER_LAYER, Row
-from chronomoe_hf.recording.reduce import RouterBatch, routing_sums
+from chronomoe_hf.recording.reduce import RouterBatch, routing_parts, routing_table
 from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.step_state import StepState
 
@@ -53,7 +53,7 @@ class Forward:
             mask_T=None if real is None else torch.tensor(real),
             distribution=lambda z: z.softmax(-1),
         )
-        head, tail = routing_sums(batch, self.row_names, measured)
+        head, tail = routing_table([routing_parts(batch, self.row_names, measured)], self.row_names)
         self.sums_LR[layer, self.row_names.head] += head[0]
         self.sums_LR[layer, self.row_names.tail] += tail[0]
 

@@ -125,16 +125,6 @@ class RoutingParts(NamedTuple):
     drops: bool
 
 
-def routing_sums(
-    batch: RouterBatch, row: Row, disagreement_G4: Tensor | None = None, scores: Scores | None = None
-) -> tuple[Tensor, Tensor]:
-    """Counts, probability sums and logit moments, and how many tokens steering sent elsewhere.
-
-    Args and return value are those of :func:`routing_parts` and :func:`routing_table`, one after the other.
-    """
-    return routing_table([routing_parts(batch, row, disagreement_G4, scores)], row)
-
-
 def routing_parts(
     batch: RouterBatch, row: Row, disagreement_G4: Tensor | None = None, scores: Scores | None = None
 ) -> RoutingParts:

@@ -184,7 +184,7 @@ class Tape:
         if waiting and (waiting + 1) * (call.bytes + call.held) > self.room(call.logits_TE.device):
             due = [other for other in self.calls if other.key == key]
             self.calls = [other for other in self.calls if other.key != key]
-            self._sum_calls(mode, due, mask, sample)
+            self._sum_calls(due, mask, sample)
             waiting = 0
         self._waiting[key] = waiting + 1
         self.calls.append(call)
@@ -239,7 +239,7 @@ class Tape:
         while chunks:
             self._sum_outputs(mode, chunks.pop())
         self.inputs.sum_up()
-        self._sum_calls(mode, calls, mask, sample)
+        self._sum_calls(calls, mask, sample)
         for read in self._read.values():
             for outputs in _distinct(read):
                 of_outputs = [call for calls, _ in outputs for call in calls]
@@ -264,13 +264,13 @@ class Tape:
             self.sums.add(mode, layer_ids, row.head, head)
             self.sums.add(mode, layer_ids, row.tail, tail)
 
-    def _sum_calls(self, mode: Recorded, calls: list[RoutedCall], mask: Any, sample: Sampler) -> None:
+    def _sum_calls(self, calls: list[RoutedCall], mask: Any, sample: Sampler) -> None:
         for group in _groups(calls):
             room = self.room(group[0].logits_TE.device)
             size = max(1, room // max(1, group[0].bytes + group[0].held))
             for start in range(0, len(group), size):
                 part = group[start : start + size]
-                guarded(_all(part, "fail"), self._sum_routing, mode, part, mask, sample)
+                guarded(_all(part, "fail"), self._sum_routing, part, mask, sample)
 
     def _sum_outputs(self, mode: Recorded, chunk: OutputChunk) -> None:
         with torch.no_grad(), torch.autocast(chunk.rows_GSKD.device.type, enabled=False):
@@ -288,7 +288,7 @@ class Tape:
         key = (calls[0].layer.num_experts, calls[0].layer.reference, rows_GSKD.device, scale)
         self._read.setdefault(key, []).append((calls, parts))
 
-    def _sum_routing(self, mode: Recorded, calls: list[RoutedCall], mask: Any, sample: Sampler) -> None:
+    def _sum_routing(self, calls: list[RoutedCall], mask: Any, sample: Sampler) -> None:
         device, num_rows = calls[0].logits_TE.device, calls[0].logits_TE.shape[0]
         row = self.sums.row
         with torch.no_grad(), torch.autocast(device.type, enabled=False):

@@ -59,8 +59,6 @@ class Replay:
         self.axis = Axis(layers, compared, getattr(text, "num_hidden_layers", None), config.layers)
         self.invalid: str | None = None
         self.num_invalid = 0
-        self.num_added = 0
-        self.engine_silent = 0
 
     @property
     def on(self) -> bool:
@@ -99,9 +97,7 @@ class Replay:
         """
         self._require_mode("add")
         tokens_N = _tokens(tokens)
-        self.num_added += 1
         if routes is None:
-            self.engine_silent += 1
             self._note(1, "the engine returned no routes (start it with --enable-return-routed-experts)")
             return
         read = read_routes(routes, len(tokens_N), self.axis, self.passes.dtype, start)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from chronomoe_hf.report.data import Governing, RunData
+from chronomoe_hf.report.data import RunData
 from chronomoe_hf.report.figures import Figure, lines, resumes, series
 from chronomoe_hf.report.rules import REASONS
 from chronomoe_hf.report.words import counted, listed
@@ -49,7 +49,7 @@ def governor(run: RunData) -> Figure:
     return Figure(
         "governor",
         title,
-        _sentence(run.governing, reasons, total, acting, max((b for _, b in biases if b), default=0.0)),
+        _sentence(reasons, total, acting, max((b for _, b in biases if b), default=0.0)),
         lines(panels, x, resumes(run)),
         ["what was decided", "times", "of all decisions"],
         rows,
@@ -61,7 +61,7 @@ def _panel(title: str, high: float, name: str, values: list[Any]) -> dict[str, A
     return {"title": title, "low": 0.0, "high": high, "series": [series(name, values)]}
 
 
-def _sentence(governing: dict[int, Governing], reasons: Counter[str], total: int, acting: int, bias: float) -> str:
+def _sentence(reasons: Counter[str], total: int, acting: int, bias: float) -> str:
     parts = []
     if total:
         parts.append(f"{counted(total, 'decision')} were taken and a lens acted in {_part(acting, total)} of them")

@@ -32,11 +32,11 @@ def replay(run: RunData) -> list[Figure]:
     if not records:
         return []
     main = next((name for name in PAIRS if any(name in record["pairs"] for record in records)), None)
-    shown = [_layers(run, records, main)] if main is not None else []
+    shown = [_layers(records, main)] if main is not None else []
     return [*shown, _numbers(run, records)]
 
 
-def _layers(run: RunData, records: list[dict[str, Any]], name: str) -> Figure:
+def _layers(records: list[dict[str, Any]], name: str) -> Figure:
     """A cell for every layer and window of the first pair of passes that the run has."""
     ids: list[Any] = next((record["layers"] for record in records if isinstance(record.get("layers"), list)), [])
     value_LW = np.full((len(ids), len(records)), math.nan)

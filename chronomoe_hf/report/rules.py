@@ -316,17 +316,3 @@ REASONS = {
     "lens_unsupported": "this router takes no lens",
     "lens_unfit": "moving the router input would have scattered the tokens",
 }
-
-
-def rules_markdown() -> str:
-    """The table as the sections of docs/alerts.md."""
-    words = {"act": "act now", "watch": "watch", "fine": "nothing wrong"}
-    parts = []
-    for title, rules in (("Alerts", ALERTS), ("States that the report names", STATES)):
-        parts.append(f"## {title}\n")
-        for key, rule in rules.items():
-            parts.append(f"### {key}: {rule.title} ({words[rule.level]})\n")
-            parts.append(f"**Meaning.** {rule.meaning}\n\n**Cause.** {rule.cause}\n\n**What to do.** {rule.advice}\n")
-            if rule.config:
-                parts.append(f"Setting: `{rule.config}`\n")
-    return "\n".join(parts)

@@ -233,7 +233,7 @@ def plan_wanted(
     found: dict[Wanted, LayerSplit | str] = {}
     tokens = 0
     layer_ids = sorted(taps)
-    groups = groups_in_memory(model, [taps[i].layer for i in layer_ids], range(len(taps)), list(batches), MEMORY_GB)
+    groups = groups_in_memory([taps[i].layer for i in layer_ids], range(len(taps)), list(batches), MEMORY_GB)
     groups = distributed.broadcast_object(groups)  # type: ignore[assignment]  # as many forwards on every rank
     try:
         with quiet(model):

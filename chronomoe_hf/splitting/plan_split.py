@@ -81,7 +81,7 @@ def plan_split(
     read = within_memory(layers, read, memory_gb, "plan_split")
     out, tokens = [], 0
     with quiet(model):
-        for group in groups_in_memory(model, layers, range(len(layers)), read, memory_gb):
+        for group in groups_in_memory(layers, range(len(layers)), read, memory_gb):
             read_calls(model, [taps[index] for index in group], read)
             for index in group:
                 tap, spec = taps[index], specs[index]

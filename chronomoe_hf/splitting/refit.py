@@ -53,7 +53,7 @@ def fit_split(
     new: dict[int, StoredProjections] = {}
     reports = []
     with quiet(model):
-        for group in groups_in_memory(model, layers, shifted, [*fit, *check], memory_gb):
+        for group in groups_in_memory(layers, shifted, [*fit, *check], memory_gb):
             altered = []
             for index in group:
                 shift_E = plan.layers[index].shift_E

@@ -11,7 +11,7 @@ from support.made_runs import train_into
 from typer.testing import CliRunner
 
 from chronomoe_hf.cli.main import app
-from chronomoe_hf.report.rules import rules_markdown
+from chronomoe_hf.report.rules import ALERTS, STATES
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 PAGES = ("report.md", "alerts.md", "cli.md")
@@ -19,6 +19,20 @@ PAGES = ("report.md", "alerts.md", "cli.md")
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.S)
+
+
+def rules_markdown() -> str:
+    """The table as the sections of docs/alerts.md."""
+    words = {"act": "act now", "watch": "watch", "fine": "nothing wrong"}
+    parts = []
+    for title, rules in (("Alerts", ALERTS), ("States that the report names", STATES)):
+        parts.append(f"## {title}\n")
+        for key, rule in rules.items():
+            parts.append(f"### {key}: {rule.title} ({words[rule.level]})\n")
+            parts.append(f"**Meaning.** {rule.meaning}\n\n**Cause.** {rule.cause}\n\n**What to do.** {rule.advice}\n")
+            if rule.config:
+                parts.append(f"Setting: `{rule.config}`\n")
+    return "\n".join(parts)
 
 
 @pytest.fixture(scope="module")

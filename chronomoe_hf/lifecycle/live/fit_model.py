@@ -232,7 +232,7 @@ class Fitting:
             exchange_all(self.stored)
 
     def _groups(self, cut: Sequence[int]) -> list[list[int]]:
-        return groups_in_memory(self.model, self.layers, cut, [*self.fit, *self.check], self.memory_gb)
+        return groups_in_memory(self.layers, cut, [*self.fit, *self.check], self.memory_gb)
 
     def _fit(self, index: int, samples: LayerSamples, target_TD: Tensor | None) -> bool:
         kept = [e for e in range(self.projections[index].num_experts) if e not in self.drops[index]]
@@ -313,7 +313,7 @@ def within_memory(layers: Sequence[FoundLayer], batches: Sequence[Batch], memory
 
 
 def groups_in_memory(
-    model: nn.Module, layers: Sequence[FoundLayer], cut: Sequence[int], batches: list[Batch], memory_gb: float
+    layers: Sequence[FoundLayer], cut: Sequence[int], batches: list[Batch], memory_gb: float
 ) -> list[list[int]]:
     """Layers that are read in one pass, so that their inputs fit into the memory allowed."""
     tokens = sum(map(num_tokens, batches))
