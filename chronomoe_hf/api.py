@@ -55,7 +55,7 @@ def wrap(model: Model, config: ChronoConfig | PresetName | None = None, *, state
         AlreadyWrappedError: wrapped before, with another config.
         NoMoELayersError: nothing routes tokens to experts.
         UnsupportedArchitectureError: every router found is of an unsupported kind; the message says which and why.
-        LifecycleError: ``lifecycle.cut_at`` asks for a cut that this model cannot have. Nothing was changed.
+        LifecycleError: ``lifecycle.cut.at`` asks for a cut that this model cannot have. Nothing was changed.
         StateError: `state` cannot be loaded, or is of other weights than the model has (WeightMismatchError).
         WrapError: MoE layers were added or replaced since it was wrapped, or it holds several wrapped models.
     """

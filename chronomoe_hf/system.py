@@ -68,9 +68,9 @@ class ChronoSystem(ShownSystem):
     Attributes:
         last_snapshot, last_evaluation: snapshot of the last closed window, of the last evaluation, or None.
         decisions, prune_decisions: ControlDecisions of the last closed window; every lifecycle state change so far.
-        drift: rows that router drift is measured from, see ``LifecycleConfig(router_drift=True)``.
+        drift: rows that router drift is measured from, see ``lifecycle__router_drift=True``.
         replay: choices compared between passes, and repeated; see ``ReplayConfig``.
-        cut: of this run, see ``LifecycleConfig(cut_at=...)``; ``cut.plan`` once it was made.
+        cut: of this run, see ``lifecycle__cut__at=...``; ``cut.plan`` once it was made.
         global_step: last optimizer step added.
         run_id: of the run.
         records: where its records go.

@@ -33,7 +33,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, ChronoSystem, PruneDecision, SystemSnapshot
-from chronomoe_hf.config import BetaConfig, LifecycleConfig, VetoConfig
+from chronomoe_hf.config import BetaConfig, DryRunConfig, LifecycleConfig, VetoConfig
 
 D, E, K, CLUSTERS = 32, 8, 2, 16
 BATCH, LENGTH = 8, 32
@@ -245,7 +245,7 @@ def main() -> int:
     config = ChronoConfig(
         interval=INTERVAL,
         beta=BetaConfig(eta=0.05),
-        lifecycle=LifecycleConfig(confirmations=3, coherence_tokens=1000),
+        lifecycle=LifecycleConfig(dry_run=DryRunConfig(confirmations=3, coherence_tokens=1000)),
     )
     block = chronomoe_hf.wrap(build_block(), config)
     system = chronomoe_hf.system_of(block)

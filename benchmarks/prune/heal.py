@@ -15,7 +15,6 @@ from torch import Tensor
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
-from chronomoe_hf.config import LifecycleConfig
 from chronomoe_hf.lifecycle import Evidence, PrunePlan, calibrate, masked, plan_prune, random_plan, refit
 from prune.cuts import Row, calibration, held_out, losses, rise
 from prune.job import SHAPES, WINDOWS, Subject, base_and_text, fine_tuned, subject, train
@@ -53,10 +52,10 @@ def loss_of(sub: Subject, state: dict[str, Tensor], plan: PrunePlan | None, text
 
 
 def cut_in_the_middle(name: str, seed: int, cut: float) -> tuple[dict[str, Tensor], PrunePlan]:
-    """The fine-tuning of the subject once more, cut at its half by ``LifecycleConfig(cut_at=...)``."""
+    """The fine-tuning of the subject once more, cut at its half by ``lifecycle__cut__at=...``."""
     shape = SHAPES[name]
     base, train_NS, _ = base_and_text(shape, seed)
-    config = ChronoConfig.observe(lifecycle=LifecycleConfig(cut_at=0.5, keep=1.0 - cut))
+    config = ChronoConfig.observe(lifecycle__cut__at=0.5, lifecycle__cut__keep=1.0 - cut)
     with tempfile.TemporaryDirectory() as records:
         model = fine_tuned(shape, seed, base, train_NS, config, Path(records))
     plan = chronomoe_hf.system_of(model).cut.plan

@@ -26,7 +26,7 @@ def healing_lines(rows: list[Row]) -> list[str]:
         "",
         "Rise over the *dense model trained the same number of steps* on the same batches: at the end of fine-tuning,",
         "and after 100 more steps inside the mask (fresh AdamW, peak rate 5e-4). `in the middle` is the same run of",
-        "fine-tuning, cut at its half by `LifecycleConfig(cut_at=0.5)`, planned from its own windows, without refit.",
+        "fine-tuning, cut at its half by `lifecycle__cut__at=0.5`, planned from its own windows, without refit.",
         "",
     ]
     for shape in shapes_of(rows):

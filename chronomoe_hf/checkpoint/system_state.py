@@ -109,8 +109,8 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Po
     lenses = {new: _lens_state(used.tensors, old) for old, new in pairs}
     _check_parts(parts, meta, lenses, whole)
     cut = parts.cut.read(meta.get("cut") if whole else None)
-    if cut.plan is not None and parts.config.lifecycle.cut_at is None:
-        used.unused.append(f"the cut to {cut.plan.num_kept} experts a layer (lifecycle.cut_at is not set)")
+    if cut.plan is not None and parts.config.lifecycle.cut.at is None:
+        used.unused.append(f"the cut to {cut.plan.num_kept} experts a layer (lifecycle.cut.at is not set)")
         cut = parts.cut.read(None)
     # Checked: from here on nothing raises.
     window_steps = _load(parts, used.tensors, meta, pairs, whole)

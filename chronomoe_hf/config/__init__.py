@@ -5,6 +5,7 @@ Units are given per field. "interval" everywhere means optimizer steps.
 
 from chronomoe_hf.config.config import PRESETS, ChronoConfig, PresetName, as_config
 from chronomoe_hf.config.files import CONFIG_NAME, CONFIG_SCHEMA
+from chronomoe_hf.config.lifecycle import CutConfig, DryRunConfig, LifecycleConfig, MeasuringConfig, ReviveConfig
 from chronomoe_hf.config.parts import (
     AlertConfig,
     BalanceRule,
@@ -15,7 +16,6 @@ from chronomoe_hf.config.parts import (
     ControlConfig,
     HarmGuardConfig,
     LensConfig,
-    LifecycleConfig,
     ReaderName,
     TelemetryConfig,
     VetoConfig,
@@ -34,12 +34,16 @@ __all__ = [
     "ChronoConfig",
     "CoherenceConfig",
     "ControlConfig",
+    "CutConfig",
+    "DryRunConfig",
     "HarmGuardConfig",
     "LensConfig",
     "LifecycleConfig",
+    "MeasuringConfig",
     "PresetName",
     "ReaderName",
     "ReplayConfig",
+    "ReviveConfig",
     "TelemetryConfig",
     "VetoConfig",
     "as_config",

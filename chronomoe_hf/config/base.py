@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
+import operator
 import os
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from chronomoe_hf.errors import ConfigError, did_you_mean, shown
+
+logger = logging.getLogger("chronomoe_hf")
 
 _INT_LIMIT = 2**63 - 1  # counts and steps end up in int64 tensors
 
@@ -28,11 +33,15 @@ class ConfigBase:
     can take over exactly those from a part that is passed to it. Equality and JSON do not depend on it.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Names of older versions, each with the ``part.field`` that it is now; see :func:`takes_old_names`."""
+
     def __new__(cls, *args: Any, **fields: Any) -> typing.Self:
         """Refuses unknown names before the dataclass sees them; the values are checked after ``__init__``."""
         check_names(cls, fields)
         new = super().__new__(cls)
-        object.__setattr__(new, "_written", frozenset(fields))
+        written = frozenset(cls.renamed.get(name, name).partition(".")[0] for name in fields)
+        object.__setattr__(new, "_written", written)
         return new
 
     def __post_init__(self) -> None:
@@ -80,6 +89,8 @@ class ConfigBase:
         return cls(**with_parts(cls, data))
 
 
+Part = typing.TypeVar("Part", bound=ConfigBase)
+
 _HINTS: dict[type, dict[str, Any]] = {}
 
 
@@ -100,8 +111,8 @@ def with_parts(cls: type[ConfigBase], data: Mapping[str, Any]) -> dict[str, Any]
     """`data` with a part in place of each dictionary that stands for one."""
     require(isinstance(data, Mapping), f"{cls.__name__} is built from a dictionary, got {shown(data)}")
     check_names(cls, data)
-    values = dict(data)
-    for name, value in data.items():
+    values = regrouped(cls, data)
+    for name, value in values.items():
         part = part_of(cls, name)
         if part is not None and isinstance(value, Mapping):
             values[name] = part.from_dict(value)
@@ -112,10 +123,71 @@ def check_names(cls: type[ConfigBase], data: Mapping[Any, Any]) -> None:
     """Raise ConfigError for keys that are no field of `cls`, with what may have been meant."""
     known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for name in data:
-        if name in known:
+        if name in known or (isinstance(name, str) and name in cls.renamed):
             continue
         near = _in_a_part(cls, name) or _of_a_part(cls, name) or did_you_mean(name, known)
         raise ConfigError(f"{cls.__name__} has no {shown(name)}{near}; known: {', '.join(sorted(known))}")
+
+
+_TOLD: set[tuple[type, str]] = set()
+
+
+def takes_old_names(cls: type[Part]) -> type[Part]:
+    """Class decorator, above ``dataclass``: the names in `renamed` are still taken as keywords, and can be read."""
+    native = cls.__init__
+
+    @functools.wraps(native)
+    def init(self: ConfigBase, **fields: Any) -> None:
+        native(self, **(with_parts(cls, fields) if cls.renamed.keys() & fields.keys() else fields))
+
+    cls.__init__ = init  # type: ignore[assignment]
+    for old, now in cls.renamed.items():
+        setattr(cls, old, property(operator.attrgetter(now), doc=f"`{now}`, by the name of an older version."))
+    return cls
+
+
+def regrouped(cls: type[ConfigBase], data: Mapping[Any, Any], say: bool = True) -> dict[Any, Any]:
+    """`data` with what older versions called otherwise where it belongs today.
+
+    Args:
+        cls: what it is for.
+        data: field -> value; a part as itself or as a dictionary.
+        say: log, once for every name, what it is called now.
+
+    Raises:
+        ConfigError: a setting is given twice, differently, by its old name and by that of today.
+    """
+    old = [name for name in data if isinstance(name, str) and name in cls.renamed]
+    out = {name: value for name, value in data.items() if name not in old}
+    for name in old:
+        part, field = cls.renamed[name].split(".")
+        inner = out.get(part, {})
+        if isinstance(inner, ConfigBase):
+            inner = {each: getattr(inner, each) for each in inner.written}
+        require(isinstance(inner, Mapping), f"{cls.__name__}.{part} is a part, got {shown(inner)}")
+        # A dictionary that `to_dict` made holds every setting; one that is at its default there says nothing.
+        kind = part_of(cls, part)
+        assert kind is not None, f"{cls.__name__}.{part} is no part"
+        require(
+            field not in inner or inner[field] in (getattr(kind, field), data[name]),
+            f"{cls.__name__} has both {name} and {part}.{field}, its name now; keep the latter",
+        )
+        out[part] = {**inner, field: data[name]}
+    if say:
+        _tell(cls, old)
+    return out
+
+
+def _tell(cls: type[ConfigBase], old: list[str]) -> None:
+    """Log what the names of older versions are now; once each in a process."""
+    new = [name for name in old if (cls, name) not in _TOLD]
+    if new:
+        _TOLD.update((cls, name) for name in new)
+        logger.warning(
+            "%s: %s (older names still work; docs/configuration.md)",
+            cls.__name__,
+            ", ".join(f"{name} is {cls.renamed[name]} now" for name in new),
+        )
 
 
 def _in_a_part(cls: type[ConfigBase], name: Any) -> str:
@@ -130,6 +202,8 @@ def _in_a_part(cls: type[ConfigBase], name: Any) -> str:
                 f"; did you mean {item.name}={part.__name__}({field}=...)? A preset and config.replace also take "
                 f"{item.name}__{field}=..."
             )
+        if field in part.renamed:
+            return f"; did you mean {item.name}__{part.renamed[field].replace('.', '__')}?"
     return ""
 
 
@@ -138,15 +212,19 @@ def _of_a_part(cls: type[ConfigBase], name: Any) -> str:
     if name == "preset" and any(item.name == "contract" for item in dataclasses.fields(cls)):  # type: ignore[arg-type]
         return "; did you mean contract?"
     parts = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    holders = [part for part in parts if (kind := part_of(cls, part)) is not None and name in hints_of(kind)]
-    return f"; did you mean {' or '.join(f'{part}__{name}' for part in holders)}?" if holders else ""
+    kinds = {part: kind for part in parts if (kind := part_of(cls, part)) is not None}
+    found = [f"{part}__{name}" for part, kind in kinds.items() if name in hints_of(kind)] or [
+        f"{part}__{kind.renamed[name].replace('.', '__')}" for part, kind in kinds.items() if name in kind.renamed
+    ]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def _tree(cls: type[ConfigBase], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Changes as nested dictionaries of plain values: ``{"beta": {"rate": 0.1}, "interval": 50}``."""
     tree: dict[str, Any] = {}
+    _tell(cls, [name for name in changes if name in cls.renamed])
     for key, value in changes.items():
-        name, _, rest = str(key).partition("__")
+        name, _, rest = cls.renamed.get(str(key), str(key)).replace(".", "__").partition("__")
         check_names(cls, {name: value})
         part = part_of(cls, name)
         if part is None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from chronomoe_hf.config import files
 from chronomoe_hf.config.base import ConfigBase, positive, require, with_parts
 from chronomoe_hf.config.files import CONFIG_NAME, CONFIG_SCHEMA
+from chronomoe_hf.config.lifecycle import LifecycleConfig
 from chronomoe_hf.config.parts import (
     AlertConfig,
     BetaConfig,
@@ -22,7 +23,6 @@ from chronomoe_hf.config.parts import (
     CoherenceConfig,
     ControlConfig,
     LensConfig,
-    LifecycleConfig,
     TelemetryConfig,
     VetoConfig,
 )
@@ -55,17 +55,17 @@ class Preset:
 PRESETS: dict[PresetName, Preset] = {
     "observe": Preset(
         promise="never steers",
-        fixed={"beta.law": "none", "control.enabled": False, "lens.enabled": False, "lifecycle.split": "off"},
+        fixed={"beta.law": "none", "control.enabled": False, "lens.enabled": False, "lifecycle.revive.at": "off"},
         other={"veto.enabled": False},
     ),
     "protect": Preset(
         promise="moves beta by coherence and never writes a weight",
-        fixed={"beta.law": "coherence", "lifecycle.split": "off"},
+        fixed={"beta.law": "coherence", "lifecycle.revive.at": "off"},
         other={},
     ),
     "balance": Preset(
         promise="balances the load by choosing experts only, without a lens and without writing a weight",
-        fixed={"beta.law": "balance", "beta.scope": "selection", "lens.enabled": False, "lifecycle.split": "off"},
+        fixed={"beta.law": "balance", "beta.scope": "selection", "lens.enabled": False, "lifecycle.revive.at": "off"},
         other={
             "veto.enabled": False,
             "beta.dead_zone": (0.7, 2.0),
@@ -76,7 +76,7 @@ PRESETS: dict[PresetName, Preset] = {
     ),
     "revive": Preset(
         promise="rewrites idle experts when training begins, and keeps every expert at work afterwards",
-        fixed={"beta.law": "balance", "lens.enabled": False, "lifecycle.split": "start"},
+        fixed={"beta.law": "balance", "lens.enabled": False, "lifecycle.revive.at": "start"},
         other={
             "veto.enabled": False,
             "beta.dead_zone": (0.67, 1.5),
@@ -99,7 +99,7 @@ PRESETS: dict[PresetName, Preset] = {
             "lens.basis": "router",
             "lens.reader": "mean",
             "lens.train_router": True,
-            "lifecycle.split": "off",
+            "lifecycle.revive.at": "off",
         },
         other={
             "interval": 100,
@@ -133,12 +133,12 @@ PRESETS: dict[PresetName, Preset] = {
             "control.harm.hold": 0,
             "control.quota_top2": 0.90,
             "lens.memory": 0.0,
-            "lifecycle.prune_threshold": 0.3,
-            "lifecycle.starvation_threshold": 0.5,
-            "lifecycle.min_tokens": 100,
-            "lifecycle.coherence_tokens": 1000,
-            "lifecycle.after_step": 1000,
-            "lifecycle.confirmations": 1,
+            "lifecycle.dry_run.prune_threshold": 0.3,
+            "lifecycle.dry_run.starvation_threshold": 0.5,
+            "lifecycle.dry_run.min_tokens": 100,
+            "lifecycle.dry_run.coherence_tokens": 1000,
+            "lifecycle.dry_run.after_step": 1000,
+            "lifecycle.dry_run.confirmations": 1,
         },
     ),
 }
@@ -211,7 +211,7 @@ class ChronoConfig(ConfigBase):
     def observe(cls, **overrides: Any) -> typing.Self:
         """Telemetry and dry-run lifecycle only: outputs are bit-identical to the unwrapped model's.
 
-        (Until a cut that was asked for with ``lifecycle.cut_at``.)
+        (Until a cut that was asked for with ``lifecycle.cut.at``.)
 
         Fixed: no beta law, no controller, no lens.
         """
@@ -300,7 +300,9 @@ class ChronoConfig(ConfigBase):
     @classmethod
     def from_json(cls, text: str) -> typing.Self:
         """Inverse of :meth:`to_json`; raises ConfigError on anything else (files of up to 1 MiB)."""
-        return cls.from_dict(files.parse(text))
+        data = files.parse(text)
+        files.say_what_changed(data)
+        return cls.from_dict(data)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Write ``chronomoe_config.json`` into `directory` (created if missing) and return its path."""

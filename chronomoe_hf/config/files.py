@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from chronomoe_hf.config.base import require
+from chronomoe_hf.config.base import regrouped, require
+from chronomoe_hf.config.lifecycle import LifecycleConfig
 from chronomoe_hf.errors import ConfigError, shown
+
+logger = logging.getLogger("chronomoe_hf")
 
 CONFIG_SCHEMA = 4
 CONFIG_NAME = "chronomoe_config.json"
@@ -110,11 +114,32 @@ def upgrade(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_3(data: dict[str, Any]) -> dict[str, Any]:
-    """256, the default of these schemas, meant 64 where outputs are replayed, which ``"auto"`` says now."""
-    coherence = data.get("coherence")
+    """The lifecycle had no groups; and 256, the default, meant 64 where outputs are replayed: that is ``"auto"``."""
+    coherence, lifecycle = data.get("coherence"), data.get("lifecycle")
     if isinstance(coherence, Mapping) and coherence.get("max_tokens") == 256:
-        return {**data, "coherence": {**coherence, "max_tokens": "auto"}}
+        data = {**data, "coherence": {**coherence, "max_tokens": "auto"}}
+    if isinstance(lifecycle, Mapping):
+        data = {**data, "lifecycle": regrouped(LifecycleConfig, lifecycle, say=False)}
     return data
+
+
+_SAID: list[bool] = []
+
+
+def say_what_changed(data: Mapping[str, Any]) -> None:
+    """Log, once in a process, that the config of an older schema is read whose lifecycle has no groups."""
+    lifecycle, schema = data.get("lifecycle"), data.get("schema_version")
+    old = [name for name in lifecycle if name in LifecycleConfig.renamed] if isinstance(lifecycle, Mapping) else []
+    if not old or not isinstance(schema, int) or schema >= 4 or _SAID:
+        return
+    _SAID.append(True)
+    logger.warning(
+        "a config of schema %d is read: the settings of lifecycle are in groups now, lifecycle.%s is lifecycle.%s "
+        "(docs/configuration.md); config.save_pretrained(directory) writes the new names",
+        schema,
+        old[0],
+        LifecycleConfig.renamed[old[0]],
+    )
 
 
 def _from_2(data: dict[str, Any]) -> dict[str, Any]:

@@ -253,7 +253,7 @@ class LensConfig(ConfigBase):
         between("lens.memory", self.memory, 0.0, 1.0)
 
 
-# Settings of what is watched and written: coherence, alerts, lifecycle, telemetry, checkpoints.
+# Settings of what is watched and written: coherence, alerts, telemetry, checkpoints.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,88 +333,6 @@ class AlertConfig(ConfigBase):
             positive(f"alerts.{name}", getattr(self, name))
         for name in ("min_window_tokens", "baseline_tokens"):
             between(f"alerts.{name}", getattr(self, name), 0, math.inf)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LifecycleConfig(ConfigBase):
-    """The dry-run lifecycle, and the one thing that is more than a dry run: `cut_at` (docs/lifecycle.md, docs/cut.md).
-
-    Args:
-        enabled: look for prune candidates at every interval. Weights are never touched.
-        prune_threshold: Phi_slow, ``"auto"`` = layer median - 3 robust standard deviations, see
-            :func:`~chronomoe_hf.lifecycle.dry_run.cases.prune_threshold`.
-        starvation_threshold: token-weighted mean Phi_slow, ``"auto"`` = below 0.8 of its own baseline.
-        min_tokens: fewer tokens than this after `after_step` is low observability.
-        coherence_tokens: tokens seen before low coherence can be judged.
-        after_step: optimizer step before which low observability is not judged.
-        confirmations: consecutive evaluations before a candidate is confirmed.
-        measure: at every Trainer evaluation, measure on its batches what pruning to `keep` would cost. Costs
-            3 + `measure_controls` forwards of `measure_batches` batches, and with ``coherence.roles`` at most 21 more
-            for proposals; changes no weight and no loss.
-        keep: fraction of the experts that a plan keeps, the measured one and that of `cut_at`.
-        rank: what orders the experts in either, see :func:`~chronomoe_hf.lifecycle.plan_prune`.
-        multiple_of: the number of experts that stay is a multiple of it.
-        cut_at: cut the model during the run: an optimizer step, or a fraction of a Trainer's run in (0, 1). A plan is
-            made from the run's last windows then, and the experts that it drops get no token any more. No weight is
-            changed by that. None = never.
-        measure_batches: evaluation batches read per rank.
-        measure_controls: random plans of the same size measured beside it.
-        split: ``"start"`` **rewrites idle experts** when training begins (not on a resume): copies of busy ones, see
-            :func:`chronomoe_hf.lifecycle.plan_split`. Only ``ChronoConfig.revive()`` and configs built from parts.
-        split_batches: training batches per process that it reads for that.
-        split_idle: below this many fair shares of the tokens an expert is idle and is rewritten.
-        merge_above: a pair of experts whose role vectors agree this well (cosine, before and after centring) is
-            proposed for a merge; needs ``coherence.roles``.
-        split_above: an overloaded expert with this bimodality, in [0, 1], is proposed for a split; needs
-            ``coherence.roles``.
-        router_drift: record how far every expert's row of the router has moved since the model was wrapped, once a
-            window. Off by default, because the rows of the start must be kept: as many bytes of host memory as the
-            routers' weights have, and as much in every checkpoint. Unknown under FSDP and ZeRO-3, which shard them.
-    """
-
-    enabled: bool = True
-    prune_threshold: float | Literal["auto"] = "auto"
-    starvation_threshold: float | Literal["auto"] = "auto"
-    min_tokens: int = 100
-    coherence_tokens: int = 1000
-    after_step: int = 1000
-    confirmations: int = 3
-    measure: bool = False
-    keep: float = 0.75
-    rank: Literal["contribution", "reap", "frequency", "mean_norm", "phi", "random"] = "contribution"
-    multiple_of: int = 1
-    cut_at: int | float | None = None
-    measure_batches: int = 16
-    measure_controls: int = 3
-    split: Literal["off", "start"] = "off"
-    split_batches: int = 8
-    split_idle: float = 0.5
-    merge_above: float = 0.9
-    split_above: float = 0.5
-    router_drift: bool = False
-
-    def _check(self) -> None:
-        for name in ("prune_threshold", "starvation_threshold"):
-            value = getattr(self, name)
-            if isinstance(value, float):
-                between(f"lifecycle.{name}", value, -1.0, 1.0)
-        for name in ("min_tokens", "coherence_tokens", "after_step"):
-            between(f"lifecycle.{name}", getattr(self, name), 0, math.inf)
-        positive("lifecycle.confirmations", self.confirmations)
-        require(0.0 < self.keep < 1.0, f"lifecycle.keep must be in (0, 1), got {self.keep}")
-        positive("lifecycle.multiple_of", self.multiple_of)
-        step = isinstance(self.cut_at, int) and self.cut_at >= 1
-        require(
-            self.cut_at is None or step or (isinstance(self.cut_at, float) and 0.0 < self.cut_at < 1.0),
-            "lifecycle.cut_at must be an optimizer step (1 or more) or a fraction of the run in (0, 1), got "
-            f"{self.cut_at}",
-        )
-        positive("lifecycle.measure_batches", self.measure_batches)
-        positive("lifecycle.split_batches", self.split_batches)
-        between("lifecycle.split_idle", self.split_idle, 0.01, 0.99)
-        between("lifecycle.measure_controls", self.measure_controls, 0, math.inf)
-        between("lifecycle.merge_above", self.merge_above, -1.0, 1.0)
-        between("lifecycle.split_above", self.split_above, 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The dry run inside training: what the plan of the moment would cost, measured at an evaluation. Changes nothing.
 
-With ``LifecycleConfig(measure=True)`` every evaluation of a Trainer ends in one more pass over some of its batches: the
-plan that the evidence supports now, random plans of the same size, the worst plan, and the confirmed cases alone.
+With ``lifecycle__measuring__enabled=True`` every evaluation of a Trainer ends in one more pass over some of its
+batches: the plan that the evidence supports now, random plans of the same size, the worst plan, and the confirmed cases
+alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def measure_dry_run(system: ChronoSystem, model: nn.Module, batches: Iterable[Ba
     Args:
         system: of the wrapped model; its ``config.lifecycle`` says how much is kept and read.
         model: what to run: the wrapped model, or what an engine made of it.
-        batches: held-out batches with labels; the first `measure_batches` are read.
+        batches: held-out batches with labels; the first `measuring.batches` are read.
 
     Returns:
         The effect; None where there is no evidence, or no such plan, yet (logged), and once the run was cut.
@@ -42,18 +43,18 @@ def measure_dry_run(system: ChronoSystem, model: nn.Module, batches: Iterable[Ba
         known = system.evidence()
         plan = plan_prune(
             known,
-            keep=config.keep,
-            rank=config.rank,
-            multiple_of=config.multiple_of,
+            keep=config.cut.keep,
+            rank=config.cut.rank,
+            multiple_of=config.cut.multiple_of,
             candidates=system.prune_decisions,
         )
         with untouched_randomness():
-            held_out = first_batches(batches, config.measure_batches)
+            held_out = first_batches(batches, config.measuring.batches)
             effect = measure(
                 model,
                 plan,
                 held_out,
-                controls=config.measure_controls,
+                controls=config.measuring.controls,
                 leave_one_out=_confirmed(system.prune_decisions)[:MAX_CASES],
             )
             measure_proposals(system, model, held_out)

@@ -240,7 +240,7 @@ def measure_proposals(system: ChronoSystem, model: nn.Module, batches: Iterable[
     """Measure the standing merge, split and spawn proposals of a live system, log and record them. Collective.
 
     A split or a spawn has to be planned first: along which direction its tokens are told apart, or by which bias. That
-    is done on the first half of the batches (at most ``LifecycleConfig.split_batches``), and everything is then
+    is done on the first half of the batches (at most ``lifecycle.revive.batches``), and everything is then
     measured on the rest, so that no loss is of the text that an edit was made from. Where nothing has to be planned,
     all batches are measured.
 
@@ -270,8 +270,8 @@ def measure_proposals(system: ChronoSystem, model: nn.Module, batches: Iterable[
     ]
     if edits.plans:
         config = system.config.lifecycle
-        planning = min(len(held_out) // 2, config.split_batches)
-        edits.plan(held_out[:planning], config.split_idle)
+        planning = min(len(held_out) // 2, config.revive.batches)
+        edits.plan(held_out[:planning], config.revive.idle)
         held_out = held_out[planning:]
     full = edits.run(held_out)
     records = []

@@ -58,14 +58,14 @@ def split_at_start(system: ChronoSystem, model: nn.Module, optimizer: Any, batch
     for layer in live_layers(model):  # on every rank: what is sharded is refused before anything is read
         ExpertWeights(layer)
     with untouched_randomness():  # on every rank: a loader may synchronise its ranks whenever it is read
-        read = first_batches(batches, system.config.lifecycle.split_batches)
+        read = first_batches(batches, system.config.lifecycle.revive.batches)
     plan: SplitPlan | None = None
     fitted: dict[int, StoredProjections] = {}
     reports: tuple[LayerRefit, ...] = ()
     problem: str | None = None
     if distributed.is_main():
         try:
-            plan = plan_split(model, read, idle=system.config.lifecycle.split_idle)
+            plan = plan_split(model, read, idle=system.config.lifecycle.revive.idle)
             fitted, reports = fit_split(model, live_layers(model), plan, list(plan.batches))  # what was read of them
         except Exception as error:  # whatever it is, the other ranks must not wait for a plan
             if not distributed.active() and not isinstance(error, LifecycleError):
@@ -77,7 +77,7 @@ def split_at_start(system: ChronoSystem, model: nn.Module, optimizer: Any, batch
         keys = {index: sorted(one.weights) for index, one in fitted.items()}
         plan, keys, problem = distributed.broadcast_object((sent, keys, problem))  # type: ignore[misc]
     if problem is not None or plan is None:
-        raise LifecycleError(f"LifecycleConfig(split='start') cannot rewrite the experts of this model: {problem}")
+        raise LifecycleError(f"lifecycle__revive__at='start' cannot rewrite the experts of this model: {problem}")
     if distributed.active():
         fitted = _everywhere(model, keys, fitted)
     done = carry_out(model, plan, optimizer, fitted, reports, started)

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from chronomoe_hf import distributed
 from chronomoe_hf.api import system_of, unwrap, wrap
-from chronomoe_hf.config import ChronoConfig, CoherenceConfig, LifecycleConfig
+from chronomoe_hf.config import ChronoConfig, CoherenceConfig, DryRunConfig, LifecycleConfig
 from chronomoe_hf.errors import DataError, NonFiniteLossError
 from chronomoe_hf.lifecycle.live.model import input_device
 from chronomoe_hf.profiling.batches import Batch, call_arguments, collate, dealt, loss_sum, pad_id
@@ -143,7 +143,7 @@ def recording(model: nn.Module, interval: int, rows: int | None) -> Iterator[Chr
     ours = find_system(model) is None
     modes = {module: module.training for module in model.modules()}
     if ours:
-        lifecycle = LifecycleConfig(enabled=False)
+        lifecycle = LifecycleConfig(dry_run=DryRunConfig(enabled=False))
         wrap(
             model,
             ChronoConfig.observe(interval=interval, coherence=CoherenceConfig(max_tokens=rows), lifecycle=lifecycle),

@@ -11,12 +11,13 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chronomoe_hf.errors import TelemetryError
+from chronomoe_hf.config import ChronoConfig
+from chronomoe_hf.errors import ConfigError, TelemetryError
 from chronomoe_hf.report.data import RunData, pick
 from chronomoe_hf.report.figures import Figure, series
 from chronomoe_hf.report.verdict import judge
@@ -239,7 +240,7 @@ def _groups(runs: Sequence[RunData], names: Sequence[str]) -> dict[str, list[str
     keys: dict[str, list[str]] = {}
     labels: dict[str, str] = {}
     for run, name in zip(runs, names, strict=True):
-        config = {part: value for part, value in run.config.items() if part not in _IGNORED}
+        config = {part: value for part, value in _todays(run.config).items() if part not in _IGNORED}
         key = json.dumps([run.model, config], sort_keys=True)
         contract = run.config.get("contract")
         labels.setdefault(key, contract if isinstance(contract, str) else name)
@@ -249,6 +250,14 @@ def _groups(runs: Sequence[RunData], names: Sequence[str]) -> dict[str, list[str
         label = labels[key] if labels[key] not in out else f"{labels[key]} ({members[0]})"
         out[label] = members
     return out
+
+
+def _todays(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recorded config by the names of today: runs of several versions compare. As it is where that cannot be."""
+    try:
+        return ChronoConfig.from_dict(config).to_dict()
+    except ConfigError:
+        return config
 
 
 def _between_groups(

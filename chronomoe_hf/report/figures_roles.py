@@ -88,8 +88,9 @@ def _proposals(run: RunData) -> Figure:
     ]
     head = ["layer", "proposal", "experts", "state", "since step", "score", "what could be done"]
     note = (
-        "Behind an edit, where it was measured (LifecycleConfig(measure=True)): its rise of the loss, nats a token. A "
-        "merge is a prune with an edited survivor; it is worth making where its rise is the smaller one. A split or a "
+        "Behind an edit, where it was measured (lifecycle__measuring__enabled=True): its rise of the loss, nats a "
+        "token. A merge is a prune with an edited survivor; it is worth making where its rise is the smaller one. A "
+        "split or a "
         "spawn makes an idle expert a copy of a busy one that shares its tokens: it is worth making where the load of "
         "the busy one falls and the loss hardly moves (1 = a fair share of the tokens; measured without a refit). "
         "Balance is the bias alone that evens the layer's load, before any training."

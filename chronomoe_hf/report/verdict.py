@@ -24,7 +24,7 @@ from chronomoe_hf.telemetry.baseline import MOVED
 from chronomoe_hf.telemetry.views import LayerView
 
 NEAR_CEILING = 0.75  # of the largest possible violation E/k - 1
-IDLE = LifecycleConfig().split_idle  # fair shares: what `revive` calls idle
+IDLE = LifecycleConfig().revive.idle  # fair shares: what `revive` calls idle
 # Share of a layer's tokens that a plain server routes otherwise: said above the first, red above the second.
 UNFOLDED_SAID, UNFOLDED_RED = 0.01, 0.10
 VERDICT_SCHEMA = 1

@@ -140,12 +140,12 @@ def apply(
 
     Raises:
         PlanMismatchError: the plan is for another model.
-        LifecycleError: several processes (``LifecycleConfig(split="start")`` does it on all ranks alike), experts that
+        LifecycleError: several processes (``lifecycle__revive__at="start"`` does it on all ranks alike), experts that
             cannot be copied, an optimizer whose state cannot follow. Nothing was changed.
     """
     if distributed.active():
         raise LifecycleError(
-            "apply runs in one process; in a run of several, ChronoConfig.revive() (LifecycleConfig(split='start')) "
+            "apply runs in one process; in a run of several, ChronoConfig.revive() (lifecycle__revive__at='start') "
             "does it on all ranks alike"
         )
     started = time.perf_counter()

@@ -75,7 +75,7 @@ def fit_split(
     if refused:
         logger.warning(
             "the refit of layers %s does not lower their error on held-out tokens, so their output projections stay; "
-            "read more text (LifecycleConfig.split_batches)",
+            "read more text (lifecycle.revive.batches)",
             ", ".join(refused),
         )
     return new, tuple(reports)

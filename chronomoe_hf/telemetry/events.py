@@ -106,7 +106,7 @@ class RoutingEvent:
         relevance: the bridge veto's factor r, in [0, 1].
         beta: bias coefficients per expert, in logit standard deviations.
         router_drift: ``|W_e - W_e(start)| / |W_e(start)|`` of its row of the router's weight
-            (``LifecycleConfig(router_drift=True)``).
+            (``lifecycle__router_drift=True``).
         lens_scale: scale of the lens.
         lens_spread: standard deviation over mean of what the lens reads in the tokens of the window's last step.
         topk_disagreement: share of the tokens whose experts are not those of the plain router, of those that were

@@ -182,7 +182,7 @@ class ChronoCallback(TrainerCallback):
             logger.error("%s; training goes on without record files", error)
         if not (resumed or again) or not system.alerts.reference.data["layers"]:
             self._set_baseline(system, kwargs)
-        if system.config.lifecycle.split == "start" and not (resumed or again):
+        if system.config.lifecycle.revive.at == "start" and not (resumed or again):
             require_plain_engine(self.hooks.trainer if self.hooks is not None else None)
             split_at_start(system, kwargs["model"], kwargs.get("optimizer"), kwargs["train_dataloader"])
         if resumed:
@@ -242,9 +242,9 @@ class ChronoCallback(TrainerCallback):
         self._log.merge(self.system, logs, state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """With ``LifecycleConfig(measure=True)``: what the plan of the moment would cost, on the same batches."""
+        """With ``lifecycle__measuring__enabled=True``: what the plan of the moment would cost, on the same batches."""
         system, batches = self.system, kwargs.get("eval_dataloader")
-        if system is not None and system.config.lifecycle.measure and batches is not None:
+        if system is not None and system.config.lifecycle.measuring.enabled and batches is not None:
             model = kwargs["model"] if self.hooks is None else self.hooks.trainer.model_wrapped
             measure_dry_run(system, model, batches)
 

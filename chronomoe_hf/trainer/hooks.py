@@ -220,7 +220,7 @@ def require_plain_engine(trainer: Trainer | None) -> None:
         return
     engine = _engine_of(trainer)
     raise ConfigError(
-        f"LifecycleConfig(split='start') rewrites experts in place, but under {engine} weights or optimizer state are "
+        f"lifecycle__revive__at='start' rewrites experts in place, but under {engine} weights or optimizer state are "
         "sharded over the ranks. Split first, in one process: wrap(model, ChronoConfig.revive()), "
         "lifecycle.apply(model, lifecycle.plan_split(model, batches)), save_pretrained, and train from that checkpoint "
         "with ChronoConfig.balance()"

@@ -46,7 +46,7 @@ def _acting(system: ChronoSystem) -> str:
     acts = {"coherence": "a routing bias by coherence", "balance": "a balancing bias"}.get(config.beta.law)
     parts = [acts] if acts else []
     parts += ["a lens on the router input"] if config.lens.enabled and config.control.enabled else []
-    parts += ["idle experts are rewritten at the start"] if config.lifecycle.split == "start" else []
+    parts += ["idle experts are rewritten at the start"] if config.lifecycle.revive.at == "start" else []
     return f"what may act: {', '.join(parts)}" if parts else "nothing acts on the routing"
 
 

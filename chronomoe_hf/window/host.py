@@ -115,7 +115,7 @@ class WindowHost:
             self.add_replay(snapshot, host.get("replay"))
             verdict = self.controller.decide(snapshot, lenses)
             self.controller.accept(verdict)
-            pruned = self.lifecycle.evaluate(snapshot) if self.config.lifecycle.enabled else []
+            pruned = self.lifecycle.evaluate(snapshot) if self.config.lifecycle.dry_run.enabled else []
             roles = self.lifecycle.roles
             proposals = [] if roles is None else roles.evaluate(snapshot, host.get("roles", {}))
             self.records.window(events, snapshot, verdict.decisions, [*pruned, *proposals], self.alerts.reference)

@@ -33,7 +33,7 @@ def documented() -> dict[str, Any]:
     """Dotted path -> default, from the page's tables."""
     found, part = {}, ""
     for line in PAGE.partition("## Every setting")[2].splitlines():
-        if heading := re.match(r"### (?:`([a-z.]+)`|Top level)", line):
+        if heading := re.match(r"### (?:`([a-z._]+)`|Top level)", line):
             part = f"{heading[1]}." if heading[1] else ""
         elif row := re.match(r"\| `(\w+)` \| `([^`]+)` \| \S", line):
             assert part + row[1] not in found, f"{part}{row[1]} is documented twice"

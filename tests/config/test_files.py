@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chronomoe_hf.config import (
+    CONFIG_NAME,
     CONFIG_SCHEMA,
     AlertConfig,
     BetaConfig,
     ChronoConfig,
     ControlConfig,
+    CutConfig,
+    DryRunConfig,
     HarmGuardConfig,
+    LifecycleConfig,
+    MeasuringConfig,
+    ReviveConfig,
     TelemetryConfig,
+    base,
+    files,
 )
 from chronomoe_hf.config.files import MAX_BYTES
 from chronomoe_hf.errors import ConfigError
@@ -80,6 +91,102 @@ def test_the_cap_that_schemas_below_4_had_without_a_word_is_auto_now() -> None:
             assert ChronoConfig.from_dict(data).coherence.max_tokens == value
     for data in (written, {**written, "schema_version": CONFIG_SCHEMA}):
         assert ChronoConfig.from_dict(data).coherence.max_tokens == 256, "a number is what was written"
+
+
+OLD = {
+    "enabled": False,
+    "prune_threshold": 0.3,
+    "starvation_threshold": 0.5,
+    "min_tokens": 7,
+    "coherence_tokens": 8,
+    "after_step": 9,
+    "confirmations": 2,
+    "measure": True,
+    "keep": 0.5,
+    "rank": "reap",
+    "multiple_of": 2,
+    "cut_at": 0.25,
+    "measure_batches": 3,
+    "measure_controls": 4,
+    "split": "start",
+    "split_batches": 5,
+    "split_idle": 0.4,
+    "merge_above": 0.8,
+    "split_above": 0.6,
+    "router_drift": True,
+}
+GROUPED = LifecycleConfig(
+    dry_run=DryRunConfig(
+        enabled=False,
+        prune_threshold=0.3,
+        starvation_threshold=0.5,
+        min_tokens=7,
+        coherence_tokens=8,
+        after_step=9,
+        confirmations=2,
+        merge_above=0.8,
+        split_above=0.6,
+    ),
+    measuring=MeasuringConfig(enabled=True, batches=3, controls=4),
+    cut=CutConfig(at=0.25, keep=0.5, rank="reap", multiple_of=2),
+    revive=ReviveConfig(at="start", batches=5, idle=0.4),
+    router_drift=True,
+)
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What has been logged, in a process that has said nothing yet."""
+    monkeypatch.setattr(base, "_TOLD", set())
+    monkeypatch.setattr(files, "_SAID", [])
+    caplog.set_level(logging.WARNING, "chronomoe_hf")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_a_file_of_schema_3_loads_into_the_groups_of_today(lines: Callable[[], list[str]], tmp_path: Path) -> None:
+    """Every field of the flat lifecycle of 0.2, as ``save_pretrained`` of that version wrote them."""
+    data = {**ChronoConfig().to_dict(), "lifecycle": OLD, "schema_version": 3}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(data))
+    config = ChronoConfig.from_pretrained(tmp_path)
+    assert config == ChronoConfig(lifecycle=GROUPED) and ChronoConfig.from_pretrained(tmp_path) == config
+    assert len(lines()) == 1 and "lifecycle.enabled is lifecycle.dry_run.enabled" in lines()[0]
+    assert ChronoConfig.from_json(config.to_json()) == config and ChronoConfig.from_dict(config.to_dict()) == config
+    assert ChronoConfig.from_dict(data) == config and len(lines()) == 1, "a saved state is upgraded without a word"
+
+
+def test_the_lifecycle_takes_and_shows_the_names_it_had_without_groups(lines: Callable[[], list[str]]) -> None:
+    assert LifecycleConfig(**OLD) == GROUPED and set(OLD) == {*LifecycleConfig.renamed, "router_drift"}
+    assert len(lines()) == 1 and "cut_at is cut.at now" in lines()[0] and "keep is cut.keep now" in lines()[0]
+    assert {name: getattr(GROUPED, name) for name in OLD} == OLD
+    flat = ChronoConfig(lifecycle=LifecycleConfig(**OLD))
+    assert flat == ChronoConfig().replace(**{f"lifecycle__{name}": value for name, value in OLD.items()})
+    assert flat == ChronoConfig().replace(lifecycle=OLD) == ChronoConfig.from_dict({"lifecycle": OLD})
+    assert len(lines()) == 1, "each is told once"
+    tuned = ChronoConfig.observe(lifecycle__keep=0.5, lifecycle__cut__at=3, lifecycle=LifecycleConfig(rank="phi"))
+    assert tuned.lifecycle.cut == CutConfig(at=3, keep=0.5, rank="phi")
+    assert dataclasses.replace(ChronoConfig().lifecycle, keep=0.5).cut.keep == 0.5
+    written = ChronoConfig.observe().to_dict()
+    written["lifecycle"]["keep"] = 0.5
+    assert ChronoConfig.from_dict(written) == ChronoConfig.observe(lifecycle__cut__keep=0.5)
+
+
+def test_a_name_of_the_flat_lifecycle_is_checked_as_that_of_today() -> None:
+    with pytest.raises(ConfigError, match=r"both keep and cut\.keep"):
+        LifecycleConfig(keep=0.5, cut=CutConfig(keep=0.6))
+    with pytest.raises(ConfigError, match=r"CutConfig\.keep is given twice"):
+        ChronoConfig.observe(lifecycle__keep=0.5, lifecycle__cut__keep=0.6)
+    with pytest.raises(ConfigError, match=r"lifecycle\.cut\.keep must be in"):
+        LifecycleConfig(keep=1.5)
+    with pytest.raises(ConfigError, match=r"lifecycle\.revive\.at is 'off' there"):
+        ChronoConfig.observe(lifecycle__split="start")
+    with pytest.raises(ConfigError, match="did you mean lifecycle__cut__keep"):
+        ChronoConfig(keep=0.5)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="did you mean lifecycle__cut__at"):
+        ChronoConfig.observe(lifecycle_cut_at=0.5)
+    with pytest.raises(ConfigError, match="CutConfig"):
+        ChronoConfig.from_dict({"lifecycle": {"cut": 3}})
+    with pytest.raises(ConfigError, match="cut is a part"):
+        ChronoConfig.from_dict({"lifecycle": {"cut": 3, "keep": 0.5}})
 
 
 def test_old_and_new_names_together_are_refused() -> None:

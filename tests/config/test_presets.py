@@ -207,12 +207,12 @@ def test_original_has_the_laws_and_constants_of_the_documents() -> None:
         "alerts.top2_confirmed": 0.85,
         "alerts.pre_after": 3,
         "alerts.confirmed_after": 5,
-        "lifecycle.prune_threshold": 0.3,
-        "lifecycle.starvation_threshold": 0.5,
-        "lifecycle.min_tokens": 100,
-        "lifecycle.after_step": 1000,
-        "lifecycle.coherence_tokens": 1000,
-        "lifecycle.confirmations": 1,
+        "lifecycle.dry_run.prune_threshold": 0.3,
+        "lifecycle.dry_run.starvation_threshold": 0.5,
+        "lifecycle.dry_run.min_tokens": 100,
+        "lifecycle.dry_run.after_step": 1000,
+        "lifecycle.dry_run.coherence_tokens": 1000,
+        "lifecycle.dry_run.confirmations": 1,
     }
     config = ChronoConfig.original()
     assert {path: at(config, path) for path in expected} == expected

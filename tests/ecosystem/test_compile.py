@@ -265,7 +265,7 @@ def test_inductor_with_activation_checkpointing_counts_once() -> None:
 
 @pytest.mark.slow
 def test_a_cut_costs_one_graph_and_counts_go_on() -> None:
-    config = ChronoConfig.balance(interval=1, lifecycle__cut_at=2, lifecycle__keep=0.5)
+    config = ChronoConfig.balance(interval=1, lifecycle__cut__at=2, lifecycle__cut__keep=0.5)
     model = chronomoe_hf.wrap(build(), config)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     system = chronomoe_hf.system_of(compiled)

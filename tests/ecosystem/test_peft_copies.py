@@ -300,7 +300,7 @@ def test_a_model_with_copies_unpickles_in_a_fresh_process(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_cut_masks_the_copies_that_run_and_those_that_run_later(order: str) -> None:
-    config = ChronoConfig.observe(interval=1, lifecycle__cut_at=1, lifecycle__keep=0.5)
+    config = ChronoConfig.observe(interval=1, lifecycle__cut__at=1, lifecycle__cut__keep=0.5)
     model = adapted("gate", order, config)
     system = chronomoe_hf.system_of(model)
     model(**tiny.tiny_batch("mixtral")).loss.backward()

@@ -118,7 +118,7 @@ def test_broken_logits_of_a_cut_expert_break_no_token(mixtral: Any) -> None:
 
 def test_the_window_after_the_cut_is_over_the_survivors() -> None:
     """A run: mean scores, and the logit spread that beta is measured in, of training steps."""
-    config = ChronoConfig.observe(interval=2, lifecycle__cut_at=2, lifecycle__keep=0.5)
+    config = ChronoConfig.observe(interval=2, lifecycle__cut__at=2, lifecycle__cut__keep=0.5)
     model = chronomoe_hf.wrap(family_checks.build("mixtral").train(), config)
     system = chronomoe_hf.system_of(model)
     for step in range(1, 5):

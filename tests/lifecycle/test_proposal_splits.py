@@ -228,7 +228,7 @@ def test_where_no_expert_is_idle_a_split_has_no_place() -> None:
     told = reasons(system, model, batches)
     assert "no expert is below 0.5 fair shares" in told["split"] and told["spawn"] == told["prune"] == ""
     model, batches = one_idle(), held_out()
-    strict = watch(model, lifecycle__split_idle=0.01)
+    strict = watch(model, lifecycle__revive__idle=0.01)
     assert shares(model, batches[:3])[IDLE] > 0.01, "bad test setup"
     propose(strict, "split", (DONOR,), EDITS)
     assert "no expert is below 0.01 fair shares" in reasons(strict, model, batches)["split"]

@@ -132,14 +132,14 @@ def test_what_cannot_be_split_is_refused_before_the_first_step(tmp_path: Path) -
 
 @pytest.mark.parametrize("preset", ["observe", "protect", "balance", "original"])
 def test_no_other_preset_writes_a_weight(preset: str) -> None:
-    assert ChronoConfig.preset(preset).lifecycle.split == "off"
-    with pytest.raises(ConfigError, match=r"lifecycle\.split is 'off' there"):
-        ChronoConfig.preset(preset, lifecycle__split="start")
+    assert ChronoConfig.preset(preset).lifecycle.revive.at == "off"
+    with pytest.raises(ConfigError, match=r"lifecycle\.revive\.at is 'off' there"):
+        ChronoConfig.preset(preset, lifecycle__revive__at="start")
 
 
 def test_what_counts_as_idle_is_a_setting(tmp_path: Path) -> None:
     def rewritten(idle: float) -> list[float]:
-        trainer, _ = make(with_idle(2, train=True), tmp_path / str(idle), CONFIG.replace(lifecycle__split_idle=idle))
+        trainer, _ = make(with_idle(2, train=True), tmp_path / str(idle), CONFIG.replace(lifecycle__revive__idle=idle))
         trainer.train()
         (record,) = read_jsonl(tmp_path / str(idle) / "chronomoe" / "lifecycle_splits.jsonl")[0]
         return [layer["share_before"][copy["target"]] for layer in record["layers"] for copy in layer["copies"]]
@@ -149,5 +149,5 @@ def test_what_counts_as_idle_is_a_setting(tmp_path: Path) -> None:
     between = (shares[0] + shares[-1]) / 2
     fewer = rewritten(between)
     assert 0 < len(fewer) < len(shares) and max(fewer) < between
-    with pytest.raises(ConfigError, match="split_idle"):
-        ChronoConfig.revive(lifecycle__split_idle=1.5)
+    with pytest.raises(ConfigError, match=r"revive\.idle"):
+        ChronoConfig.revive(lifecycle__revive__idle=1.5)

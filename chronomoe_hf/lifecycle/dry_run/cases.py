@@ -176,9 +176,9 @@ def prune_threshold(
     be incoherent without moving it, and experts that agree closely are not told apart by their noise. None without
     three experts to compare.
     """
-    if isinstance(config.prune_threshold, float):
-        return config.prune_threshold
-    values = [phi for phi, tokens in _known(phi_slow, total_tokens_seen) if tokens > config.coherence_tokens]
+    if isinstance(config.dry_run.prune_threshold, float):
+        return config.dry_run.prune_threshold
+    values = [phi for phi, tokens in _known(phi_slow, total_tokens_seen) if tokens > config.dry_run.coherence_tokens]
     if len(values) < 3:
         return None
     middle = statistics.median(values)

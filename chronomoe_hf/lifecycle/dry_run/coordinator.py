@@ -132,7 +132,7 @@ class LifecycleCoordinator:
                 snapshot.run_id,
                 snapshot.step,
             )
-        if not self.config.enabled:
+        if not self.config.dry_run.enabled:
             return []
         run_id = run_id if self.run_id is None else self.run_id
         for layer in layers:
@@ -164,7 +164,7 @@ class LifecycleCoordinator:
         starving = self._starving(cases, layer_phi)
         out: list[PruneDecision] = []
         thresholds: dict[Reason, float | None] = {
-            "low_observability": float(self.config.min_tokens),
+            "low_observability": float(self.config.dry_run.min_tokens),
             "low_coherence": prune_threshold(layer.phi_slow, layer.total_tokens_seen, self.config),
         }
         for key in [key for key in cases.streaks if key[0] in layer.cut]:
@@ -172,7 +172,7 @@ class LifecycleCoordinator:
         for expert in sorted(set(range(layer.n_experts)) - set(layer.cut)):
             for reason, threshold in thresholds.items():
                 holds = self._holds(reason, threshold, layer, expert, step, starving)
-                for state, streak in advance(cases.streaks, (expert, reason), holds, self.config.confirmations):
+                for state, streak in advance(cases.streaks, (expert, reason), holds, self.config.dry_run.confirmations):
                     out.append(
                         PruneDecision(
                             expert_id=expert_name(layer.layer_id, expert),
@@ -193,14 +193,14 @@ class LifecycleCoordinator:
         self, reason: Reason, threshold: float | None, layer: LayerEvaluation, expert: int, step: int, starving: bool
     ) -> bool | None:
         """Whether the case holds now; None where there is not enough evidence to say."""
-        tokens = at(layer.total_tokens_seen, expert)
+        tokens, limits = at(layer.total_tokens_seen, expert), self.config.dry_run
         if tokens is None:
             return None
         if reason == "low_observability":
             # A resume with a reset step must not judge before the clock says so.
-            return tokens < self.config.min_tokens and not starving if step > self.config.after_step else None
+            return tokens < limits.min_tokens and not starving if step > limits.after_step else None
         phi = at(layer.phi_slow, expert)
-        if phi is None or threshold is None or tokens <= self.config.coherence_tokens:
+        if phi is None or threshold is None or tokens <= limits.coherence_tokens:
             return None
         return phi < threshold
 
@@ -208,8 +208,8 @@ class LifecycleCoordinator:
         """Whether the layer starves; under "auto" the first evaluations only build the baseline."""
         if layer_phi is None:
             return False
-        if isinstance(self.config.starvation_threshold, float):
-            return layer_phi < self.config.starvation_threshold
+        if isinstance(self.config.dry_run.starvation_threshold, float):
+            return layer_phi < self.config.dry_run.starvation_threshold
         if len(cases.baseline) < BASELINE_EVALUATIONS:
             cases.baseline.append(layer_phi)
             return False

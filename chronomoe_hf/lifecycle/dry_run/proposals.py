@@ -84,8 +84,8 @@ class SeenRoles:
             config: thresholds.
         """
         pairs, bimodal = Pairs(reading), two_roles_of(reading)
-        duplicates = pairs.above(config.merge_above)
-        two = sum(each.score is not None and each.score > config.split_above for each in bimodal)
+        duplicates = pairs.above(config.dry_run.merge_above)
+        two = sum(each.score is not None and each.score > config.dry_run.split_above for each in bimodal)
         psi = layer_coherence(layer.phi_slow, layer.total_tokens_seen)
         energy = free_energy(psi, sum(share > 0.0 for share in shares), len(duplicates), two)
         return cls(layer, shares, pairs, duplicates, bimodal, energy)
@@ -105,7 +105,7 @@ def holding(seen: SeenRoles, config: LifecycleConfig, open_keys: Container[Key])
             taken.update(experts)
     loaded = seen.overloaded
     for each in seen.bimodal:
-        if each.score is not None and each.score > config.split_above and each.expert in loaded:
+        if each.score is not None and each.score > config.dry_run.split_above and each.expert in loaded:
             found.append(("split", (each.expert,)))
     return [*found, *(("spawn", (idle, donor)) for idle, donor in zip(seen.idle, loaded, strict=False))]
 
@@ -283,7 +283,7 @@ class RoleObserver:
             basin = self._visit(memory, seen, snapshot)
             layer.roles = role_record(seen, basin[0])
             out += basin[1]
-            if self.config.enabled and layer.sufficient:
+            if self.config.dry_run.enabled and layer.sufficient:
                 out += self._propose(memory, seen, snapshot)
         for proposal in out:
             logger.info("%s", proposal)
@@ -316,7 +316,7 @@ class RoleObserver:
             holds: bool | None = (kind, experts) in holds_now
             if not holds and unknown(kind, experts, seen):
                 holds = None
-            for state, streak in advance(memory.streaks, (kind, experts), holds, self.config.confirmations):
+            for state, streak in advance(memory.streaks, (kind, experts), holds, self.config.dry_run.confirmations):
                 proposal = Proposal(
                     kind=kind,
                     layer_id=seen.layer.layer_id,

@@ -1,6 +1,6 @@
 """Router-row drift: how far every expert's row of the router's weight has moved since the model was wrapped.
 
-Opt-in (``LifecycleConfig(router_drift=True)``), because the rows of the start must be kept: on the CPU, in the weight's
+Opt-in (``lifecycle__router_drift=True``), because the rows of the start must be kept: on the CPU, in the weight's
 own dtype, and in every saved state, so that a resumed run measures from where the first one began. Steps between
 windows do nothing for it; when a window closes, the rows are compared on the routers' device, layers of one shape
 together, and read once.

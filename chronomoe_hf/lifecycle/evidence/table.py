@@ -50,7 +50,7 @@ class LayerEvidence:
         phi_fast, phi_mid, phi_slow: phase coherence, newest reading.
         total_tokens_seen: assignments since the run began, newest reading.
         router_drift: ``|W_e - W_e(start)| / |W_e(start)|`` of its row of the router's weight, newest reading; opt-in,
-            see ``LifecycleConfig(router_drift=True)``.
+            see ``lifecycle__router_drift=True``.
     """
 
     spec: LayerSpec

@@ -1,6 +1,6 @@
 """Cutting experts in the middle of a run: planned from the run's own evidence, applied as a mask, trained on inside.
 
-Off by default (``LifecycleConfig(cut_at=...)``). No weight and no optimizer state is touched: the experts stay where
+Off by default (``lifecycle__cut__at=...``). No weight and no optimizer state is touched: the experts stay where
 they are and get no token any more. The plan is part of the saved state, so a resumed run is masked as the uninterrupted
 one.
 """
@@ -80,7 +80,7 @@ class RunCut:
         self.plan: PrunePlan | None = None
         self.step = 0
         self._windows: deque[Window] = deque(maxlen=WINDOWS)
-        cut_at = config.lifecycle.cut_at
+        cut_at = config.lifecycle.cut.at
         self._at = cut_at if isinstance(cut_at, int) else None
         if cut_at is not None:
             check_cut(config, layers)
@@ -88,7 +88,7 @@ class RunCut:
     @property
     def pending(self) -> bool:
         """Whether this run will be cut."""
-        return self.config.lifecycle.cut_at is not None and self.plan is None
+        return self.config.lifecycle.cut.at is not None and self.plan is None
 
     def schedule(self, total_steps: int, done: int = 0) -> None:
         """Say how long the run is; a Trainer's callback does. Needed where ``cut_at`` is a fraction.
@@ -100,19 +100,19 @@ class RunCut:
         Raises:
             PlanError: the cut would come at the end of the run or after it, or its step has passed already.
         """
-        cut_at = self.config.lifecycle.cut_at
+        cut_at = self.config.lifecycle.cut.at
         if cut_at is None:
             return
         at = cut_at if isinstance(cut_at, int) else max(1, round(cut_at * total_steps))
         if at >= total_steps:
             raise PlanError(
-                f"lifecycle.cut_at={cut_at} is step {at}, but the run ends at step {total_steps}; cut earlier, so that "
+                f"lifecycle.cut.at={cut_at} is step {at}, but the run ends at step {total_steps}; cut earlier, so that "
                 "there are steps left to train without the experts, or cut the final model (chronomoe plan)"
             )
         if self.plan is None and done >= at:
             raise PlanError(
-                f"lifecycle.cut_at={cut_at} is step {at}, but the run resumes at step {done} from a checkpoint that "
-                "was not cut; set cut_at to a later step, or resume from an earlier checkpoint"
+                f"lifecycle.cut.at={cut_at} is step {at}, but the run resumes at step {done} from a checkpoint that "
+                "was not cut; set it to a later step, or resume from an earlier checkpoint"
             )
         self._at = at
 
@@ -122,7 +122,7 @@ class RunCut:
             return False
         if self._at is None:
             raise PlanError(
-                f"lifecycle.cut_at={self.config.lifecycle.cut_at} is a fraction of the run, whose length only a "
+                f"lifecycle.cut.at={self.config.lifecycle.cut.at} is a fraction of the run, whose length only a "
                 "Trainer knows; call system.cut.schedule(total_steps) before the first step, or give a step"
             )
         return step >= self._at
@@ -182,7 +182,7 @@ class RunCut:
             mode="TRAIN",
             beta_law=self.config.beta.law,
         )
-        life = self.config.lifecycle
+        life = self.config.lifecycle.cut
         return plan_prune(evidence, keep=life.keep, rank=life.rank, multiple_of=life.multiple_of)
 
     @property
@@ -266,30 +266,30 @@ def check_cut(config: ChronoConfig, layers: Sequence[Layer]) -> None:
         EvidenceError: a run with these settings will not know what the rank needs.
         LifecycleError: a router cannot be masked.
     """
-    life = config.lifecycle
+    life = config.lifecycle.cut
     kept: dict[int, str] = {}
     for layer in layers:
         reason = layer.adapter.refused("beta")
         if reason is not None:
             raise LifecycleError(
-                f"lifecycle.cut_at: the experts of {layer.name} cannot be masked: {reason}; leave cut_at out"
+                f"lifecycle.cut.at: the experts of {layer.name} cannot be masked: {reason}; leave it out"
             )
         spec = spec_of(layer.table_row())
         kept.setdefault(survivors_per_group(spec, life.keep, life.multiple_of) * spec.num_groups, layer.name)
         if life.rank in _READS_OUTPUTS and not layer.reads_experts:
             why = "; ".join(layer.known) or "CoherenceConfig(enabled=False)"
             raise EvidenceError(
-                f"lifecycle.cut_at: rank {life.rank!r} needs expert outputs, which are not read in {layer.name} "
-                f"({why}); use LifecycleConfig(rank='frequency'), or read them"
+                f"lifecycle.cut.at: rank {life.rank!r} needs expert outputs, which are not read in {layer.name} "
+                f"({why}); use lifecycle__cut__rank='frequency', or read them"
             )
     if len(kept) > 1:
         found = ", ".join(f"{number} in {name}" for number, name in kept.items())
         raise PlanError(
-            f"lifecycle.cut_at: keep={life.keep} leaves different numbers of experts ({found}), but a config holds one "
-            "number for all layers; leave cut_at out"
+            f"lifecycle.cut.at: keep={life.keep} leaves different numbers of experts ({found}), but a config holds one "
+            "number for all layers; leave it out"
         )
     if life.rank == "frequency" and config.beta.law == "balance":
         raise EvidenceError(
-            "lifecycle.cut_at: frequency is no rank under the balance law, which makes the counts equal; use "
-            "LifecycleConfig(rank='contribution')"
+            "lifecycle.cut.at: frequency is no rank under the balance law, which makes the counts equal; use "
+            "lifecycle__cut__rank='contribution'"
         )
