@@ -47,15 +47,10 @@ class Part:
     quick: bool = False
 
 
-# cost/records.py has no option for its directory.
-_RECORDS = (
-    "import pathlib, sys; sys.path.insert(0, {here!r}); from cost import records; "
-    "records.RESULTS = pathlib.Path(sys.argv.pop(1)) / 'records.md'; records.main()"
-)
 PARTS = (
     Part("launches", ("cost/launches.py", "--large", "--label", "now", "--output", "OUTPUT")),
     Part("cost", ("cost/run.py", "--output", "OUTPUT")),
-    Part("records", ("-c", _RECORDS.format(here=str(HERE)), "OUTPUT")),
+    Part("records", ("cost/records.py", "--output", "OUTPUT")),
     Part("rivals", ("rivals/run.py", "--output", "OUTPUT")),
     Part("overhead", ("cost/overhead.py", "--graph", "eager", "--pairs", "11", "--output", "OUTPUT")),
     Part("throughput", ("throughput/run.py", "--output", "OUTPUT")),

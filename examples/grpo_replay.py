@@ -37,7 +37,7 @@ from trl import GRPOConfig, GRPOTrainer
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
 
-WORDS = 96
+WORDS, COMPLETION = 96, 24
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -48,6 +48,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
+
+
+def prompts() -> list[str]:
+    """64 prompts of four to eight words."""
+    return [" ".join(f"w{3 + (11 * i + 5 * j) % 90}" for j in range(4 + i % 5)) for i in range(64)]
 
 
 def build_model() -> Any:
@@ -77,9 +82,9 @@ def build_model() -> Any:
 class Engine:
     """Samples with a bf16 copy of the policy and hands out, beside the completions, what its routers chose."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, shortest: int = 0) -> None:
         self.model = copy.deepcopy(model).to(torch.bfloat16).eval()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.shortest = tokenizer, shortest
         chronomoe_hf.wrap(self.model, ChronoConfig.observe(replay__mode="measure"))
         self.replay = chronomoe_hf.system_of(self.model).replay
 
@@ -90,7 +95,9 @@ class Engine:
         for prompt in prompts:
             ids = torch.tensor([self.tokenizer(prompt)["input_ids"]])
             with self.replay.rollout(pad_token_id=0) as tape, torch.no_grad():
-                done = self.model.generate(ids, max_new_tokens=24, do_sample=True, pad_token_id=0)
+                done = self.model.generate(
+                    ids, min_new_tokens=self.shortest, max_new_tokens=COMPLETION, do_sample=True, pad_token_id=0
+                )
                 tape.end(done)
             (record,) = tape.records(self.replay.passes.dtype)
             num = ids.shape[1]
@@ -109,7 +116,6 @@ def reward(completions: list[Any], **kwargs: Any) -> list[float]:
 def run(mode: str, steps: int, directory: Path) -> dict[str, Any]:
     """One GRPO run; returns what its last window says of replay."""
     tokenizer, model = build_tokenizer(), build_model()
-    rows = [{"prompt": " ".join(f"w{3 + (11 * i + 5 * j) % 90}" for j in range(4 + i % 5))} for i in range(64)]
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,
@@ -120,7 +126,7 @@ def run(mode: str, steps: int, directory: Path) -> dict[str, Any]:
             per_device_train_batch_size=8,
             num_generations=4,
             num_iterations=2,
-            max_completion_length=24,
+            max_completion_length=COMPLETION,
             learning_rate=1e-4,
             router_aux_loss_coef=0.0,
             logging_steps=max(1, steps // 4),
@@ -130,7 +136,7 @@ def run(mode: str, steps: int, directory: Path) -> dict[str, Any]:
             bf16=False,
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts()]),
         processing_class=tokenizer,
     )
     # The one line. "measure" compares the choices of engine and trainer and changes no bit; "rollout" repeats them.

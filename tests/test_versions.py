@@ -151,3 +151,12 @@ def test_the_lowest_environment_holds_what_is_promised() -> None:
     for name, pinned in pins.items():
         (lowest,) = {match[1] for each in named if (match := re.match(rf"{name}>=([\d.]+)", each))}
         assert pinned in (lowest, f"{lowest}.0"), f"{name}: {lowest} is promised, {pinned} is run"
+
+
+def test_the_reduced_suite_names_tests_that_exist() -> None:
+    root = Path(__file__).resolve().parents[1]
+    source = (root / "tests" / "older_releases.py").read_text(encoding="utf-8")
+    lists = [ast.literal_eval(source.split(f"{name} = ")[1].split("]")[0] + "]") for name in ("SUITE", "SMOKE")]
+    assert all(lists)
+    for file, _, test in (name.partition("::") for names in lists for name in names):
+        assert f"def {test}" in (root / file).read_text(encoding="utf-8"), f"{file}::{test}"

@@ -1,8 +1,8 @@
 """What records cost at scale: a long run of a wide model written through the real writer, then read by the commands.
 
-    python benchmarks/cost/records.py --windows 1000 --layers 48 --experts 128
+    python benchmarks/cost/records.py --windows 1000 --layers 48 --experts 128 [--output DIRECTORY]
 
-Writes ``results/records.md``. Counts are random; times depend on the machine, sizes do not.
+Writes ``records.md``. Counts are random; times depend on the machine, sizes do not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from chronomoe_hf import ChronoConfig, ChronoSystem
 from chronomoe_hf.telemetry import next_attempt
 from chronomoe_hf.window.host import Moment
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "records.md"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 COMMAND = [sys.executable, "-c", "from chronomoe_hf.cli.main import main; main()"]
 PARTS = ("events", "summary", "records")
 
@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in (("windows", 1000), ("layers", 48), ("experts", 128), ("top-k", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
@@ -150,7 +151,7 @@ def main() -> None:
         *(f"| `chronomoe {name}` | {seconds:.1f} s | {memory:.0f} MB |" for name, seconds, memory in rows),
         f"| the page that `report` writes | | {page / 1e6:.2f} MB |",
     ]
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (options.output / "records.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     print(f"peak memory of writing: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 

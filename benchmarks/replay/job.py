@@ -1,11 +1,7 @@
-"""The GRPO job of this study: small models trained for a minute, an engine that is not the trainer, three modes.
-
-Shape suffixes: L layers, K experts a token.
-"""
+"""The GRPO job of this study: small models trained for a minute, with the rest of examples/grpo_replay.py."""
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 import warnings
@@ -15,10 +11,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from grpo_replay import COMPLETION, WORDS, build_tokenizer, prompts, reward
+from transformers import AutoModelForCausalLM
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
@@ -26,7 +20,6 @@ from chronomoe_hf import ChronoConfig
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 warnings.filterwarnings("ignore")
 
-WORDS, COMPLETION = 96, 24
 _SIZE = {
     "vocab_size": WORDS,
     "hidden_size": 64,
@@ -68,21 +61,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w3 to w95 and three special tokens."""
-    vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, WORDS)}
-    core = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
-    core.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
-
-
-def prompts(rows: int = 64) -> list[str]:
-    """Prompts of four to eight words."""
-    return [" ".join(f"w{3 + (11 * i + 5 * j) % 90}" for j in range(4 + i % 5)) for i in range(rows)]
-
-
 def trained(family: str, seed: int, steps: int = 60) -> Any:
     """A small model after some steps on sequences that count on by a step of their own."""
     import transformers
@@ -101,39 +79,6 @@ def trained(family: str, seed: int, steps: int = 60) -> Any:
         loss.backward()
         optimizer.step()
     return model
-
-
-class Copy:
-    """An engine: the policy in bf16, in another process's place; hands out what its routers chose."""
-
-    def __init__(self, model: Any, words: Any) -> None:
-        self.model = copy.deepcopy(model).to(torch.bfloat16).eval()
-        self.words = words
-        chronomoe_hf.wrap(self.model, ChronoConfig.observe(replay__mode="measure"))
-        self.replay = chronomoe_hf.system_of(self.model).replay
-
-    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
-        """TRL's ``rollout_func``."""
-        self.model.load_state_dict(trainer.model.state_dict())
-        out: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "routed_experts": []}
-        for prompt in prompts:
-            ids = torch.tensor([self.words(prompt)["input_ids"]])
-            with self.replay.rollout(pad_token_id=0) as tape, torch.no_grad():
-                done = self.model.generate(
-                    ids, max_new_tokens=COMPLETION, min_new_tokens=COMPLETION, do_sample=True, pad_token_id=0
-                )
-                tape.end(done)
-            (record,) = tape.records(self.replay.passes.dtype)
-            out["prompt_ids"].append(ids[0].tolist())
-            out["completion_ids"].append(record.tokens_N[ids.shape[1] :].tolist())
-            out["logprobs"].append(record.logps_N[ids.shape[1] :].tolist())
-            out["routed_experts"].append(record.routes_NLK)
-        return out
-
-
-def reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    """More different words are better."""
-    return [float(len(set(str(completion).split()))) for completion in completions]
 
 
 def run(
@@ -168,7 +113,7 @@ def run(
             **arguments,
         ),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts()]),
-        processing_class=tokenizer(),
+        processing_class=build_tokenizer(),
     )
     callback = chronomoe_hf.attach(trainer, ChronoConfig.observe(interval=steps, replay__mode=mode))
     started = time.perf_counter()

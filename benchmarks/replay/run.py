@@ -1,6 +1,6 @@
 """Mismatch, k3 and the largest difference of a log-probability without replay, with R2 and with R3; four families.
 
-    python benchmarks/replay/run.py [--seeds 2] [--steps 8] [--families ...]
+    python benchmarks/replay/run.py [--seeds 2] [--steps 8] [--families ...] [--output DIRECTORY]
 
 The engine is a copy of the policy in bf16, the trainer is in fp32. Writes ``results.json`` and ``results.md`` here.
 """
@@ -10,11 +10,17 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import job
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from grpo_replay import COMPLETION, Engine, build_tokenizer
+
+from replay import job
 
 HERE = Path(__file__).resolve().parent
 MODES = ("measure", "old", "rollout")
@@ -26,7 +32,7 @@ def one(family: str, seed: int, steps: int) -> dict[str, Any]:
     for mode in MODES:
         policy = copy.deepcopy(model)
         with tempfile.TemporaryDirectory() as name:
-            engine = job.Copy(policy, job.tokenizer())
+            engine = Engine(policy, build_tokenizer(), shortest=COMPLETION)
             record = job.run(policy, mode, engine, Path(name), seed, steps)
         found[mode] = {
             "mismatch": {pair: each["mean"] for pair, each in record["pairs"].items()},
@@ -83,12 +89,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--families", default=",".join(job.FAMILIES))
+    parser.add_argument("--output", type=Path, default=HERE)
     args = parser.parse_args()
     results: dict[str, list[dict[str, Any]]] = {}
     for family in args.families.split(","):
         results[family] = [one(family, seed, args.steps) for seed in range(args.seeds)]
-        (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        (HERE / "results.md").write_text(table(results))
+        (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (args.output / "results.md").write_text(table(results))
         print(table({family: results[family]}).splitlines()[-3:], flush=True)
 
 

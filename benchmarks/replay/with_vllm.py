@@ -11,12 +11,19 @@ import argparse
 import copy
 import json
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import job
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+import grpo_replay as example
+
+from replay import job
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,9 +31,9 @@ HERE = Path(__file__).resolve().parent
 def rollouts(python: str, model: Any, directory: Path) -> dict[str, Any]:
     """What vLLM samples for every prompt, four times each, and chooses."""
     model.save_pretrained(directory / "model")
-    words = job.tokenizer()
-    ids = [words(prompt)["input_ids"] for prompt in job.prompts()[:8] for _ in range(4)]
-    (directory / "prompts.json").write_text(json.dumps({"prompts": ids, "tokens": job.COMPLETION}))
+    words = example.build_tokenizer()
+    ids = [words(prompt)["input_ids"] for prompt in example.prompts()[:8] for _ in range(4)]
+    (directory / "prompts.json").write_text(json.dumps({"prompts": ids, "tokens": example.COMPLETION}))
     command = [python, str(HERE / "vllm_rollouts.py"), str(directory / "model"), str(directory / "prompts.json")]
     subprocess.run([*command, str(directory / "out.json")], check=True)
     answer: dict[str, Any] = json.loads((directory / "out.json").read_text())
@@ -44,7 +51,7 @@ class Recorded:
 
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         """TRL's side."""
-        words = job.tokenizer()
+        words = example.build_tokenizer()
         picked = [self.rows[tuple(words(prompt)["input_ids"])].pop() for prompt in prompts]
         return {
             "prompt_ids": [row["prompt"] for row in picked],

@@ -14,9 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "results"
-sys.path[:0] = [str(HERE), str(HERE.parent.parent / "tests")]  # the pretend device lives with the tests
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # the pretend device lives with the tests
+
+from shapes.widths import WIDTHS, table
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -42,8 +45,6 @@ def markdown(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Count and print; see the module docstring."""
-    from _widths import WIDTHS, table
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[width.name for width in WIDTHS])
     parser.add_argument("--output", type=Path, default=RESULTS)

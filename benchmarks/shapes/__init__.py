@@ -1,0 +1,1 @@
+"""Launches and memory at the widths and depths of large models."""
