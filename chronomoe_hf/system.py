@@ -206,7 +206,7 @@ class ChronoSystem(ShownSystem):
         at, host = self._moment(), self._read()
         events = self.host.events(at, host)
         snapshot = self.host.summarise(at, events, host, self.alerts)
-        self.host.add_replay(snapshot, self.replay.window(self.step_state.device))
+        snapshot = self.host.with_replay(snapshot, self.replay.window(self.step_state.device))
         self.records.window(events, snapshot, reference=self.alerts.reference)
         self._reset_window(snapshot)
         return snapshot

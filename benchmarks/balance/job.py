@@ -227,7 +227,7 @@ def split_idle_experts(
     seed: int,
 ) -> None:
     """What the trainer does at the start of a run under `ChronoConfig.revive()`; nothing for other configs."""
-    if config.lifecycle.split == "start":
+    if config.lifecycle.revive.at == "start":
         first = ({"input_ids": block} for block in batches(data.train_NS, setting.batch, seed))
         split_at_start(chronomoe_hf.system_of(model), model, optimizer, first)
         model.train()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ from chronomoe_hf.telemetry.replay import replay_scalars
 from chronomoe_hf.telemetry.values import finite
 
 __all__ = ["LayerSnapshot", "SystemSnapshot"]
+
+UNREAD = "no roles: no expert output was read for them (compiled graphs are not)"
 
 # Name of a per-layer scalar -> attribute of LayerSnapshot.
 _LAYER_SCALARS = {
@@ -143,6 +146,37 @@ class SystemSnapshot(Shown):
             step_ms=step_ms,
             loss_tokens=loss_tokens,
             notes=[f"layer {layer.layer_id}: {note}" for layer in layers for note in layer.notes],
+        )
+
+    def with_roles(self, records: Mapping[int, dict[str, Any]], unread: Container[int] = ()) -> SystemSnapshot:
+        """This window beside what was found of its roles; the snapshot itself stays as it was.
+
+        Args:
+            records: layer id -> the roles of that layer.
+            unread: ids of layers that get the remark that no output was read for them.
+        """
+        layers = [
+            dataclasses.replace(
+                layer,
+                roles=records.get(layer.layer_id),
+                notes=[*layer.notes, *([UNREAD] if layer.layer_id in unread else [])],
+            )
+            for layer in self.layers
+        ]
+        return dataclasses.replace(self, layers=layers)
+
+    def with_replay(
+        self, record: dict[str, Any], alerts: Sequence[Alert], active_alerts: Sequence[Alert]
+    ) -> SystemSnapshot:
+        """This window beside what was compared between passes and repeated; the snapshot itself stays as it was.
+
+        Args:
+            record: of the window, see ``docs/replay.md``.
+            alerts: edges that follow from it.
+            active_alerts: all that are in force after it.
+        """
+        return dataclasses.replace(
+            self, replay=record, alerts=[*self.alerts, *alerts], active_alerts=list(active_alerts)
         )
 
     def _looks(self) -> Looks:

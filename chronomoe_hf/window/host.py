@@ -14,6 +14,7 @@ from chronomoe_hf.controller import ControlDecision
 from chronomoe_hf.errors import ChronoError
 from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle.dry_run.cases import PruneDecision
+from chronomoe_hf.lifecycle.dry_run.proposals import Proposal
 from chronomoe_hf.parts import Parts
 from chronomoe_hf.telemetry import AlertHistory, RoutingEvent, SystemSnapshot
 from chronomoe_hf.telemetry.replay import replay_alerts
@@ -112,12 +113,14 @@ class WindowHost:
         try:
             events = self.events(at, host, spread=spread)
             snapshot = self.summarise(at, events, host, self.alerts)
-            self.add_replay(snapshot, host.get("replay"))
+            snapshot = self.with_replay(snapshot, host.get("replay"))
             verdict = self.controller.decide(snapshot, lenses)
             self.controller.accept(verdict)
             pruned = self.lifecycle.evaluate(snapshot) if self.config.lifecycle.dry_run.enabled else []
-            roles = self.lifecycle.roles
-            proposals = [] if roles is None else roles.evaluate(snapshot, host.get("roles", {}))
+            proposals: list[Proposal] = []
+            if self.lifecycle.roles is not None:
+                found = self.lifecycle.roles.evaluate(snapshot, host.get("roles", {}))
+                snapshot, proposals = snapshot.with_roles(found.records, found.unread), found.proposals
             self.records.window(events, snapshot, verdict.decisions, [*pruned, *proposals], self.alerts.reference)
         except Exception:
             if self.config.telemetry.on_error == "raise" and not distributed.active():
@@ -128,13 +131,12 @@ class WindowHost:
             return None
         return Evaluated(snapshot, verdict.decisions, pruned)
 
-    def add_replay(self, snapshot: SystemSnapshot, record: dict[str, Any] | None) -> None:
-        """Add what replay has to say of the window, and its alerts; `record` from ``Replay.window``."""
+    def with_replay(self, snapshot: SystemSnapshot, record: dict[str, Any] | None) -> SystemSnapshot:
+        """The window beside what replay has to say of it, and its alerts; `record` from ``Replay.window``."""
         if record is None:
-            return
-        snapshot.replay = record
-        snapshot.alerts += replay_alerts(record, self.alerts, snapshot.step, self.config.replay)
-        snapshot.active_alerts = self.alerts.active
+            return snapshot
+        edges = replay_alerts(record, self.alerts, snapshot.step, self.config.replay)
+        return snapshot.with_replay(record, edges, self.alerts.active)
 
     def report_failures(self, step: int, failures: int) -> None:
         """Tell every rank of a failed evaluation on any of them, after the last collective of the window.

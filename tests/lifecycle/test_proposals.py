@@ -148,8 +148,12 @@ def test_a_healthy_model_gives_no_proposal() -> None:
         assert energy["size"] == pytest.approx(SIZE * models.NUM_EXPERTS) and energy["duplicates"] == 0.0
         assert energy["total"] == pytest.approx(energy["incoherence"] + energy["size"] + energy["two_roles"])
         assert layer.roles["history"] == {"basin": 0, "windows": 6, "left": None, "known": 1}
-    assert system.lifecycle.roles.evaluate(system.last_snapshot, {}) == []
-    assert all("no roles" in layer.notes[-1] for layer in system.last_snapshot.layers)
+    before = copy.deepcopy(system.last_snapshot)
+    found = system.lifecycle.roles.evaluate(system.last_snapshot, {})
+    assert (found.records, found.unread, found.proposals) == ({}, [0, 1], [])
+    shown = system.last_snapshot.with_roles(found.records, found.unread)
+    assert system.last_snapshot == before, "what a reader finds is not written into the window that it read"
+    assert all(layer.notes[-1].startswith("no roles") and layer.roles is None for layer in shown.layers)
 
 
 def test_little_evidence_neither_makes_nor_withdraws_a_proposal() -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from chronomoe_hf.config import LifecycleConfig
 from chronomoe_hf.lifecycle.dry_run.cases import advance, layer_coherence
@@ -185,8 +185,6 @@ def role_record(seen: SeenRoles, history: dict[str, Any]) -> dict[str, Any]:
 
 logger = logging.getLogger("chronomoe_hf")
 
-UNREAD = "no roles: no expert output was read for them (compiled graphs are not)"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
@@ -245,6 +243,20 @@ class _LayerMemory:
     history: RoutingHistory = field(default_factory=RoutingHistory)
 
 
+class FoundRoles(NamedTuple):
+    """What the roles of one window say.
+
+    Args:
+        records: layer id -> near-duplicate pairs, experts with two roles, basin and free energy.
+        unread: ids of the layers that took tokens, but whose expert outputs were not read.
+        proposals: changes only: of proposals, and of basins.
+    """
+
+    records: dict[int, dict[str, Any]]
+    unread: list[int]
+    proposals: list[Proposal]
+
+
 class RoleObserver:
     """Reads the roles of a window and keeps the proposals that follow. Writes nothing but its own memory.
 
@@ -252,7 +264,7 @@ class RoleObserver:
         config: thresholds.
 
     Attributes:
-        standing: the last word on every proposal that was not withdrawn, by (layer, kind, experts).
+        standing: the latest state of every proposal that was not withdrawn, by (layer, kind, experts).
     """
 
     def __init__(self, config: LifecycleConfig) -> None:
@@ -260,34 +272,32 @@ class RoleObserver:
         self.standing: dict[tuple[int, str, tuple[int, ...]], Proposal] = {}
         self._layers: dict[int, _LayerMemory] = {}
 
-    def evaluate(self, snapshot: SystemSnapshot, readings: Mapping[int, RoleReading]) -> list[Proposal]:
-        """Read the roles of every layer, put them into the snapshot's layers, and propose.
+    def evaluate(self, snapshot: SystemSnapshot, readings: Mapping[int, RoleReading]) -> FoundRoles:
+        """Read the roles of every layer, and propose.
 
         Args:
-            snapshot: of the closed window; ``roles`` of its layers is filled in.
+            snapshot: of the closed window; it is read only.
             readings: of the same window, by layer id.
-
-        Returns:
-            Changes only: of proposals, and of basins.
         """
-        out: list[Proposal] = []
+        found = FoundRoles({}, [], [])
+        out = found.proposals
         for layer in snapshot.layers:
             reading = readings.get(layer.layer_id)
             if layer.shares is None:
                 continue
             if reading is None:
-                layer.notes.append(UNREAD)
+                found.unread.append(layer.layer_id)
                 continue
             memory = self._layers.setdefault(layer.layer_id, _LayerMemory())
             seen = SeenRoles.of(layer, layer.shares, reading, self.config)
-            basin = self._visit(memory, seen, snapshot)
-            layer.roles = role_record(seen, basin[0])
-            out += basin[1]
+            basin, entered = self._visit(memory, seen, snapshot)
+            found.records[layer.layer_id] = role_record(seen, basin)
+            out += entered
             if self.config.dry_run.enabled and layer.sufficient:
                 out += self._propose(memory, seen, snapshot)
         for proposal in out:
             logger.info("%s", proposal)
-        return out
+        return found
 
     def _visit(
         self, memory: _LayerMemory, seen: SeenRoles, snapshot: SystemSnapshot
