@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import math
 import time
 import uuid
@@ -31,8 +30,6 @@ from chronomoe_hf.profiling.records import DomainProfile, ProfileReport, Records
 from chronomoe_hf.profiling.together import CoActivation, distributed_device, strongest_pairs
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.wrapping.owner import find_system
-
-logger = logging.getLogger("chronomoe_hf")
 
 
 def profile(

@@ -7,7 +7,6 @@ Shape suffixes: E experts.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,9 +59,6 @@ def _act(system: ChronoSystem, moved: bool) -> None:
     system.step_state.refresh(system.cap)
     system.step_state.publish()
     system.switch_beta_on(moved)
-
-
-logger = logging.getLogger("chronomoe_hf")
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,6 @@ client's ``_post`` or ``llm.generate``   colocated engine
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,8 +29,6 @@ from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.trainer.hooks import Replaced
 from chronomoe_hf.wrapping.owner import find_system
-
-logger = logging.getLogger("chronomoe_hf")
 
 LOGPS = "_get_per_token_logps_and_entropies"
 SYNC = "_iter_named_params"
