@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,16 +38,22 @@ def read_for_all(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     Raises:
         StateError: torn, foreign, or of another schema; the message names the file and the way out.
     """
+    found = _from_main(directory, read_state)
+    return None if found is None else (found[0], found[1])
+
+
+def _from_main(directory: str | Path, read: Callable[[str | Path], Any]) -> Any:
+    """What the main process reads of the state in `directory` or its error, on every rank; None where there is none."""
     found: Any = None
     if distributed.is_main():
         try:
-            found = read_state(directory) if has_state(directory) else None
+            found = read(directory) if has_state(directory) else None
         except StateError as error:
             found = error
     found = distributed.broadcast_object(found)
     if isinstance(found, StateError):
         raise found
-    return None if found is None else (found[0], found[1])
+    return found
 
 
 def missing(directory: str | Path, on_missing: OnMissing, acted: bool) -> None:
@@ -80,15 +86,7 @@ def saved_config(directory: str | Path) -> ChronoConfig:
         StateMissingError: there is no state.
         StateError: it is torn or foreign, or its settings are not ones that this version reads.
     """
-    found: Any = None
-    if distributed.is_main():
-        try:
-            found = read_manifest(directory).get("config", {}) if has_state(directory) else None
-        except StateError as error:
-            found = error
-    found = distributed.broadcast_object(found)
-    if isinstance(found, StateError):
-        raise found
+    found = _from_main(directory, lambda place: read_manifest(place).get("config", {}))
     if found is None:
         missing(directory, "raise", False)
     try:

@@ -9,12 +9,13 @@ Shape suffixes: T tokens, D hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.live.model import Batch, forward_arguments, real_rows
@@ -154,11 +155,7 @@ def _found_at_once(
     probes = [_Probe(layer, each, busy, waiting) for layer, each in zip(layers, around, strict=True)]
     waiting.extend(probes)
     handles = [handle for probe in probes for handle in probe.attach()]
-    try:
-        run_up_to(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_up_to(model, batch, handles)
     return [probe.stream for probe in probes]
 
 
@@ -228,11 +225,7 @@ def _outputs(
 
     handles = [layer.experts.register_forward_hook(experts_hook, with_kwargs=True)]
     handles += [module.register_forward_hook(keep) for _, module in reversed(around)]
-    try:
-        run_up_to(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_up_to(model, batch, handles)
     if len(tokens) != 1:
         raise LifecycleError(f"{layer.name}: its experts were called {len(tokens)} times in one forward")
     return [out.get(module) for _, module in around], tokens[0]
@@ -246,10 +239,14 @@ def rows_of(output: Any, tokens: int) -> Tensor | None:
     return first.detach().reshape(tokens, first.shape[-1])
 
 
-def run_up_to(model: nn.Module, batch: Batch) -> None:
-    """Run the model until a hook raises StopForward."""
-    with contextlib.suppress(StopForward):
-        model(**forward_arguments(model, batch, logits=False))
+def run_up_to(model: nn.Module, batch: Batch, handles: Iterable[RemovableHandle] = ()) -> None:
+    """Run the model until a hook raises StopForward, and take these hooks off."""
+    try:
+        with contextlib.suppress(StopForward):
+            model(**forward_arguments(model, batch, logits=False))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass
