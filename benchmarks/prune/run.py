@@ -77,6 +77,7 @@ def settings(results: dict[str, Any], options: argparse.Namespace) -> None:
 
 def heal(results: dict[str, Any], options: argparse.Namespace) -> None:
     """Healing, a cut in the middle, after `balance`, mean norms; what is there is kept."""
+    from prune import heal as maker
 
     parts = (("mean_norm", "rows"), ("balanced", "balance"), ("healing", "healing"))
     for shape, seed in _pairs(options):
@@ -84,7 +85,7 @@ def heal(results: dict[str, Any], options: argparse.Namespace) -> None:
             rows = results.setdefault(part, [])
             mine = [row for row in rows if (row["shape"], row["seed"]) == (shape, seed)]
             if not any(part != "rows" or row["rank"] == "mean_norm" for row in mine):
-                rows += getattr(heal, make)(shape, seed)
+                rows += getattr(maker, make)(shape, seed)
                 save(results, options.output)
 
 
