@@ -23,10 +23,18 @@ from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.router.state import HANDLE
 from chronomoe_hf.system import ChronoSystem
 from chronomoe_hf.wrapping.build import build_layers, check_layers
-from chronomoe_hf.wrapping.class_swap import add_hooks, add_label_hooks, check_restorable, remove_hooks, restore, swap
+from chronomoe_hf.wrapping.class_swap import (
+    add_hooks,
+    add_label_hooks,
+    check_restorable,
+    is_a,
+    remove_hooks,
+    restore,
+    swap,
+)
 from chronomoe_hf.wrapping.discovery import clean_name, find_layers, root_of
 from chronomoe_hf.wrapping.native_bias import cast_bias
-from chronomoe_hf.wrapping.owner import SYSTEM, find_system
+from chronomoe_hf.wrapping.owner import SYSTEM, find_system, left_over
 from chronomoe_hf.wrapping.save_pretrained import bind_save, save_pretrained, unbind_save
 
 TESTED_VERSIONS = ("5.6.0", "5.13.1", "5.16.1", "5.19.0", "5.23.0")
@@ -65,6 +73,7 @@ def wrap(model: Model, config: ChronoConfig | PresetName | None = None, *, state
         raise ConfigError(f"wrap(state=...) takes the directory of a checkpoint, got a {type(state).__name__}")
     system = find_system(model)
     if system is not None:
+        _check_same_import(system)
         if config is not None and config != system.config:
             raise AlreadyWrappedError(
                 "this model is already wrapped with another config; call chronomoe_hf.unwrap(model) first "
@@ -77,6 +86,7 @@ def wrap(model: Model, config: ChronoConfig | PresetName | None = None, *, state
             system.load(state)
         return model
     _check_version()
+    _clear_left_overs(model)
     root = root_of(model)
     if config is None:
         config = ChronoConfig() if state is None else saved_config(state)
@@ -124,6 +134,8 @@ def unwrap(model: Model, fold: bool = False) -> Model:
             or, with `fold`, a weight that would change is sharded. Nothing was changed.
     """
     _check_model("unwrap", model)
+    if _clear_left_overs(model) and find_system(model) is None:
+        return model
     system = system_of(model)
     modules = dict.fromkeys([*model.named_modules(), *system.model.named_modules()])
     wrapped = {module: clean_name(path) for path, module in modules if HANDLE in module.__dict__}
@@ -132,14 +144,12 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     folded = fold and any(report.folded for report in system.fold())
     _give_biases_their_dtype_back(system)
     for module in wrapped:
-        if isinstance(module, ChronoRouter):
+        if is_a(module, ChronoRouter):
             system.layers[module.router_state.layer_id].adapter.unbind(module)
         restore(module)
     for _, module in modules:
-        remove_hooks(module)
-        unbind_save(module, save_pretrained)
+        _remove_all(module)
     system.close_telemetry()
-    del system.model.__dict__[SYSTEM]
     system.cut.unwrapped()
     for left in list(system.on_unwrap):
         left()
@@ -147,6 +157,28 @@ def unwrap(model: Model, fold: bool = False) -> Model:
         for module in (system.model, model):
             bind_save(module, save_folded)
     return model
+
+
+def _remove_all(module: nn.Module) -> None:
+    remove_hooks(module)
+    unbind_save(module, save_pretrained)
+    module.__dict__.pop(SYSTEM, None)
+
+
+def _clear_left_overs(model: nn.Module) -> bool:
+    """Clear shallow copies of models that were unwrapped through another copy; whether there was one."""
+    found = [module for module in model.modules() if left_over(module)]
+    for module in found:
+        _remove_all(module)
+    return bool(found)
+
+
+def _check_same_import(system: object) -> None:
+    if not isinstance(system, ChronoSystem):
+        raise AlreadyWrappedError(
+            "this model was wrapped before chronomoe_hf was imported anew (sys.modules was cleared); call "
+            "chronomoe_hf.unwrap(model), then chronomoe_hf.wrap(model, config) again"
+        )
 
 
 def _give_biases_their_dtype_back(system: ChronoSystem) -> None:

@@ -38,6 +38,7 @@ from chronomoe_hf.recording.scope import (
 )
 from chronomoe_hf.router.forward import ChronoRouter
 from chronomoe_hf.router.state import HANDLE, RouterHandle
+from chronomoe_hf.wrapping.save_pretrained import same_function
 
 _SAME_NAME = ("__module__", "__qualname__", "__doc__")
 
@@ -193,9 +194,14 @@ def add_label_hooks(models: dict[nn.Module, Labelled]) -> None:
             model.register_forward_hook(hide_labels, always_call=True)
 
 
+def is_a(module: nn.Module, mixin: type[nn.Module]) -> bool:
+    """Whether a module has this mixin, or what it was before the package was imported anew."""
+    return any(same_function(base, mixin) for base in type(module).__mro__)
+
+
 def remove_hooks(module: nn.Module) -> None:
     """Undo `add_hooks` and `add_label_hooks` on one module."""
-    if SCOPE in module.__dict__ and isinstance(module, ChronoOwner) and _NATIVE in type(module).__dict__:
+    if SCOPE in module.__dict__ and is_a(module, ChronoOwner) and _NATIVE in type(module).__dict__:
         module.__class__ = getattr(type(module), _NATIVE)
         _rebind_hooked_forward(module)
     # Where FSDP has mixed its class into an owner's, the class stays: without a scope its forward is the native one.
@@ -203,7 +209,7 @@ def remove_hooks(module: nn.Module) -> None:
     module.__dict__.pop(DECODER, None)
     module.__dict__.pop(LABELS, None)
     for registry in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, value in registry.items() if value in _HOOKS]:
+        for key in [key for key, value in registry.items() if any(same_function(value, ours) for ours in _HOOKS)]:
             del registry[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_always_called.pop(key, None)

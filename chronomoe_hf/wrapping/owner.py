@@ -19,9 +19,16 @@ def find_system(model: nn.Module) -> Any:
         WrapError: `model` holds several wrapped models.
     """
     owners = [(name, module) for name, module in model.named_modules() if SYSTEM in module.__dict__]
-    if len(owners) > 1:
+    owners = [(name, module) for name, module in owners if not left_over(module)]
+    if len({id(module.__dict__[SYSTEM]) for _, module in owners}) > 1:
         names = ", ".join(f"{name or 'itself'} ({type(module).__name__})" for name, module in owners)
         raise WrapError(
             f"this {type(model).__name__} holds {len(owners)} wrapped models: {names}; give one of them instead"
         )
     return owners[0][1].__dict__[SYSTEM] if owners else None
+
+
+def left_over(module: nn.Module) -> bool:
+    """Whether a root is a shallow copy (``copy.copy``) of one that was unwrapped: its parts are native again."""
+    system = module.__dict__.get(SYSTEM)
+    return system is not None and system.model.__dict__.get(SYSTEM) is not system

@@ -26,6 +26,15 @@ def state_saved(system: object) -> Iterator[None]:
         _saved.discard(id(system))
 
 
+def same_function(found: Any, ours: Any) -> bool:
+    """Whether `found` is `ours`, or what it was before the package was imported anew (a notebook does that)."""
+    return found is ours or _full_name(found) == _full_name(ours)
+
+
+def _full_name(function: Any) -> tuple[Any, Any]:
+    return getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+
+
 def bind_save(model: nn.Module, function: Callable[..., Any]) -> None:
     """Make `function` the model's ``save_pretrained``; bound on the instance, so a deep copy binds its own."""
     if hasattr(type(model), SAVE_HOOK) and SAVE_HOOK not in model.__dict__:
@@ -35,7 +44,7 @@ def bind_save(model: nn.Module, function: Callable[..., Any]) -> None:
 def unbind_save(model: nn.Module, function: Callable[..., Any]) -> None:
     """Undo :func:`bind_save`."""
     hook = model.__dict__.get(SAVE_HOOK)
-    if isinstance(hook, types.MethodType) and hook.__func__ is function:
+    if isinstance(hook, types.MethodType) and same_function(hook.__func__, function):
         del model.__dict__[SAVE_HOOK]
 
 
