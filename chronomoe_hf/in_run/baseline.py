@@ -19,9 +19,9 @@ from torch import nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import ConfigError
+from chronomoe_hf.in_run.put_back import training_batches
 from chronomoe_hf.lifecycle.live.model import (
     Batch,
-    first_batches,
     forward_arguments,
     uncompiled,
     untouched_randomness,
@@ -64,7 +64,7 @@ def set_baseline(system: ChronoSystem, model: nn.Module, batches: Iterable[Batch
 
 def _read_forward(system: ChronoSystem, model: nn.Module, batches: Iterable[Batch]) -> dict[int, dict[str, Any]] | None:
     with untouched_randomness(), _untouched_loader(batches):
-        read = first_batches(batches, FORWARD_BATCHES)
+        read = training_batches(batches, FORWARD_BATCHES)
         names = inspect.signature(type(root_of(uncompiled(model))).forward).parameters
         fed = [{name: value for name, value in batch.items() if name in names} for batch in read]
         # Every rank runs the same number of forwards: under FSDP and ZeRO-3 each of them is a collective.

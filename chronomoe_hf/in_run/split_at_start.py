@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.in_run.put_back import training_batches
 from chronomoe_hf.lifecycle.live.fit_model import StoredProjections
 from chronomoe_hf.lifecycle.live.layer_fit import LayerRefit
 from chronomoe_hf.lifecycle.live.model import (
     Batch,
-    first_batches,
     live_layers,
     uncompiled,
     untouched_randomness,
@@ -58,7 +58,7 @@ def split_at_start(system: ChronoSystem, model: nn.Module, optimizer: Any, batch
     for layer in live_layers(model):  # on every rank: what is sharded is refused before anything is read
         ExpertWeights(layer)
     with untouched_randomness():  # on every rank: a loader may synchronise its ranks whenever it is read
-        read = first_batches(batches, system.config.lifecycle.revive.batches)
+        read = training_batches(batches, system.config.lifecycle.revive.batches)
     plan: SplitPlan | None = None
     fitted: dict[int, StoredProjections] = {}
     reports: tuple[LayerRefit, ...] = ()

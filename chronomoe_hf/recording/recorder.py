@@ -175,6 +175,7 @@ class LayerRecorder:
             native_TK=native_TK,
             beta_E=beta_full_E if self.compares else None,
             masked_E=routing.masked_E,
+            at=self.scope.slices.place("routing", self.layer_id, routing.index_TK.shape[0]),
         )
         if torch.compiler.is_compiling():
             self._sum_routing(call)
@@ -220,10 +221,11 @@ class LayerRecorder:
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             x_TD = hidden.detach().reshape(-1, hidden.shape[-1])
             real_T = finite_rows(x_TD)
-            mask_T = self.scope.rows(x_TD.shape[0], hidden.device)
+            at = self.scope.slices.place("inputs", self.layer_id, x_TD.shape[0])
+            mask_T = self.scope.rows(x_TD.shape[0], hidden.device, at)
             if mask_T is not None:
                 real_T = real_T & mask_T
-            sample = self.scope.sample(x_TD.shape[0], SAMPLE, hidden.device)
+            sample = self.scope.sample(x_TD.shape[0], SAMPLE, hidden.device, at)
             if torch.compiler.is_compiling():
                 self.inputs.add_(input_sums(x_TD, real_T, sample.position_S, sample.valid_S, self.reader))
             else:
@@ -233,7 +235,8 @@ class LayerRecorder:
 
     def sample(self, num_rows: int, device: torch.device, replayed: bool = False) -> TokenSample:
         """The tokens whose expert outputs are read: as many as the settings say for rows read so, or sent once more."""
-        return self.scope.sample(num_rows, self.coherence.tokens_read(replayed), device)
+        at = self.scope.slices.place("outputs", self.layer_id, num_rows)
+        return self.scope.sample(num_rows, self.coherence.tokens_read(replayed), device, at)
 
     def outputs(
         self,
@@ -272,7 +275,7 @@ class LayerRecorder:
             mode = self.scope.mode
             assert mode != "off"
             every = self.coherence.every if mode == "train" else 1
-            chunk = self.scope.tape.slot((num_tokens, num_k, width), rows_AD, sample, every, divided)
+            chunk = self.scope.tape.slot(mode, (num_tokens, num_k, width), rows_AD, sample, every, divided)
             target_AD = chunk.rows_GSKD[len(chunk.calls)].view(-1, width)
             if pick_A is None:
                 target_AD.copy_(rows_AD)

@@ -19,6 +19,7 @@ from chronomoe_hf import private
 from chronomoe_hf.recording.faults import guarded
 from chronomoe_hf.recording.passes import Passes
 from chronomoe_hf.recording.rows import DECODER_LABELS, PadToken, TokenSample, real_tokens, sample_tokens
+from chronomoe_hf.recording.slices import UNKNOWN, Slices
 from chronomoe_hf.recording.tape import Tape
 from chronomoe_hf.recording.totals import Sums
 from chronomoe_hf.router.state import SharedInParts
@@ -115,6 +116,7 @@ class ForwardScope(SharedInParts):
         self.fault: str | None = None
         self.inside = False
         self.passes = Passes()
+        self.slices = Slices()
         self._cache = _Cache()
         self._step, self._num_closed = 0, 0  # training forwards that were summed in that step
 
@@ -129,6 +131,7 @@ class ForwardScope(SharedInParts):
             if self.labels is not None:
                 named[DECODER_LABELS] = self.labels
             self.mask_T, note = real_tokens(*self._with_ids(named))
+            self.slices.begin(named, self.mask_T)
             self.note = note or self.note
 
     def _with_ids(self, named: dict[str, Any]) -> tuple[dict[str, Any], PadToken, bool]:
@@ -202,6 +205,7 @@ class ForwardScope(SharedInParts):
     def _settle(self) -> None:
         if self.mode == "off":
             return
+        self.slices.end()
         self.tape.sum_up(self.mode, self.rows, self.sample)
         self.tape.sums.count_labels(self.mode)
         if self.mode == "train":
@@ -233,31 +237,40 @@ class ForwardScope(SharedInParts):
             return False
         return every == 1 or self.mode == "eval" or (self.switches.step + self._micro) % every == 0
 
-    def rows(self, num_rows: int, device: torch.device) -> Tensor | None:
-        """Real-token mask for a router that sees `num_rows` rows, or None where all rows count as real."""
+    def rows(self, num_rows: int, device: torch.device, at: int | None = None) -> Tensor | None:
+        """Real-token mask for a router that sees `num_rows` rows, or None where all rows count as real.
+
+        Args:
+            num_rows: rows of the call.
+            device: where the mask is wanted.
+            at: where the call begins, if it may be a slice of the forward's rows; see ``Slices``.
+        """
         if torch.compiler.is_compiling():
             return self._rows(num_rows, device)
-        key = (num_rows, device)
+        key = (num_rows, device, at)
         if key not in self._cache.masks:
-            self._cache.masks[key] = self._rows(num_rows, device)
+            self._cache.masks[key] = self._rows(num_rows, device, at)
         return self._cache.masks[key]
 
-    def _rows(self, num_rows: int, device: torch.device) -> Tensor | None:
+    def _rows(self, num_rows: int, device: torch.device, at: int | None = None) -> Tensor | None:
         mask_T = self.mask_T
+        part_T = None if mask_T is None else self.slices.part(mask_T, at, num_rows)
+        if part_T is not None:
+            return part_T.to(device)
         if mask_T is not None and mask_T.shape[0] != num_rows:
-            self.note = (
-                f"padding is counted as real tokens: the router sees {num_rows} rows, the mask has {mask_T.shape[0]}"
-            )
+            if at != UNKNOWN:
+                rows = f"the router sees {num_rows} rows, the mask has {mask_T.shape[0]}"
+                self.note = f"padding is counted as real tokens: {rows}"
             return None
         return None if mask_T is None else mask_T.to(device)
 
-    def sample(self, num_rows: int, limit: int | None, device: torch.device) -> TokenSample:
+    def sample(self, num_rows: int, limit: int | None, device: torch.device, at: int | None = None) -> TokenSample:
         """Up to `limit` of the real rows, the same for every caller in this forward."""
         if torch.compiler.is_compiling():
             return sample_tokens(self._rows(num_rows, device), num_rows, limit, device)
-        key = (num_rows, limit, device)
+        key = (num_rows, limit, device, at)
         if key not in self._cache.samples:
-            self._cache.samples[key] = sample_tokens(self.rows(num_rows, device), num_rows, limit, device)
+            self._cache.samples[key] = sample_tokens(self.rows(num_rows, device, at), num_rows, limit, device)
         return self._cache.samples[key]
 
     def count_up(self, num: int, device: torch.device) -> Tensor:

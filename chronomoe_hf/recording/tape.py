@@ -67,6 +67,7 @@ class RoutedCall:
         logits_TE, index_TK, kept_TK, native_TK: detached, as the router made them.
         beta_E: the full bias, while its effect is measured; else None.
         masked_E: experts that no token may choose; None = there are none.
+        at: the row of the forward where it begins, if it may be a slice of its rows; see ``Slices``.
     """
 
     layer: Layerlike
@@ -77,6 +78,7 @@ class RoutedCall:
     native_TK: Tensor | None
     beta_E: Tensor | None
     masked_E: Tensor | None = None
+    at: int | None = None
 
     def distribution(self, logits: Tensor) -> Tensor:
         """Scores of logits, fp32."""
@@ -88,7 +90,7 @@ class RoutedCall:
         """Calls of one key can be summed together."""
         optional = tuple(part is None for part in (self.kept_TK, self.native_TK, self.beta_E, self.masked_E))
         shape = (self.logits_TE.shape, self.index_TK.shape, self.logits_TE.dtype, self.logits_TE.device)
-        return (*shape, id(self.router.adapter), self.layer.num_experts, optional)
+        return (*shape, id(self.router.adapter), self.layer.num_experts, optional, self.at)
 
     @property
     def held(self) -> int:
@@ -169,15 +171,13 @@ class Tape:
         rows = sum(chunk.rows_GSKD.nbytes for chunk in self.chunks.values() if chunk.rows_GSKD.device == device)
         return limit - rows - self.inputs.held(device)
 
-    def remember(
-        self, mode: Recorded, call: RoutedCall, mask: Callable[[int, torch.device], Tensor | None], sample: Sampler
-    ) -> None:
+    def remember(self, mode: Recorded, call: RoutedCall, mask: Masker, sample: Sampler) -> None:
         """One router call; sums those of its kind that are waiting if no more of them fit.
 
         Args:
             mode: of the forward.
             call: what it decided.
-            mask: real tokens of so many rows on a device.
+            mask: real tokens of so many rows on a device, from a row of the forward on.
             sample: of these.
         """
         key, waiting = call.key, self._waiting.get(call.key, 0)
@@ -190,11 +190,12 @@ class Tape:
         self.calls.append(call)
 
     def slot(
-        self, shape: tuple[int, int, int], like: Tensor, sample: TokenSample, every: int, divided: bool
+        self, mode: Recorded, shape: tuple[int, int, int], like: Tensor, sample: TokenSample, every: int, divided: bool
     ) -> OutputChunk:
-        """A chunk with room for one more layer's rows of that shape.
+        """A chunk with room for one more layer's rows of that shape; one of another sample is summed.
 
         Args:
+            mode: of the forward.
             shape: (S, K, D).
             like: a tensor of the rows' dtype and device.
             sample: which tokens are read.
@@ -203,6 +204,9 @@ class Tape:
         """
         key = (shape, like.dtype, like.device, divided)
         chunk = self.chunks.get(key)
+        if chunk is not None and chunk.sample is not sample:
+            self._sum_outputs(mode, self.chunks.pop(key))
+            chunk = None
         if chunk is None:
             scale = sample.scale if every == 1 else sample.scale * every
             chunk = OutputChunk(like.new_empty(self._layers(shape, like), *shape), sample, scale, divided)
@@ -232,7 +236,7 @@ class Tape:
             self.chunks = {key: other for key, other in self.chunks.items() if other is not chunk}
             self._sum_outputs(mode, chunk)
 
-    def sum_up(self, mode: Recorded, mask: Callable[[int, torch.device], Tensor | None], sample: Sampler) -> None:
+    def sum_up(self, mode: Recorded, mask: Masker, sample: Sampler) -> None:
         """Add everything to the sums and forget it."""
         chunks, calls = list(self.chunks.values()), self.calls
         self.chunks, self.calls = {}, []
@@ -292,8 +296,8 @@ class Tape:
         device, num_rows = calls[0].logits_TE.device, calls[0].logits_TE.shape[0]
         row = self.sums.row
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            mask_T = mask(num_rows, device)
-            compared = None if calls[0].beta_E is None else sample(num_rows, DISAGREEMENT_SAMPLE, device)
+            mask_T = mask(num_rows, device, calls[0].at)
+            compared = None if calls[0].beta_E is None else sample(num_rows, DISAGREEMENT_SAMPLE, device, calls[0].at)
             layer_ids = [call.layer.layer_id for call in calls]
             most = limit_of(device, self.sums.num_layers, whole=True) if LIMIT is None else LIMIT
             for rows in _pieces(calls, num_rows, most):
@@ -309,7 +313,8 @@ class Tape:
                 self._pieces += [(layer_ids, row.head, head), (layer_ids, row.tail, tail)]
 
 
-Sampler = Callable[[int, int | None, torch.device], TokenSample]
+Masker = Callable[[int, torch.device, int | None], Tensor | None]
+Sampler = Callable[[int, int | None, torch.device, int | None], TokenSample]
 
 
 def router_batch(calls: list[RoutedCall], mask_T: Tensor | None, rows: slice | None = None) -> RouterBatch:
