@@ -32,7 +32,8 @@ def training_batches(batches: Iterable[Batch], count: int) -> list[Batch]:
         return first_batches(batches, count)
     before = _random_states()
     after: list[Any] | None = None
-    iterator, read = iter(batches), []
+    iterator = iter(batches)
+    read: list[Batch] = []
     while len(read) < count and (batch := next(iterator, None)) is not None:
         read.append(batch)
         after = after or _random_states()

@@ -10,6 +10,7 @@ models, without a network. A tool that cannot be installed here is said to be so
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import subprocess
@@ -290,10 +291,17 @@ TOOLS = [
 
 def build(tool: Tool) -> str | None:
     """Make (or reuse) the tool's folder; why that is not possible, or None."""
+    for beside in tool.beside:
+        build(next(each for each in TOOLS if each.name == beside))
+    PLACE.mkdir(parents=True, exist_ok=True)
+    with open(PLACE / f"{tool.name}.lock", "w") as lock:  # tests on several workers want the same folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _install(tool)
+
+
+def _install(tool: Tool) -> str | None:
     home = PLACE / tool.name
     if not (home / ".installed").exists():
-        for beside in tool.beside:
-            build(next(each for each in TOOLS if each.name == beside))
         pip = [
             sys.executable,
             "-m",

@@ -30,7 +30,7 @@ FAILS_WITHOUT_US: dict[str, dict[str, str]] = {
         "llama4": "its experts are called with rows alone",
     },
 }
-"""Families that the library itself cannot load or run, by way to quantise; the model fails in the same way unwrapped."""
+"""Families that the library itself cannot load or run, by way to quantise: the model fails without us."""
 ONLY = {
     "liger": {"mixtral", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "hunyuan_v1_moe"},
     "mxfp4": {"gpt_oss"},

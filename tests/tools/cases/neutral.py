@@ -1,6 +1,6 @@
 """Observing is neutral on quantised and patched models: `neutral.py KIND [FAMILY ...]`, every family by default.
 
-KIND: 4-bit, 8-bit (bitsandbytes), int8 (torchao, weight-only), liger, fp8 (torch arithmetic in the place of their Triton
+KIND: 4-bit, 8-bit (bitsandbytes), int8 (torchao, weight-only), liger, fp8 (torch arithmetic in place of their Triton
 kernels), mxfp4 (dequantised when it is loaded). Prints a JSON line a family: the outputs of the observed model are the
 quantised model's own, bit for bit, and the counts those of a hook. Where the model cannot be made or run without us,
 the line says so.
