@@ -1,1 +1,1 @@
-"""Launches and memory at the widths and depths of large models."""
+"""What recording and governing cost at the shapes of large models: launches, memory, time, and how they grow."""

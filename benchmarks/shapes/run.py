@@ -1,63 +1,95 @@
-"""Recording at the widths and depths of large models: launches and memory, counted on a pretend device.
+"""What recording and governing cost at the shapes of large models: launches and memory, time, and how they grow.
 
-Writes ``shapes.json`` and ``shapes.md``; rows of models that are not counted in a run stay as they were. Ten minutes a
-model on a busy machine with two cores, 3 to 8 GB.
+Launches and memory are counted on a pretend device; times are processor time of one thread, every preset in turns with
+the untouched model in one process. About half an hour on two cores, 12 GB. Writes ``shapes.json`` and ``shapes.md``;
+parts that are not asked for stay as they were.
 
-    python benchmarks/shapes/run.py [--models "Qwen3-235B-A22B" ...] [--output DIRECTORY]
+    python benchmarks/shapes/run.py [--parts counts narrow real growth] [--models NAME ...] [--output DIRECTORY]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # the pretend device lives with the tests
 
-from shapes.widths import WIDTHS, table
+from shapes import layouts, timing, widths
+from shapes.table import markdown
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+PARTS = ("counts", "narrow", "real", "growth")
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The table that is read; `results` as in the JSON."""
-    lines = [
-        "# Large shapes",
-        "",
-        "Launches and memory that recording adds to one forward at the widths of large models, at their own depth:",
-        "counted on a pretend device by `benchmarks/shapes/run.py`, not timed and not measured on a GPU. Fixed",
-        "launches are in the figure a layer. Where a lens is open a backward adds four a layer. Memory is the",
-        "peak over the untouched model's, beside the bound that the chunks are made for, 64 MB and 3 MB a layer.",
-        "",
-        "| model | layers | case | launches | a layer | host reads | memory | bound |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['model']} | {row['layers']} | {row['case']} | {row['launches']} | {row['a_layer']:.1f} "
-        f"| {row['reads']} | {row['memory_mb']:.0f} MB | {row['bound_mb']} MB |"
-        for row in results["rows"]
-    ]
-    return "\n".join([*lines, "", *results.get("notes", [])]).rstrip() + "\n"
+class Results:
+    """The file that is written, and what of it is kept."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "shapes.json"
+        self.held: dict[str, Any] = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
+        self.held["versions"] = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
+
+    def put(self, part: str, model: str, rows: list[dict[str, Any]]) -> None:
+        """Replace a model's rows of a part, and write."""
+        order = [each.name for each in (*widths.WIDTHS, *layouts.NARROW, *layouts.REAL)]
+        kept = [row for row in self.held.get(part, []) if row["model"] != model and row["model"] in order]
+        self.held[part] = sorted(kept + rows, key=lambda row: order.index(row["model"]))
+        self.write()
+
+    def write(self) -> None:
+        """Write both files."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.held, indent=2) + "\n", encoding="utf-8")
+        self.path.with_suffix(".md").write_text(markdown(self.held), encoding="utf-8")
+
+
+def run_part(part: str, results: Results, models: list[str] | None) -> None:
+    """One of PARTS."""
+    if part == "growth":
+        results.held["growth"], results.held["windows"] = timing.growth(), timing.windows()
+        results.write()
+        return
+    of_part = {"counts": ("rows", widths.WIDTHS, widths.table)}
+    of_part |= {"narrow": ("narrow", layouts.NARROW, timing.measure), "real": ("real", layouts.REAL, timing.measure)}
+    name, known, make = of_part[part]
+    for each in known:
+        if models is None or each.name in models:
+            start = time.perf_counter()
+            rows = make(each)  # type: ignore[operator]
+            results.put(name, each.name, rows)
+            print(*map(json.dumps, rows), f"{each.name}: {time.perf_counter() - start:.0f} s", sep="\n", flush=True)
 
 
 def main() -> None:
-    """Count and print; see the module docstring."""
+    """Measure and print; see the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=[width.name for width in WIDTHS])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--models", nargs="+", help="only these; all, by default")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    path = options.output / "shapes.json"
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
-    for width in (width for width in WIDTHS if width.name in options.models):
-        made = table(width)
-        results["rows"] = [row for row in results["rows"] if row["model"] != width.name] + made
-        results["notes"] = []
-        print(*map(json.dumps, made), sep="\n", flush=True)
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+    torch.set_num_threads(1)
+    results = Results(options.output)
+    for part in options.parts:
+        start, load = time.perf_counter(), os.getloadavg()[0]
+        run_part(part, results, options.models)
+        seconds = round(time.perf_counter() - start)
+        results.held.setdefault("took", {})[part] = {"seconds": seconds, "load_at_start": round(load, 2)}
+        results.write()
+        print(f"{part}: {seconds} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A recorded forward without gradients on the pretend device (``tests/support/phantom.py``): what a training step's
 forward adds, in a memory that holds a whole depth. Where a lens is open, a backward adds four a layer. Experts are
 narrow and their weights are shared by all layers, which changes neither the router nor what is recorded: their outputs
-are as wide as the model.
+are as wide as the model. Large tensors have a shape and no numbers (``phantom.shapes_only``): a count takes seconds.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ WIDTHS = (
     Width("Mixtral-8x22B", 6144, 8, 2, 1024, 56),
     Width("Qwen3-235B-A22B", 4096, 128, 8, 1024, 94),
     Width("DeepSeek-V3's widths", 7168, 256, 8, 1024, 58),
+    Width("Mixtral-8x22B, T 8192", 6144, 8, 2, 8192, 56),
+    Width("Qwen3-235B-A22B, T 8192", 4096, 128, 8, 8192, 94),
+    Width("DeepSeek-V3's widths, T 8192", 7168, 256, 8, 8192, 58),
 )
 
 
@@ -104,7 +107,7 @@ def count(width: Width, layers: int, case: str) -> dict[str, int]:
         short = {name: value[:1, :8] for name, value in batch.items()}
         if case == "untouched":
             model.model(**short)
-            with phantom.counting() as seen:
+            with phantom.shapes_only(), phantom.counting() as seen:
                 model.model(**batch)
         else:
             chronomoe_hf.wrap(model, ChronoConfig.preset(case.split(",")[0], interval=1000))
@@ -114,8 +117,11 @@ def count(width: Width, layers: int, case: str) -> dict[str, int]:
                 if case != "observe":
                     steer(system, lens="lens open" in case)
                 model.model(**short)
-                with phantom.counting() as seen:
+                with phantom.shapes_only(), phantom.counting() as seen:
                     model.model(**batch)
+            faults = {layer.recorder.fault or layer.recorder.outputs_fault for layer in system.layers} - {None}
+            if faults:
+                raise RuntimeError(f"recording has failed, so that the count is none: {faults}")
     out = {"launches": seen.total, "reads": sum(seen.reads.values()), "peak": seen.peak}
     del model, batch
     gc.collect()

@@ -34,57 +34,59 @@ class PerExpert(NamedTuple):
 
     Args:
         output_GED: of unweighted outputs.
-        dot_GE, norm_GE: of these with the references, see ``coherence.cosine_parts``.
+        dot_GE: of these with the references.
+        norm_GF: of these, and beside them of the references (of each expert, or one for all).
         value_VGE: of the numbers of the slots.
     """
 
     output_GED: Tensor
     dot_GE: Tensor
-    norm_GE: tuple[Tensor, Tensor]
+    norm_GF: Tensor
     value_VGE: Tensor
 
 
 def products(
     rows_GSKD: Tensor,
-    hit_GAE: Tensor,
+    index_GSK: Tensor,
     gain_GSK: Tensor | None,
     own_GSK: Tensor | None,
     value_VGSK: Tensor,
+    num_experts: int,
     alone: bool,
 ) -> PerExpert:
     """Sums per expert, those of rows as one matrix product with coefficients.
 
     An output's coefficient is 1 (or 1 / weight) at its own expert; in the leave-one-out reference of expert e it is its
     weight where another slot of its token is e. Their difference is thus never taken, and nothing cancels.
+
+    `index_GSK` is E or above in slots that do not count.
     """
     num_groups, num_tokens, num_k, _ = rows_GSKD.shape
-    num_experts = hit_GAE.shape[-1]
-    value_VGE = (hit_GAE * value_VGSK.flatten(2)[..., None]).sum(2)  # first: it needs room, and gives it back
     columns = num_experts if alone else 1
     # Both kinds of coefficients side by side, written in place: a cat would be one more launch, and one more copy.
     both_GAF = rows_GSKD.new_empty(num_groups, num_tokens * num_k, num_experts + columns)
     output_GAE, other_GAF = both_GAF.split([num_experts, columns], dim=-1)
-    if gain_GSK is None:
-        output_GAE.copy_(hit_GAE)
-    else:
-        output_GAE.copy_(hit_GAE * gain_GSK.flatten(1)[..., None])
+    _hits(index_GSK, num_experts, output_GAE)
+    value_VGE = (output_GAE * value_VGSK.flatten(2)[..., None]).sum(2, dtype=torch.float32)
     if alone:
         assert own_GSK is not None
-        hit_GSKE = hit_GAE.view(num_groups, num_tokens, num_k, num_experts)
-        elsewhere_GSKE = hit_GSKE.any(2, keepdim=True) ^ hit_GSKE
-        other_GSKE = both_GAF.view(num_groups, num_tokens, num_k, -1)[..., num_experts:]
+        both_GSKF = both_GAF.view(num_groups, num_tokens, num_k, -1)
+        hit_GSKE, other_GSKE = both_GSKF.split([num_experts, columns], dim=-1)
+        elsewhere_GSKE = hit_GSKE.any(2, keepdim=True) != hit_GSKE
         torch.mul(elsewhere_GSKE, own_GSK[..., None], out=other_GSKE)
         del elsewhere_GSKE
     elif own_GSK is None:
         other_GAF.fill_(1.0)
     else:
         other_GAF.copy_(own_GSK.flatten(1)[..., None])
+    if gain_GSK is not None:
+        output_GAE.mul_(gain_GSK.flatten(1)[..., None])
     product_GFD = product32(both_GAF.mT, rows_GSKD.flatten(1, 2))
     del both_GAF, output_GAE, other_GAF
     norm_GF = product_GFD.norm(dim=-1)
     output_GED, other_GFD = product_GFD.split([num_experts, columns], dim=1)
     dot_GE = (other_GFD.mul_(output_GED) if alone else other_GFD * output_GED).sum(-1)  # the reference has no other use
-    return PerExpert(output_GED, dot_GE, (norm_GF[:, :num_experts], norm_GF[:, num_experts:]), value_VGE)
+    return PerExpert(output_GED, dot_GE, norm_GF, value_VGE)
 
 
 def in_order(
@@ -124,11 +126,16 @@ def in_order(
         mixture_GSD = mixture_XD.view(num_groups, num_tokens, width)
     if not alone:
         reference_GED = mixture_GSD.sum(1, keepdim=True).expand_as(output_GED)
-        return PerExpert(output_GED, *cosine_parts(output_GED, reference_GED), value_VGE)
+        return _beside(output_GED, reference_GED, value_VGE)
     assert own_GSK is not None
     out = None if torch.compiler.is_compiling() else y_GSKD  # a fresh buffer of this size costs more than the sum
     rest_GSKD = torch.addcmul(mixture_GSD[:, :, None], own_GSK[..., None], y_GSKD, value=-1.0, out=out)
-    return PerExpert(output_GED, *cosine_parts(output_GED, per_expert(rest_GSKD.view(-1, width))), value_VGE)
+    return _beside(output_GED, per_expert(rest_GSKD.view(-1, width)), value_VGE)
+
+
+def _beside(output_GED: Tensor, reference_GED: Tensor, value_VGE: Tensor) -> PerExpert:
+    dot_GE, norms = cosine_parts(output_GED, reference_GED)
+    return PerExpert(output_GED, dot_GE, torch.cat(norms, dim=-1), value_VGE)
 
 
 def product32(left_GEA: Tensor, right_GAD: Tensor) -> Tensor:
@@ -163,6 +170,7 @@ class OutputBatch:
         valid_GSK: bool, broadcastable; None = all.
         scale: what the sums are multiplied with: real tokens / tokens read.
         divided: the rows hold ``weight * output``, as a block with one expert a token returns them.
+        filler_S: fp32, 0 for tokens that count and -inf for filler: all that `valid_GSK` says; None = it says more.
     """
 
     rows_GSKD: Tensor
@@ -171,6 +179,7 @@ class OutputBatch:
     valid_GSK: Tensor | None
     scale: Tensor | float
     divided: bool = False
+    filler_S: Tensor | None = None
 
 
 class Reading(NamedTuple):
@@ -195,13 +204,13 @@ class OutputParts(NamedTuple):
     """What a reading of G layers gives, fp32, before it is put into columns.
 
     Args:
-        dot_GE, norm_GE: of ``coherence.cosine_parts``.
+        dot_GE, norm_GF: see :class:`PerExpert`.
         value_VGE: sums of gate * |y|, gate, |y| and rows read.
         scale: of the batch.
     """
 
     dot_GE: Tensor
-    norm_GE: tuple[Tensor, Tensor]
+    norm_GF: Tensor
     value_VGE: Tensor
     scale: Tensor | float
 
@@ -229,13 +238,8 @@ def output_parts(
     norm_GSK = torch.linalg.vector_norm(batch.rows_GSKD, dim=-1, dtype=wide)
     norm_GSK = norm_GSK if wide == torch.float32 else norm_GSK.float()
     weight_GSK = batch.weight_GSK
-    contribution_GSK = norm_GSK if batch.divided else weight_GSK * norm_GSK
-    valid_GSK = contribution_GSK.abs() < math.inf  # False for NaN too
-    if batch.valid_GSK is not None:
-        valid_GSK = valid_GSK & batch.valid_GSK
-    if batch.divided:
-        valid_GSK = valid_GSK & (weight_GSK > 0)
-    left_out_GSK = ~valid_GSK
+    on_cpu = batch.rows_GSKD.device.type == "cpu"
+    contribution_GSK, left_out_GSK, valid_GSK = _contributions(batch, norm_GSK)
     gain_GSK = weight_GSK.float().masked_fill(left_out_GSK, 1.0).reciprocal() if batch.divided else None
     size_GSK = norm_GSK if gain_GSK is None else norm_GSK * gain_GSK
     one_GSK = _one(norm_GSK.device).expand_as(norm_GSK)
@@ -243,19 +247,48 @@ def output_parts(
     own_GSK = None if batch.divided else value_VGSK[1]
     rows_GSKD = batch.rows_GSKD.masked_fill_(left_out_GSK[..., None], 0.0)
     alone = num_k > 1 and reference == "leave_one_out"
-    on_cpu, hit_GAE = rows_GSKD.device.type == "cpu", None
+    hit_GAE = None
     if more is not None or not on_cpu:
         index_GSK = batch.index_GSK.masked_fill(left_out_GSK, num_experts)
-        hit_GAE = index_GSK.flatten(1)[..., None] == _count_up(num_experts, rows_GSKD.device)
+        if more is not None:
+            hit_GAE = index_GSK.flatten(1)[..., None] == _count_up(num_experts, rows_GSKD.device)
     if on_cpu:
+        assert valid_GSK is not None
         mine_GSKD = rows_GSKD if more is None else rows_GSKD.clone()  # they are overwritten
         each = in_order(mine_GSKD, batch.index_GSK, valid_GSK, gain_GSK, own_GSK, value_VGSK, num_experts, alone)
     else:
-        assert hit_GAE is not None
-        each = products(rows_GSKD, hit_GAE, gain_GSK, own_GSK, value_VGSK, alone)
+        each = products(rows_GSKD, index_GSK, gain_GSK, own_GSK, value_VGSK, num_experts, alone)
     if more is not None and hit_GAE is not None:
         more(Reading(rows_GSKD, hit_GAE, gain_GSK, each.output_GED, batch.scale))
-    return OutputParts(each.dot_GE, each.norm_GE, each.value_VGE, batch.scale)
+    return OutputParts(each.dot_GE, each.norm_GF, each.value_VGE, batch.scale)
+
+
+def _contributions(batch: OutputBatch, norm_GSK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """gate * |y| of every slot, which slots do not count, and, where it is known by the way, which do.
+
+    A slot does not count where the batch says so, or its contribution is not finite.
+    """
+    weight_GSK = batch.weight_GSK
+    if batch.filler_S is not None and not batch.divided:
+        # What is not finite minus itself is NaN: three launches for five.
+        contribution_GSK = torch.addcmul(batch.filler_S[:, None], weight_GSK, norm_GSK)
+        return contribution_GSK, (contribution_GSK - contribution_GSK) != 0, None
+    contribution_GSK = norm_GSK if batch.divided else weight_GSK * norm_GSK
+    valid_GSK = contribution_GSK.abs() < math.inf  # False for NaN too
+    if batch.valid_GSK is not None:
+        valid_GSK = valid_GSK & batch.valid_GSK
+    if batch.divided:
+        valid_GSK = valid_GSK & (weight_GSK > 0)
+    return contribution_GSK, ~valid_GSK, valid_GSK
+
+
+def _hits(index_GSK: Tensor, num_experts: int, out_GAE: Tensor) -> None:
+    """Write 1 where a slot's expert is e, else 0."""
+    index_GA1, expert_E = index_GSK.flatten(1)[..., None], _count_up(num_experts, index_GSK.device)
+    if torch.compiler.is_compiling():
+        out_GAE.copy_(index_GA1 == expert_E)
+    else:
+        torch.eq(index_GA1, expert_E, out=out_GAE)
 
 
 def output_table(parts: Sequence[OutputParts], width: int) -> Tensor:
@@ -270,14 +303,14 @@ def output_table(parts: Sequence[OutputParts], width: int) -> Tensor:
     """
     scale = parts[0].scale
     dot_GE, value_VGE = _joined([part.dot_GE for part in parts]), _joined([part.value_VGE for part in parts], 1)
-    norm_GE = [_joined([part.norm_GE[side] for part in parts]) for side in (0, 1)]
-    phi_GE, has_phi_GE = cosine(dot_GE, norm_GE[0] * norm_GE[1])
+    norm_GF, num_experts = _joined([part.norm_GF for part in parts]), dot_GE.shape[-1]
+    phi_GE, has_phi_GE = cosine(dot_GE, norm_GF[:, :num_experts] * norm_GF[:, num_experts:])
     rows_GE = value_VGE[3]
     scaled_VGE = value_VGE * scale
     weighed_GE = scaled_VGE[3]
     evidence_GE = weighed_GE * has_phi_GE
     table_G7E = torch.stack([phi_GE * evidence_GE, evidence_GE, rows_GE, *scaled_VGE.unbind()], dim=1)
-    num_groups, _, num_experts = table_G7E.shape
+    num_groups = table_G7E.shape[0]
     if num_experts < width:
         table_G7E = torch.nn.functional.pad(table_G7E, (0, width - num_experts))
     return table_G7E.view(num_groups, -1)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from chronomoe_hf import distributed, private
 from chronomoe_hf.config import CoherenceConfig, ReaderName
 from chronomoe_hf.lens.direction import SAMPLE, finite_rows, input_sums, sums_width
+from chronomoe_hf.recording.calls import OutputCall, RoutedCall, output_batch, sums_of
 from chronomoe_hf.recording.expert_sums import output_sums
 from chronomoe_hf.recording.faults import guarded
 from chronomoe_hf.recording.reduce import DISAGREEMENT_SAMPLE, routing_table
 from chronomoe_hf.recording.rows import TokenSample
 from chronomoe_hf.recording.scope import ForwardScope
-from chronomoe_hf.recording.tape import OutputCall, RoutedCall, output_batch, sums_of
 from chronomoe_hf.recording.totals import Recorded, Sums
 from chronomoe_hf.router.state import Routing
 

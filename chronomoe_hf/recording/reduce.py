@@ -9,6 +9,7 @@ Shape suffixes: G layers, T router rows (tokens), E experts, K experts per token
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,12 +101,14 @@ def _without(z_GTE: Tensor, masked_G1E: Tensor) -> tuple[Tensor, Tensor]:
 class RoutingParts(NamedTuple):
     """Sums over the rows of router calls of G layers, float64, before they are put into columns.
 
+    What has one number a token is summed with that of all layers.
+
     Args:
         count_GF: ``[G, 2 width + 1]``: assignments per expert, a column that is zero, first choices per expert.
-        tokens_G1: real tokens.
+        real_GT: bool, real tokens.
         prob_GE: of the scores.
-        var_G1: of the variance of the logits.
-        differs_G1: tokens that steering sent elsewhere; None while nothing steers.
+        var_GT: variance of the logits of every token.
+        agrees_GT: bool, tokens that steering left where they were; None while nothing steers.
         disagreement_G4: of :func:`disagreement_sums`; None while it is not measured.
         rows: rows of each call.
         mask_T: bool, those that are no padding; None = all.
@@ -114,10 +117,10 @@ class RoutingParts(NamedTuple):
     """
 
     count_GF: Tensor
-    tokens_G1: Tensor
+    real_GT: Tensor
     prob_GE: Tensor
-    var_G1: Tensor
-    differs_G1: Tensor | None
+    var_GT: Tensor
+    agrees_GT: Tensor | None
     disagreement_G4: Tensor | None
     rows: int
     mask_T: Tensor | None
@@ -151,16 +154,13 @@ def routing_parts(
     count_GF = kept_GTK.new_zeros(num_groups, 2 * row.width + 1)
     count_GF.scatter_add_(1, index_GTK.flatten(1), kept_GTK.flatten(1))
     count_GF[:, row.width + 1 :].scatter_add_(1, _first_choices(batch, scores), weight_GT)
-    differs_G1 = None
-    if batch.native_GTK is not None:
-        differs_GT = experts_differ(batch.native_GTK, index_GTK) & scores.real_GT
-        differs_G1 = differs_GT.sum(-1, keepdim=True, dtype=torch.float64)
+    agrees_GT = None if batch.native_GTK is None else experts_agree(batch.native_GTK, index_GTK)
     return RoutingParts(
         count_GF=count_GF,
-        tokens_G1=weight_GT.sum(-1, keepdim=True),
+        real_GT=scores.real_GT,
         prob_GE=scores.prob_GTE.sum(1, dtype=torch.float64),
-        var_G1=scores.var_GT.masked_fill(scores.left_out_GT, 0.0).sum(-1, keepdim=True, dtype=torch.float64),
-        differs_G1=differs_G1,
+        var_GT=scores.var_GT,
+        agrees_GT=agrees_GT,
         disagreement_G4=disagreement_G4,
         rows=num_rows,
         mask_T=batch.mask_T,
@@ -169,34 +169,54 @@ def routing_parts(
     )
 
 
-def routing_table(parts: Sequence[RoutingParts], row: Row) -> tuple[Tensor, Tensor]:
+def routing_table(parts: Sequence[RoutingParts], row: Row, measured_G4: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The parts of one or more chunks of one shape, in their columns.
 
     Args:
         parts: of calls of one key, in the order of their layers.
         row: the columns.
+        measured_G4: disagreement of all their layers, where it was measured apart from the parts.
 
     Returns:
         float64 ``(G, head)`` and ``(G, tail)`` of all their layers: what is added to ``row.head`` and ``row.tail``.
     """
     first = parts[0]
-    count_GF, tokens_G1 = _joined([part.count_GF for part in parts]), _joined([part.tokens_G1 for part in parts])
-    prob_GE, var_G1 = _joined([part.prob_GE for part in parts]), _joined([part.var_G1 for part in parts])
+    count_GF, real_GT = joined([part.count_GF for part in parts]), joined([part.real_GT for part in parts])
+    prob_GE, var_GT = joined([part.prob_GE for part in parts]), joined([part.var_GT for part in parts])
+    tokens_G1 = real_GT.sum(-1, keepdim=True, dtype=torch.float64)
+    var_G1 = var_GT.masked_fill(~real_GT, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
     count_GE, zero_G1, first_GE = count_GF.split([row.width, 1, row.width], dim=1)
     dropped_G1 = tokens_G1 * first.num_k - count_GE.sum(-1, keepdim=True) if first.drops else zero_G1
     expected = first.rows if first.mask_T is None else first.mask_T.sum()
-    head = [count_GE, tokens_G1, dropped_G1, expected - tokens_G1, torch.ones_like(tokens_G1), prob_GE]
+    head = [count_GE, tokens_G1, dropped_G1, expected - tokens_G1, _one(tokens_G1.device).expand_as(tokens_G1), prob_GE]
     if prob_GE.shape[-1] < row.width:
         head.append(prob_GE.new_zeros(prob_GE.shape[0], row.width - prob_GE.shape[-1]))
     head.append(first_GE)
-    differs = [part.differs_G1 for part in parts if part.differs_G1 is not None]
+    agrees = [part.agrees_GT for part in parts if part.agrees_GT is not None]
     measured = [part.disagreement_G4 for part in parts if part.disagreement_G4 is not None]
-    tail = [var_G1, _joined(measured) if measured else zero_G1.expand(-1, 4)]
-    tail += [_joined(differs), tokens_G1] if differs else [zero_G1, zero_G1]
+    if measured_G4 is None:
+        measured_G4 = joined(measured) if measured else zero_G1.expand(-1, 4)
+    tail = [var_G1, measured_G4]
+    if agrees:
+        tail += [(joined(agrees) < real_GT).sum(-1, keepdim=True, dtype=torch.float64), tokens_G1]
+    else:
+        tail += [zero_G1, zero_G1]
     return torch.cat(head, dim=-1), torch.cat(tail, dim=-1)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _one(device: torch.device) -> Tensor:
+    """1.0 in float64 on a device; made once, outside a graph."""
+    compiling = torch.compiler.is_compiling()
+    return torch.ones((), dtype=torch.float64, device=device) if compiling else _kept_one(device)
+
+
+@functools.cache
+def _kept_one(device: torch.device) -> Tensor:
+    return torch.ones((), dtype=torch.float64, device=device)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Parts of chunks, one after the other along their first dimension."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -215,10 +235,15 @@ def experts_differ(native_TK: Tensor, steered_TK: Tensor) -> Tensor:
         native_TK: ids, distinct in a token, shape ``(..., T, K)``.
         steered_TK: the same shape.
     """
+    return ~experts_agree(native_TK, steered_TK)
+
+
+def experts_agree(native_TK: Tensor, steered_TK: Tensor) -> Tensor:
+    """The opposite of :func:`experts_differ`."""
     if native_TK.shape[-1] == 1:
-        return (native_TK != steered_TK).squeeze(-1)
+        return (native_TK == steered_TK).squeeze(-1)
     same_TKK = native_TK[..., :, None] == steered_TK[..., None, :]
-    return ~same_TKK.any(-1).all(-1)
+    return same_TKK.any(-1).all(-1)
 
 
 def disagreement_sums(

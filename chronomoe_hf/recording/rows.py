@@ -18,6 +18,7 @@ Shape suffixes: B batch, S sequence, T = B * S router rows, K keys.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -192,6 +193,11 @@ class TokenSample:
     position_S: Tensor | None
     valid_S: Tensor | None
     scale: Tensor | float
+
+    @functools.cached_property
+    def filler_S(self) -> Tensor | None:
+        """fp32, 0 for tokens read and -inf for filler; None where there is none."""
+        return None if self.valid_S is None else self.valid_S.float().log_()
 
     def pick(self, value_T: Tensor, dim: int = 0) -> Tensor:
         """The rows read of `value_T`."""

@@ -22,7 +22,7 @@ FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
 A_LAYER = {"observe": 12, "protect": 25, "balance": 16}
 FIXED, A_STEP = 150, 60
 DRIFT = 6  # when a window closes, with LifecycleConfig(router_drift=True)
-ROLES = 35  # a micro-batch, with CoherenceConfig(roles=True)
+ROLES = 36  # a micro-batch, with CoherenceConfig(roles=True)
 
 
 def counted(

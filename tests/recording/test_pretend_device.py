@@ -27,7 +27,7 @@ def run(name: str, marks: str) -> int:
 
 
 def test_there_are_files() -> None:
-    assert FILES == ["phantom_launches.py", "phantom_placement.py"]
+    assert FILES == ["phantom_launches.py", "phantom_placement.py", "phantom_shapes.py"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -8,6 +8,9 @@ through :class:`PhantomTensor`, which
   the CPU, a shape that depends on values) and transfers to the device, forward and backward apart from nothing;
 * keeps account of the bytes that are alive on it, and of their peak.
 
+Inside :func:`shapes_only` operations on large tensors have a shape and no numbers: launches, reads and memory stay as
+they are, in a fraction of the time.
+
 Backward runs on index 0 only: autograd knows no second index of a backend made in Python. Launches are the same on
 every machine, so a test may assert them. What a real GPU fuses or splits (a matrix product, a sort) is one launch here.
 Use: ``with phantom.device() as seen: model = phantom.to_device(model)``.
@@ -207,9 +210,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         call_kwargs = {**call_kwargs, "device": torch.device("cpu")}
     if name == "histc" and not call_args[0].is_floating_point():
         call_args = (call_args[0].float(), *call_args[1:])
+    if _Shapes.only and name not in _HOST_READS and _is_large(inside):
+        inside = [_shape_of(value) for value in inside]
+        call_args, call_kwargs = tree_unflatten(inside, spec)
+        call_kwargs = call_kwargs if target is None else {**call_kwargs, "device": torch.device("meta")}
     with _disable_current_modes():
         if func is torch.ops.aten.bmm.dtype:  # low precision in, fp32 out: a CPU has no such product
             out = torch.bmm(call_args[0].float(), call_args[1].float()).to(call_args[2])
+        elif name == "histc" and call_args[0].is_meta:  # torch knows no shape of it
+            out = call_args[0].new_empty(call_args[1])
         else:
             out = func(*call_args, **call_kwargs)
     leaves_device = target is not None and target.type != NAME
@@ -240,6 +249,10 @@ def _wrap(func: Any, flat: list[Any], spec: Any, inside: list[Any], out: Any, in
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
                 written.append(value)
+        hosts = {id(value): host for value, host in zip(flat, inside, strict=True)}
+        for value in tree_flatten(written)[0]:
+            if isinstance(value, PhantomTensor) and hosts[id(value)].is_meta:
+                value.host = hosts[id(value)]
         if len(func._schema.returns) == 0:
             return None
         if len(written) == 1 and not isinstance(written[0], list | tuple):
@@ -249,12 +262,13 @@ def _wrap(func: Any, flat: list[Any], spec: Any, inside: list[Any], out: Any, in
                 assert written[0].shape == written[0].host.shape, f"{func} is not supported on the pretend device"
             return written[0]
         return tuple(written)
-    bases = {v.host.untyped_storage().data_ptr(): v.block for v in flat if isinstance(v, PhantomTensor)}
+    pairs = zip(flat, inside, strict=True)
+    bases = {host.untyped_storage()._cdata: v.block for v, host in pairs if isinstance(v, PhantomTensor)}
 
     def place(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return PhantomTensor(value, index, bases.get(value.untyped_storage().data_ptr()) if value.numel() else None)
+        return PhantomTensor(value, index, bases.get(value.untyped_storage()._cdata) if value.numel() else None)
 
     return tree_map(place, out)
 
@@ -268,9 +282,46 @@ def _copy(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elif not isinstance(source, PhantomTensor):
         _count("uploads", "copy_")
     _count("launches", "copy_")
+    if there.is_meta or here.is_meta:
+        if isinstance(target, PhantomTensor):
+            target.host = _shape_of(there)
+            return target
+        raise RuntimeError(f"a copy of shape {tuple(there.shape)} leaves the device inside phantom.shapes_only()")
     with _disable_current_modes():
         there.copy_(here)
     return target
+
+
+class _Shapes:
+    """Whether large tensors go without numbers."""
+
+    only = False
+    largest = 2**16  # elements of an operation's operands that are still worked out
+
+
+def _is_large(inside: list[Any]) -> bool:
+    tensors = [value for value in inside if isinstance(value, Tensor)]
+    return any(value.is_meta for value in tensors) or sum(value.numel() for value in tensors) > _Shapes.largest
+
+
+def _shape_of(value: Any) -> Any:
+    """A tensor of that layout without numbers; anything else as it is."""
+    if not isinstance(value, Tensor) or value.is_meta:
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Operations on large tensors have a shape and no numbers inside the block; reading one of them on the host raises.
+
+    What was written in the block has no numbers after it either.
+    """
+    _Shapes.only = True
+    try:
+        yield
+    finally:
+        _Shapes.only = False
 
 
 def _is_view(func: Any) -> bool:
