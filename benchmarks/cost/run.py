@@ -1,11 +1,11 @@
 """What wrapping costs, beside what a user would write instead, and what it would cost large models.
 
 Processor time, launches and host reads of a step, growing with layers, experts, width and tokens; bytes that ranks
-exchange, counted in two processes; bytes of a window's records; bytes of state. From these and `launches.json` a table
-for large models on many GPUs is computed, with its assumptions.
+exchange, counted in two processes; bytes of a window's records; bytes of state. From these, `launches.json` and
+`shapes.json` a table for large models on many GPUs is computed, with its assumptions.
 
     python benchmarks/cost/run.py [--quick] [--rounds 15] [--output DIRECTORY]
-    python benchmarks/cost/run.py --render    # the computed table and the page again, from cost.json and launches.json
+    python benchmarks/cost/run.py --render    # the computed table and the page again, from the JSON files
 """
 
 from __future__ import annotations
@@ -141,12 +141,14 @@ def _state_of(shape: tuple[int, int, int], preset: str) -> int:
     return overhead.state_bytes(chronomoe_hf.system_of(model))
 
 
-def add_scale(results: dict[str, Any], counted: Path) -> None:
-    """The computed table, from the last run of launches.json."""
+def add_scale(results: dict[str, Any], counted: Path, shapes: Path) -> None:
+    """The computed table, from shapes.json and the last run of launches.json."""
     runs = json.loads(counted.read_text(encoding="utf-8"))["runs"]
     label = list(runs)[-1]
     results["launches_run"] = label
-    results["scale"] = scale.table(runs[label], results["state"])
+    results["scale"] = scale.table(
+        json.loads(shapes.read_text(encoding="utf-8"))["rows"], runs[label], results["state"]
+    )
 
 
 def main() -> None:
@@ -156,6 +158,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--render", action="store_true", help="measure nothing")
     parser.add_argument("--launches", type=Path, default=RESULTS / "launches.json")
+    parser.add_argument("--shapes", type=Path, default=RESULTS / "shapes.json")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -175,7 +178,7 @@ def main() -> None:
             "records": record_sizes(),
             "state": state(),
         }
-    add_scale(results, options.launches)
+    add_scale(results, options.launches, options.shapes)
     options.output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (options.output / "cost.md").write_text(markdown(results), encoding="utf-8")

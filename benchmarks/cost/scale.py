@@ -1,5 +1,8 @@
 """What wrapping would cost large models on many GPUs, computed from counted units. Nothing here is measured.
 
+Launches of a forward are those of `shapes.json`, counted at the widths and depth of these models: a small shape's
+launches a layer times their layers would be too few, since fewer layers of a wide model share a launch.
+
 Legend: L MoE layers, E experts, D hidden size, N GPUs.
 """
 
@@ -27,12 +30,14 @@ class Model:
     hidden: int
     active: float
     native_bias: bool = False
+    counted_as: str = ""
+    """Name in shapes.json; its own, by default."""
 
 
 MODELS = (
     Model("Mixtral-8x22B", 56, 8, 2, 6144, 39e9),
     Model("Qwen3-235B-A22B", 94, 128, 8, 4096, 22e9),
-    Model("DeepSeek-V3", 58, 256, 8, 7168, 37e9, native_bias=True),
+    Model("DeepSeek-V3", 58, 256, 8, 7168, 37e9, native_bias=True, counted_as="DeepSeek-V3's widths"),
 )
 
 
@@ -70,10 +75,28 @@ def reduce_seconds(size: int, gpus: int, assumed: Assumed) -> float:
     return assumed.hop_us * 1e-6 * math.log2(gpus) + sent / (assumed.bandwidth_gb_s * 1e9)
 
 
-def launches(row: dict[str, Any], layers: int) -> float:
-    """Launches that a step of one micro-batch adds: forward and backward, and `system.step`."""
-    a_layer = row["forward_per_layer"] + row["step_per_layer"]
-    return float(a_layer * layers + row["forward_fixed"] + row["step_fixed"])
+LENS_BACKWARD = 4  # launches a layer where a lens is open
+
+
+def launches(shapes: list[dict[str, Any]], run: dict[str, Any], model: Model, preset: str, tokens: int) -> int:
+    """Launches that a step of one micro-batch adds: forward and backward, and `system.step` between windows.
+
+    Args:
+        shapes: rows of shapes.json.
+        run: one run of launches.json, for what `system.step` launches, which no shape changes.
+        model: at its widths and depth.
+        preset: of PRESETS.
+        tokens: of the micro-batch.
+    """
+    step = unit_row(run, preset, model.native_bias)
+    # A balance in the router's own bias chooses nothing again: its forward is that of `observe`.
+    case = PRESETS["observe" if preset == "balance" and model.native_bias else preset]
+    name = (model.counted_as or model.name) + ("" if tokens == TOKENS[0] else f", T {tokens}")
+    forward = next((row["launches"] for row in shapes if row["model"] == name and row["case"] == case), None)
+    if forward is None:
+        raise ValueError(f"shapes.json has no row for {name!r}, {case!r}: run benchmarks/shapes/run.py --parts counts")
+    backward = LENS_BACKWARD * model.layers if "lens open" in case else 0
+    return round(forward + backward + step["step_per_layer"] * model.layers + step["step_fixed"])
 
 
 def unit_row(run: dict[str, Any], preset: str, native_bias: bool) -> dict[str, Any]:
@@ -93,10 +116,16 @@ def state_bytes(fit: dict[str, float], model: Model) -> float:
     return fit["fixed"] + model.layers * a_layer
 
 
-def table(run: dict[str, Any], state: dict[str, dict[str, float]], assumed: Assumed = Assumed()) -> dict[str, Any]:
+def table(
+    shapes: list[dict[str, Any]],
+    run: dict[str, Any],
+    state: dict[str, dict[str, float]],
+    assumed: Assumed = Assumed(),
+) -> dict[str, Any]:
     """Every model and preset: units, and the share of a step by tokens and number of GPUs.
 
     Args:
+        shapes: rows of shapes.json.
         run: one run of launches.json.
         state: fits of the state's size by preset.
         assumed: assumptions.
@@ -104,13 +133,13 @@ def table(run: dict[str, Any], state: dict[str, dict[str, float]], assumed: Assu
     rows = []
     for model in MODELS:
         for preset in PRESETS:
-            added = launches(unit_row(run, preset, model.native_bias), model.layers)
+            added = {tokens: launches(shapes, run, model, preset, tokens) for tokens in TOKENS}
             size = reduced_bytes(model.layers, model.experts)
-            host = added * assumed.launch_us * 1e-6
+            host = {tokens: number * assumed.launch_us * 1e-6 for tokens, number in added.items()}
             shares = {
                 str(tokens): {
                     str(gpus): round(
-                        (host + reduce_seconds(size, gpus, assumed)) / step_seconds(model, tokens, assumed), 6
+                        (host[tokens] + reduce_seconds(size, gpus, assumed)) / step_seconds(model, tokens, assumed), 6
                     )
                     for gpus in GPUS
                 }
@@ -121,8 +150,8 @@ def table(run: dict[str, Any], state: dict[str, dict[str, float]], assumed: Assu
                     "model": model.name,
                     "preset": preset,
                     "state_mb": round(state_bytes(state[preset], model) / 1e6, 2),
-                    "launches": round(added),
-                    "host_ms": round(1000 * host, 2),
+                    "launches": {str(tokens): number for tokens, number in added.items()},
+                    "host_ms": {str(tokens): round(1000 * seconds, 2) for tokens, seconds in host.items()},
                     "reduced_kb": round(size / 1e3, 1),
                     "reduce_ms": {str(n): round(1000 * reduce_seconds(size, n, assumed), 3) for n in GPUS},
                     "share": shares,

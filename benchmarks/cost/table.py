@@ -122,8 +122,10 @@ def _scale(results: Row) -> list[str]:
     lines = [
         "## Large models, on paper",
         "",
-        "**Nothing in this table was measured on a GPU.** Launches and bytes are the counted units above and in "
-        f"`launches.md` (`{results['launches_run']}`), times the model's layers. Assumed:",
+        "**Nothing in this table was measured on a GPU.** Bytes are the counted units above. Launches of a forward are "
+        "counted on a pretend device at the widths and depth of each model (`shapes.md`), with 4 a layer for the "
+        "backward of open lenses; those of `system.step`, which no shape changes, are in `launches.md` "
+        f"(`{results['launches_run']}`). Assumed:",
         "",
         f"- A launch takes {assumed['launch_us']:g} us of host time, and none of it hides behind work of the GPU. "
         "Where the "
@@ -137,11 +139,12 @@ def _scale(results: Row) -> list[str]:
         f"{assumed['peak_tflops']:g} TFLOP/s. One micro-batch a step; every GPU runs all layers on tokens of its own, "
         "and "
         "has as many more launches as micro-batches.",
-        "- `protect` has a lens open in every layer. DeepSeek-V3's `observe` and `protect` are counted on a Qwen3-MoE, "
-        "its "
-        "`balance` on its own router.",
+        "- `protect` has a lens open in every layer. DeepSeek-V3's widths are counted on a Qwen3-MoE; its `balance` "
+        "moves the router's own bias, and its forward is that of `observe`.",
         "",
-        "| model | preset | state | launches a step | host time | bytes a step | all-reduce on "
+        "| model | preset | state | launches a step, "
+        + " and ".join(f"{int(t):,}" for t in tokens)
+        + " tokens | host time | bytes a step | all-reduce on "
         + ", ".join(f"{int(n):,}" for n in gpus)
         + " GPUs, ms "
         + "".join(
@@ -151,14 +154,15 @@ def _scale(results: Row) -> list[str]:
         "|---|---|---|---|---|---|---" + "|---" * len(tokens) + "|",
     ]
     for row in found["rows"]:
+        launched = ", ".join(f"{row['launches'][t]:,}" for t in tokens)
+        host = ", ".join(f"{row['host_ms'][t]:.1f}" for t in tokens)
         shares = "".join(
             f"| {row['share'][t][gpus[0]]:.2%}, {row['share'][t][gpus[-1]]:.2%} of "
             f"{found['step_s'][row['model']][t]:.2f} s "
             for t in tokens
         )
         lines.append(
-            f"| {row['model']} | {row['preset']} | {row['state_mb']:.2f} MB | {row['launches']:,} | "
-            f"{row['host_ms']:.1f} ms "
+            f"| {row['model']} | {row['preset']} | {row['state_mb']:.2f} MB | {launched} | {host} ms "
             f"| {row['reduced_kb']:,.0f} kB | " + ", ".join(f"{row['reduce_ms'][n]:.2f}" for n in gpus) + f" {shares}|"
         )
     return lines

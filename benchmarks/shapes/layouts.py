@@ -61,6 +61,7 @@ _NARROW: dict[str, Any] = {
 _LATENT: dict[str, Any] = {
     **_NARROW,
     "num_key_value_heads": 4,
+    "head_dim": 8,
     "moe_intermediate_size": 32,
     "n_shared_experts": 1,
     "q_lora_rank": 16,
@@ -91,7 +92,7 @@ NARROW = (
     Layout("Switch-128", "switch_transformers", 12, 128, 1,
            {"vocab_size": VOCABULARY, "d_model": 64, "d_ff": 32, "d_kv": 16, "num_heads": 4, "num_layers": 12,
             "num_decoder_layers": 12, "num_sparse_encoder_layers": 6, "num_sparse_decoder_layers": 6,
-            "num_experts": 128, "use_cache": False}),
+            "num_experts": 128, "decoder_start_token_id": 0, "use_cache": False}),
 )  # fmt: skip
 _REAL: dict[str, Any] = {"vocab_size": VOCABULARY, "use_cache": False}
 _GRANITE: dict[str, Any] = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import random
 import statistics
 import tempfile
 import time
@@ -67,6 +68,7 @@ class Arm:
         """Processor seconds of a step: all of it, and of it `system.step`."""
         if self.preset == "protect" and self.steps:
             open_lenses(self.system)
+        gc.collect()
         start = time.process_time()
         self.model(**rows).loss.backward()
         with torch.no_grad():  # plain SGD, in place
@@ -108,10 +110,8 @@ def measure(layout: Layout) -> list[dict[str, Any]]:
             arm.step(rows)
     seen: list[dict[str, tuple[float, float]]] = []
     for number in range(layout.rounds):
-        names = list(arms)
-        turn = number % len(names)
-        seen.append({name: arms[name].step(rows) for name in (*names[turn:], *names[:turn])})
-        gc.collect()
+        order = random.Random(number).sample(list(arms), len(arms))
+        seen.append({name: arms[name].step(rows) for name in order})
     out = [_row(layout, name, arms[name], seen) for name in layout.presets]
     del arms, model
     gc.collect()

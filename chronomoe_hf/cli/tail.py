@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chronomoe_hf.cli.output import FOUND, JsonOption, RunDirectory, bars, console, print_json, records_directory
-from chronomoe_hf.cli.tail_view import View, lines, summary, to_json
+from chronomoe_hf.cli.tail_view import View, fitting, lines, summary, to_json
 from chronomoe_hf.errors import TelemetryError
 
 if TYPE_CHECKING:
@@ -41,13 +41,18 @@ def tail(
 ) -> None:
     """The last windows of a run: experts in use and how that changed, imbalance, dead experts, coherence."""
 
+    screen = console()
+    count = windows or (FEW if as_json else MOST)
+    if not (as_json or (follow and not screen.is_terminal)):
+        count = min(count, fitting(screen.width))  # a table shows no more, and no more are read
+
     def look() -> View:
-        return read(run_dir, windows or (FEW if as_json else MOST), run, layer)
+        return read(run_dir, count, run, layer)
 
     if follow and check:
         raise typer.BadParameter("--check looks once and leaves; --follow goes on. Give one of them.")
     if follow:
-        _follow(run_dir, look, every, console(), as_json)
+        _follow(run_dir, look, every, screen, as_json)
         return
     view = look()
     if not view.windows:
@@ -55,7 +60,6 @@ def tail(
     if as_json:
         print_json(to_json(view))
     else:
-        screen = console()
         for line in lines(view, screen.width, bars(screen.encoding)):
             screen.print(line, soft_wrap=True)
     if check and any(alert.urgent for alert in view.windows[-1].active):

@@ -52,6 +52,11 @@ class View:
         return "is gone: its process ended without a word" if is_gone(self.process) else None
 
 
+def fitting(width: int) -> int:
+    """Windows that a table of so many columns shows."""
+    return max(NARROWEST, width - _FIXED)
+
+
 def lines(view: View, width: int, blocks: str, height: int | None = None) -> list[str]:
     """The table as lines of at most `width` characters: the newest windows that fit, oldest ones dropped.
 
@@ -62,7 +67,7 @@ def lines(view: View, width: int, blocks: str, height: int | None = None) -> lis
         height: rows; where the layers do not fit, those that lost most are shown. None = all.
     """
     last = view.windows[-1]
-    windows = view.windows[-max(NARROWEST, width - _FIXED) :]
+    windows = view.windows[-fitting(width) :]
     steps = f"steps {windows[0].step} to {last.step}, {len(windows)} windows"
     head = [_cut(f"{view.run}  {last.model_name}  {steps}".replace("    ", "  "), width)]
     head.append(_cut(_clock(view, windows), width))

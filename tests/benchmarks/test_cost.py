@@ -67,13 +67,16 @@ def test_the_paper_table_follows_from_the_counts(cost: ModuleType, committed: di
     """Written again from the assumptions and units that the JSON names, by hand."""
     counted = json.loads((BENCHMARKS / "results" / "launches.json").read_text("utf-8"))["runs"]
     run = counted[committed["launches_run"]]
-    assert committed["scale"] == cost.scale.table(run, committed["state"]), "run benchmarks/cost/run.py --render"
+    shapes = json.loads((BENCHMARKS / "results" / "shapes.json").read_text("utf-8"))["rows"]
+    table = cost.scale.table(shapes, run, committed["state"])
+    assert committed["scale"] == table, "run benchmarks/cost/run.py --render"
     assumed = committed["scale"]["assumed"]
     qwen = next(m for m in committed["scale"]["models"] if m["name"].startswith("Qwen3"))
     unit = next(row for part in run.values() for row in part["rows"] if row["case"] == "observe")
     row = next(r for r in committed["scale"]["rows"] if r["model"] == qwen["name"] and r["preset"] == "observe")
-    launches = 94 * (unit["forward_per_layer"] + unit["step_per_layer"]) + unit["forward_fixed"] + unit["step_fixed"]
-    assert row["launches"] == round(launches)
+    wide = {each["model"]: each for each in shapes if each["case"] == "observe"}["Qwen3-235B-A22B, T 8192"]
+    launches = wide["launches"] + 94 * unit["step_per_layer"] + unit["step_fixed"]
+    assert row["launches"]["8192"] == round(launches) and row["launches"]["1024"] != row["launches"]["8192"]
     size = 8 * (94 * (10 * 128 + 11) + 3)
     reduce = assumed["hop_us"] * 1e-6 * math.log2(512) + 2 * 511 / 512 * size / (assumed["bandwidth_gb_s"] * 1e9)
     assert row["reduce_ms"]["512"] == pytest.approx(1000 * reduce, abs=1e-3)

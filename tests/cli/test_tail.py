@@ -91,6 +91,17 @@ def test_only_the_end_of_the_file_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(parsed) == 5 + 2  # and the one attempt, for the runs and for how it ended
 
 
+def test_a_table_reads_no_more_windows_than_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_run(tmp_path, windows=100)
+    parsed: list[bytes] = []
+    parse = reader.parse_line
+    monkeypatch.setattr(reader, "parse_line", lambda raw: (parsed.append(raw), parse(raw))[1])
+    many = run("tail", str(tmp_path), "-n", "10000")
+    assert many.exit_code == 0 and len(parsed) < 60, "a table of 80 columns has room for some forty"
+    assert many.output.splitlines()[2:] == run("tail", str(tmp_path), "-n", "60").output.splitlines()[2:]
+    assert len(json.loads(run("tail", str(tmp_path), "-n", "10000", "--json").output)["windows"]) == 100
+
+
 def test_two_trainings_in_one_directory_are_two_runs(tmp_path: Path) -> None:
     first = train_into(tmp_path, steps=6, interval=2)
     second = train_into(tmp_path, steps=4, interval=2, seed=1)
