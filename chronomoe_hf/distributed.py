@@ -93,6 +93,15 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
+def gather_objects(value: object) -> list[object]:
+    """Every rank's JSON-like object, in order of ranks. Collective; only where a window closes."""
+    if not active():
+        return [value]
+    found: list[object] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def is_sharded(weight: Tensor) -> bool:
     """Whether this process holds only a part of `weight`: DTensor (FSDP2, tensor parallel), ZeRO-3."""
     return isinstance(weight, DTensor) or hasattr(weight, "ds_id") or hasattr(weight, "ds_shape")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chronomoe_hf import distributed
 from chronomoe_hf.config import ReplayConfig
 from chronomoe_hf.errors import ConfigError, ReplayError, shown
 from chronomoe_hf.replay.layers import ReplayLayer, replayable
@@ -215,13 +216,23 @@ class Replay:
         record = sums.reduced(len(self.axis.layers), device)
         record["layers"] = [layer.layer_id for layer in self.axis.compared]
         record["mode"], record["recompute_mode"] = self.config.mode, self.config.recompute
-        record["store"] = {"records": len(self.store), "bytes": self.store.nbytes, "dropped": self.store.dropped}
-        record["invalid"] = {"tokens": self.num_invalid, "why": self.invalid} if self.invalid else None
-        record["misaligned"] = self.passes.misaligned
+        record |= self._said()
         self.passes.sums = ReplaySums(len(self.axis.compared))
         pending.flips, pending.seen = {}, {}
         self.invalid, self.num_invalid = None, 0
         return record
+
+    def _said(self) -> dict[str, Any]:
+        """What the ranks' stores hold, and what was wrong with their engines' routes, on every rank. Collective."""
+        store = {"records": len(self.store), "bytes": self.store.nbytes, "dropped": self.store.dropped}
+        mine = {"store": store, "num": self.num_invalid, "why": self.invalid, "misaligned": self.passes.misaligned}
+        ranks: list[Any] = distributed.gather_objects(mine)
+        words = [rank["why"] for rank in ranks if rank["why"]]
+        return {
+            "store": {name: sum(rank["store"][name] for rank in ranks) for name in store},
+            "invalid": {"tokens": sum(rank["num"] for rank in ranks), "why": words[0]} if words else None,
+            "misaligned": next((rank["misaligned"] for rank in ranks if rank["misaligned"]), None),
+        }
 
     def discard(self) -> None:
         """Throw away what waits and what was summed; the records stay."""
