@@ -101,13 +101,13 @@ _GRANITE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 REAL = (
-    Layout("Qwen3-30B-A3B, 2 layers", "qwen3_moe", 2, 128, 8,
+    Layout("Qwen3-30B-A3B, 1 layer", "qwen3_moe", 1, 128, 8,
            {**_REAL, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
             "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
-            "num_experts_per_tok": 8, "norm_topk_prob": True, "num_hidden_layers": 2}, "bfloat16", 1024),
-    Layout("OLMoE-1B-7B, 2 layers", "olmoe", 2, 64, 8,
+            "num_experts_per_tok": 8, "norm_topk_prob": True, "num_hidden_layers": 1}, "bfloat16", 1024),
+    Layout("OLMoE-1B-7B, 1 layer", "olmoe", 1, 64, 8,
            {**_REAL, "hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 16,
-            "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 2},
+            "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 1},
            "bfloat16", 1024),
     Layout("Mixtral-8x7B, 1 layer", "mixtral", 1, 8, 2,
            {**_REAL, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
