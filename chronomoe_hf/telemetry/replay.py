@@ -126,8 +126,8 @@ def _idle(record: Mapping[str, Any], config: ReplayConfig) -> dict[str, Any]:
     if not record["passes"]["gradient"]:
         return {
             "holds": True,
-            "detail": f"replay.mode is {config.mode!r}, and no gradient pass was seen since the last window: a "
-            "compiled model (torch.compile, model.compile()) neither tells what it chose nor can be told; train it uncompiled",
+            "detail": f"replay.mode is {config.mode!r}, and no gradient pass was seen since the last window: a model "
+            "under torch.compile or model.compile() neither tells what it chose nor can be told; train it uncompiled",
         }
     if config.mode == "measure" or record["tokens_repeated"]:
         return {"holds": False}
