@@ -19,7 +19,7 @@ help:
 	@echo "make test-versions  a reduced suite with older Transformers releases"
 	@echo "make test-lowest    the same with the lowest promised versions (downloads several GB)"
 	@echo "make test-tools     axolotl, LLaMA-Factory, ms-swift and others, each in a folder of its own; writes docs/tools.md (ARGS='bnb st')"
-	@echo "make test-clients   vLLM, llama.cpp, lm-eval and an older Transformers on checkpoints of ours (about an hour)"
+	@echo "make test-clients   vLLM, llama.cpp, lm-eval, mergekit, llmcompressor, ONNX, an older Transformers on checkpoints of ours (an hour)"
 	@echo "make docs       the documentation, built strictly, into build/site"
 	@echo "make bench      the CPU benchmarks again, what differs from the committed tables, docs/results.md (about half an hour)"
 	@echo "make format     rewrite the sources in the project's format"
@@ -64,7 +64,7 @@ test-lowest: $(STAMP)
 test-tools: $(STAMP)
 	$(TEST_ENV) $(BIN)/python tests/tools/run.py --page $(ARGS)
 
-# Real engines, each in an environment of its own below CLIENT_ENVS; writes benchmarks/results/serving.json and docs/serving.md.
+# Real engines, each in an environment of its own below CLIENT_ENVS (made where missing); writes benchmarks/results/serving.json and docs/serving.md.
 CLIENT_ENVS ?= build/clients/envs
 test-clients: $(STAMP)
 	$(TEST_ENV) $(BIN)/python tests/clients/run.py --envs $(CLIENT_ENVS) $(ARGS)

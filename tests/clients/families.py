@@ -34,7 +34,7 @@ _SIGMOID = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 1, 
 FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "mixtral": ("Mixtral", {**_LOCAL8, "intermediate_size": 64}, "lens", 6),
     "qwen2_moe": ("Qwen2Moe", {**_E8, "shared_expert_intermediate_size": 64}, "lens", 5),
-    "qwen3_moe": ("Qwen3Moe", {**_E8, "norm_topk_prob": True}, "lens", 6),
+    "qwen3_moe": ("Qwen3Moe", {**_E8, "moe_intermediate_size": 128, "norm_topk_prob": True}, "lens", 6),  # 128: W4A16
     "olmoe": ("Olmoe", {**_E8, "intermediate_size": 64}, "lens", 5),
     "flex_olmo": ("FlexOlmo", {**_E8, "intermediate_size": 64}, "lens", 5),
     "granitemoe": ("GraniteMoe", {**_LOCAL8, "intermediate_size": 64}, "lens", 5),
@@ -45,7 +45,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
         5,
     ),
     "gpt_oss": ("GptOss", {**_LOCAL8, "sliding_window": 128}, "beta", 5),
-    "hunyuan_v1_moe": ("HunYuanMoEV1", {"num_experts": 8, "moe_topk": 2}, "lens", 5),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1",
+        {"num_experts": 8, "intermediate_size": 64, "moe_topk": [2, 2, 2], "moe_intermediate_size": [64, 64, 64],
+         "num_shared_expert": [1, 1, 1]},
+        "lens",
+        5,
+    ),
     "glm4_moe": (
         "Glm4Moe",
         {**_SIGMOID, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1,
@@ -56,8 +62,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "deepseek_v3": (
         "DeepseekV3",
         {**_SIGMOID, "n_routed_experts": 16, "num_experts_per_tok": 4, "first_k_dense_replace": 1, "n_group": 2,
-         "topk_group": 1, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
-         "v_head_dim": 32, "head_dim": 16},
+         "topk_group": 1, "kv_lora_rank": 512, "q_lora_rank": 32, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64,
+         "v_head_dim": 64, "head_dim": 64},
         "bias",
         12,
     ),
@@ -70,6 +76,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "exaone_moe": (
         "ExaoneMoe",
         {**_E8, "n_group": 1, "topk_group": 1, "num_shared_experts": 1, "sliding_window": 128,
+         "scoring_func": "sigmoid",
          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
          "mlp_layer_types": ["dense", "sparse", "sparse"]},
         "bias",
@@ -78,7 +85,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "afmoe": (
         "Afmoe",
         {**_E8, "num_dense_layers": 1, "num_shared_experts": 1, "score_func": "sigmoid", "sliding_window": 128,
-         "route_norm": True, "n_group": 1, "topk_group": 1},
+         "route_norm": True, "n_group": 1, "topk_group": 1, "mup_enabled": True},
         "bias",
         5,
     ),

@@ -9,6 +9,7 @@ SentencePiece one with made-up pieces. Everything else is the converter's. Runs 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -41,28 +42,44 @@ for name in list(vars(conversion.base.TextModel)):
     if name.startswith("_set_vocab"):
         setattr(conversion.base.TextModel, name, lambda self, *args, **kwargs: made_up(self))
 conversion.base.TextModel.set_vocab = made_up
+import conversion.hunyuan  # its own vocabulary wants a tiktoken file
+for kind in vars(conversion.hunyuan).values():
+    if isinstance(kind, type) and "set_vocab" in vars(kind):
+        kind.set_vocab = made_up
 conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "default"
 runpy.run_path(converter, run_name="__main__")
 """
 
 
 def convert(directory: str, converter: str) -> Path:
-    """The GGUF file of a checkpoint, in F32."""
+    """The GGUF file of a checkpoint, in F32; made in a fork, so that torch and the converter are imported once."""
     out = Path(f"{directory}.gguf")
-    done = subprocess.run(
-        [sys.executable, "-c", _CONVERT, converter, directory, "--outtype", "f32", "--outfile", str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "NO_LOCAL_GGUF": ""},
-    )
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        raise RuntimeError(f"the converter: {lines[-1] if lines else done.returncode}")
+    log = Path(f"{directory}.convert.log")
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with log.open("w") as stream:
+                os.dup2(stream.fileno(), 1)
+                os.dup2(stream.fileno(), 2)
+                sys.argv = ["-c", converter, directory, "--outtype", "f32", "--outfile", str(out)]
+                try:
+                    exec(_CONVERT, {})
+                    status = 0
+                except SystemExit as end:
+                    status = int(end.code or 0)
+                except BaseException as error:
+                    print(f"{type(error).__name__}: {error}", flush=True)
+        finally:
+            os._exit(status)
+    if os.waitpid(child, 0)[1] != 0:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise RuntimeError(f"the converter: {lines[-1] if lines else 'no word'}")
+    log.unlink()
     return out
 
 
-def ask(directory: str, converter: str) -> dict[str, Any]:
+def ask(directory: str) -> dict[str, Any]:
     """Differences of all log-probabilities, and how many greedy tokens agree."""
     import llama_cpp
 
@@ -71,7 +88,7 @@ def ask(directory: str, converter: str) -> dict[str, Any]:
     wrapped_NSV = want_NSV
     if "plain_logprobs" in said:
         want_NSV = said["plain_logprobs"]
-    path = convert(directory, converter)
+    path = Path(f"{directory}.gguf")
     try:
         model = llama_cpp.Llama(
             str(path), n_ctx=128, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False
@@ -105,19 +122,30 @@ def ask(directory: str, converter: str) -> dict[str, Any]:
 def main() -> None:
     out, converter, *directories = sys.argv[1:]
     if directories[0] == "--one":  # a process of its own: llama.cpp aborts where it cannot go on
-        print(json.dumps(ask(directories[1], converter)))
+        print(json.dumps(ask(directories[1])))
         return
+    sys.path.insert(0, str(Path(converter).parent / "gguf-py"))
+    for name in ("torch", "transformers", "gguf"):
+        importlib.import_module(name)
     results: dict[str, Any] = {}
     for directory in directories:
-        command = [sys.executable, __file__, out, converter, "--one", directory]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            results[directory] = json.loads(done.stdout.strip().splitlines()[-1])
-        else:
-            lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or [f"status {done.returncode}"]
-            results[directory] = {"error": lines[-1][:200]}
+        results[directory] = row(directory, out, converter)
         print(directory, results[directory], flush=True)
         Path(out).write_text(json.dumps(results, indent=1))
+
+
+def row(directory: str, out: str, converter: str) -> dict[str, Any]:
+    try:
+        convert(directory, converter)
+    except RuntimeError as error:
+        return {"error": str(error)[:200]}
+    command = [sys.executable, __file__, out, converter, "--one", directory]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return said
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or [f"status {done.returncode}"]
+    return {"error": lines[-1][:200]}
 
 
 if __name__ == "__main__":

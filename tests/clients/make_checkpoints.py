@@ -2,9 +2,10 @@
 
     python tests/clients/make_checkpoints.py build/clients/checkpoints [family ...]
 
-Beside each checkpoint lies ``FAMILY/KIND.npz``: log-probabilities of Transformers at every position of six prompts, and
-greedy continuations. For ``governed`` and ``folded`` they are those of the *wrapped* model, so that a client is held
-against what was trained; ``plain_logprobs`` of ``governed`` is what a plain reload says.
+Where refit gives nothing back there is no ``refitted``, and ``FAMILY/refitted.json`` has the reason. Beside each
+checkpoint lies ``FAMILY/KIND.npz``: log-probabilities of Transformers at every position of six prompts, and greedy
+continuations. For ``governed`` and ``folded`` they are those of the *wrapped* model, so that a client is held against
+what was trained; ``plain_logprobs`` of ``governed`` is what a plain reload says.
 
 Shape suffixes: N prompts, S positions, V vocabulary, G generated tokens.
 """
@@ -12,6 +13,7 @@ Shape suffixes: N prompts, S positions, V vocabulary, G generated tokens.
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import sys
 import warnings
@@ -27,12 +29,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, lifecycle, system_of
+from chronomoe_hf.errors import ChronoError
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 import _text_job
 
 PLAIN_STEPS, GOVERNED_STEPS = 20, 12
+FITS = ((24, 0.3), (24, 0.03), (48, 3.0))  # batches, ridge
 _LENS = {"integral_target": 1.0, "integral_gain": 5.0, "min_pressure": 0.0, "lens_spread_max": 1e6}
 
 
@@ -131,17 +135,33 @@ def make(family: str, home: Path, tokenizer: Any, ids: Tensor) -> None:
     folded.save_pretrained(home / "folded")
     note(home / "folded.npz", governed, prompts_NS)
 
-    evidence = lifecycle.calibrate(model, [{"input_ids": batch(ids, 2000 + at)} for at in range(4)])
-    plan = lifecycle.plan_prune(evidence, keep=0.5, rank="contribution")  # half: refit has something to give back
-    fit = [{"input_ids": batch(ids, 3000 + at)} for at in range(8)]
-    report = lifecycle.refit(model, plan, fit, ridge=0.3)
-    if not report.applied:
-        print(f"{family}: refit refused, the refitted checkpoint is a plain cut: {report.reason}", flush=True)
-    lifecycle.export(model, plan, home / "refitted", tokenizer=tokenizer, refit=report if report.applied else None)
-    note(home / "refitted.npz", AutoModelForCausalLM.from_pretrained(home / "refitted").eval(), prompts_NS)
+    refitted(model, home, tokenizer, ids, prompts_NS)
     for kind in ("plain", "governed", "cut", "folded"):
         tokenizer.save_pretrained(home / kind)
     print(f"{family}: steered by {how}, {plan.specs[0].num_experts} -> {plan.num_kept} experts", flush=True)
+
+
+def refitted(model: PreTrainedModel, home: Path, tokenizer: Any, ids: Tensor, prompts_NS: Tensor) -> None:
+    """A cut to half the experts with what refit gives back, or ``refitted.json`` with the reason that there is none.
+
+    Refit writes nothing where the error on held-out tokens does not fall; more tokens and another ridge are tried.
+    """
+    evidence = lifecycle.calibrate(model, [{"input_ids": batch(ids, 2000 + at)} for at in range(4)])
+    plan = lifecycle.plan_prune(evidence, keep=0.5, rank="contribution")
+    reasons = []
+    for num_batches, ridge in FITS:
+        fit = [{"input_ids": batch(ids, 3000 + at)} for at in range(num_batches)]
+        try:
+            report = lifecycle.refit(model, plan, fit, ridge=ridge)
+        except ChronoError as error:
+            reasons.append(f"{type(error).__name__}: {error}")
+            break
+        if report.applied:
+            lifecycle.export(model, plan, home / "refitted", tokenizer=tokenizer, refit=report)
+            note(home / "refitted.npz", AutoModelForCausalLM.from_pretrained(home / "refitted").eval(), prompts_NS)
+            return
+        reasons.append(f"refit refused: {report.reason}")
+    (home / "refitted.json").write_text(json.dumps({"error": reasons[-1]}))
 
 
 def main() -> int:
