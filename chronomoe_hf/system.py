@@ -8,18 +8,16 @@ import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.checkpoint.fingerprint import live_fingerprint
 from chronomoe_hf.checkpoint.store import OnMissing, StateStore
-from chronomoe_hf.coherence import CoherenceBuffer
 from chronomoe_hf.config import ChronoConfig
 from chronomoe_hf.controller import ControlDecision, Controller, actuate
 from chronomoe_hf.lens.direction import RouterInputs
-from chronomoe_hf.lens.lens import ChronoLens
 from chronomoe_hf.lifecycle.dry_run.cases import PruneDecision
 from chronomoe_hf.lifecycle.dry_run.coordinator import LifecycleCoordinator
 from chronomoe_hf.lifecycle.evidence.drift import RouterDrift
@@ -29,13 +27,12 @@ from chronomoe_hf.parts import Parts, Position
 from chronomoe_hf.recording.recorder import Taken, take, zero
 from chronomoe_hf.recording.scope import Switches
 from chronomoe_hf.recording.totals import Recorded
-from chronomoe_hf.router.state import RouterState
 from chronomoe_hf.step_state import StepState, check_step
 from chronomoe_hf.telemetry import AlertHistory, SystemSnapshot
 from chronomoe_hf.window.events import window_shares
 from chronomoe_hf.window.follow import follow_model, follow_step, new_window
 from chronomoe_hf.window.host import Moment, WindowHost
-from chronomoe_hf.window.looks import ShownSystem
+from chronomoe_hf.window.recorded import RecordedSystem
 from chronomoe_hf.window.records import RunRecords
 from chronomoe_hf.wrapping.build import check_layers
 from chronomoe_hf.wrapping.fold import FoldReport, fold_layers
@@ -49,14 +46,7 @@ DEFAULT_INTERVAL = 100  # optimizer steps in a window, where no run says how lon
 WINDOWS_OF_A_RUN = 20
 
 
-class _Shape(NamedTuple):
-    layer_id: int
-    n_experts: int
-    top_k: int
-    cut: list[int]
-
-
-class ChronoSystem(ShownSystem):
+class ChronoSystem(RecordedSystem):
     """State and control of one wrapped model; made by ``wrap``, found by ``system_of``.
 
     Args:
@@ -117,32 +107,6 @@ class ChronoSystem(ShownSystem):
         self.host = WindowHost(parts, self.records, type(model).__name__)
         self.placement = Placement(self.step_state, self.sums, layers)
         self._set_switches()
-
-    # ---- views -------------------------------------------------------------------------------------------------
-
-    @property
-    def attempt(self) -> int:
-        """Start or resume of the run, counted from 0."""
-        return self.records.attempt
-
-    @property
-    def cap(self) -> float:
-        """Cap on |beta_coeff| of the law in force."""
-        beta = self.config.beta
-        return beta.balance_cap if beta.law == "balance" else beta.k_max
-
-    @property
-    def lenses(self) -> dict[int, ChronoLens]:
-        """Lenses by layer id, for the layers that can have one."""
-        return {layer.layer_id: layer.handle.lens for layer in self.layers if layer.handle.lens is not None}
-
-    def coherence(self, layer_id: int) -> CoherenceBuffer:
-        """The layer's three clocks."""
-        return self.step_state.coherence(layer_id)
-
-    def router_state(self, layer_id: int) -> RouterState:
-        """The layer's router state."""
-        return self.layers[layer_id].handle.state
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "on_unwrap": []}  # a copy or a pickle of the model is its own wrapped model
@@ -338,10 +302,6 @@ class ChronoSystem(ShownSystem):
         new_window(self.store.parts)
         self.window_steps, self.overhead_s = 0, 0.0
 
-    def set_alert(self, kind: str, step: int, holds: bool, detail: str = "") -> None:
-        """Raise or clear a whole-run alert, and record it where that is a change."""
-        self.host.set_alert(kind, step, holds, detail)
-
     # ---- evaluation --------------------------------------------------------------------------------------------
 
     def recording_eval(self) -> AbstractContextManager[None]:
@@ -463,44 +423,3 @@ class ChronoSystem(ShownSystem):
         accelerator.register_load_state_pre_hook(
             lambda models, directory: self.load(directory, on_missing=on_missing, check_weights=False)
         )
-
-    # ---- records -----------------------------------------------------------------------------------------------
-
-    def open_telemetry(
-        self, output_dir: str | Path, *, resume_step: int | None = None, learning_rate: float | None = None
-    ) -> None:
-        """Write records below ``<output_dir>/chronomoe`` from now on (main process only).
-
-        Args:
-            output_dir: of the run.
-            resume_step: optimizer step that is resumed from, None for a fresh start.
-            learning_rate: of the run as it was configured, for the verdict; None where it is not known.
-
-        Raises:
-            TelemetryError: the directory cannot be written.
-        """
-        self.records.open(
-            output_dir,
-            run_id=self.run_id,
-            config=self.config,
-            layers=self.layers,
-            model_class=type(self.model).__name__,
-            resume_step=resume_step,
-            interval=self.interval,
-            adapter=any(type(module).__module__.startswith("peft.") for module in self.model.modules()),
-            learning_rate=learning_rate,
-        )
-        self.record_baseline(again=resume_step is not None)
-
-    def record_baseline(self, again: bool = False) -> None:
-        """Write the baseline, if there is one that is not written yet; `again`: also one that is."""
-        shapes = [_Shape(layer.layer_id, layer.num_experts, layer.top_k, list(layer.cut)) for layer in self.layers]
-        self.records.baseline(self.alerts.reference, shapes, self.global_step, again)
-
-    def close_telemetry(self, completed: bool = True) -> None:
-        """Close the record files; reports dropped records.
-
-        Args:
-            completed: the run came to its end; False for one that broke off.
-        """
-        self.records.close(self.global_step, completed)

@@ -161,17 +161,7 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
     Raises:
         TelemetryError: no records of ours, or no such run.
     """
-    root = Path(run_dir)
-    directory = next((d for d in (root / DIRECTORY, root) if any(d.glob("*.jsonl"))), None)
-    if not root.exists():
-        raise TelemetryError(
-            f"there is no directory {root}; give the output_dir of a run or the directory of a profile"
-        )
-    if directory is None:
-        raise TelemetryError(
-            f"no records in {root} or {root / DIRECTORY}; give the output_dir of a run that wrote telemetry "
-            "(TelemetryConfig.jsonl)"
-        )
+    directory = _records_below(Path(run_dir))
     root = directory.parent if directory.name == DIRECTORY else directory
     last = read_last(directory / "snapshots.jsonl", 1, name=name)
     history = last.history
@@ -212,6 +202,20 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         replay=read_jsonl(directory / f"{REPLAY}.jsonl", run=run)[0][-MAX_REPLAY:],
         learned=manifest.get("learning_rate") != 0 or any(rate > 0 for _, rate in rates),
     )
+
+
+def _records_below(root: Path) -> Path:
+    found = next((d for d in (root / DIRECTORY, root) if any(d.glob("*.jsonl"))), None)
+    if not root.exists():
+        raise TelemetryError(
+            f"there is no directory {root}; give the output_dir of a run or the directory of a profile"
+        )
+    if found is None:
+        raise TelemetryError(
+            f"no records in {root} or {root / DIRECTORY}; give the output_dir of a run that wrote telemetry "
+            "(TelemetryConfig.jsonl)"
+        )
+    return found
 
 
 def relative_load(run: RunData, step: int) -> tuple[Array, list[int]]:

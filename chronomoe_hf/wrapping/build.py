@@ -205,17 +205,7 @@ def _make_layer(
     state.scope = config.beta.scope_in_force
     if config.beta.law == "balance":
         state.k_max = config.beta.balance_cap
-    lens = None
-    if config.lens.enabled and config.control.enabled:
-        if reason := adapter.refused("lens") or quantised_router(adapter, router):
-            notes.append(f"no lens: {reason}")
-        else:
-            lens = ChronoLens(
-                d_model=int(distributed.whole_shape(adapter.weight(router))[-1]),
-                rank=1,
-                layer_id=layer_id,
-                train_router=config.lens.train_router,
-            )
+    lens = _lens(layer_id, found, config, notes)
     recorder = LayerRecorder(
         layer_id,
         num_experts,
@@ -246,6 +236,21 @@ def _make_layer(
         bias_is_parameter=place is not None and place[1] in place[0]._parameters,
         can_steer=refused_beta is None,
         known=notes,
+    )
+
+
+def _lens(layer_id: int, found: FoundLayer, config: ChronoConfig, notes: list[str]) -> ChronoLens | None:
+    """The lens of a layer, closed; None where none is asked for, or none can be: then `notes` gets the reason."""
+    if not (config.lens.enabled and config.control.enabled):
+        return None
+    if reason := found.adapter.refused("lens") or quantised_router(found.adapter, found.router):
+        notes.append(f"no lens: {reason}")
+        return None
+    return ChronoLens(
+        d_model=int(distributed.whole_shape(found.adapter.weight(found.router))[-1]),
+        rank=1,
+        layer_id=layer_id,
+        train_router=config.lens.train_router,
     )
 
 

@@ -129,15 +129,7 @@ def refit(
             batches are too few or not finite. Nothing was changed.
     """
     started = time.perf_counter()
-    if distributed.active():
-        raise LifecycleError("refit runs in one process; refit the saved model, or on one rank before training")
-    if getattr(root_of(model), "hf_quantizer", None) is not None:
-        raise LifecycleError(
-            f"{type(root_of(model)).__name__} is quantized, its weights cannot be refitted; cut and refit the model "
-            "before it is quantized, then quantize the smaller checkpoint"
-        )
-    if not 0.0 < held_out < 1.0:
-        raise LifecycleError(f"held_out must be in (0, 1), got {held_out}")
+    _require_refittable(model, held_out)
     model = uncompiled(model)
     layers = match_layers(model, plan.specs)
     cut = [index for index, layer in enumerate(plan.layers) if layer.dropped]
@@ -171,6 +163,18 @@ def refit(
         seconds=time.perf_counter() - started,
         _stored=[] if reason else stored,
     )
+
+
+def _require_refittable(model: nn.Module, held_out: float) -> None:
+    if distributed.active():
+        raise LifecycleError("refit runs in one process; refit the saved model, or on one rank before training")
+    if getattr(root_of(model), "hf_quantizer", None) is not None:
+        raise LifecycleError(
+            f"{type(root_of(model)).__name__} is quantized, its weights cannot be refitted; cut and refit the model "
+            "before it is quantized, then quantize the smaller checkpoint"
+        )
+    if not 0.0 < held_out < 1.0:
+        raise LifecycleError(f"held_out must be in (0, 1), got {held_out}")
 
 
 def warn_of_few_tokens(reports: Sequence[LayerRefit]) -> None:
