@@ -187,6 +187,8 @@ def _redraw(look: Callable[[], View], every: float, screen: Console) -> str:
                 drawn = lines(view, screen.width, bars(screen.encoding), screen.height - 1)
                 live.update(Text("\n".join(drawn), no_wrap=True), refresh=True)
             if view is not None and view.over:
+                if not view.windows:
+                    live.update(Text(f"the run {view.over}, before its first window"), refresh=True)
                 return view.over
             time.sleep(every)
 

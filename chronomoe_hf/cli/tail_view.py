@@ -68,9 +68,13 @@ def lines(view: View, width: int, blocks: str, height: int | None = None) -> lis
     """
     last = view.windows[-1]
     windows = view.windows[-fitting(width) :]
-    steps = f"steps {windows[0].step} to {last.step}, {len(windows)} windows"
+    steps = f"step {last.step}, 1 window"
+    if len(windows) > 1:
+        steps = f"steps {windows[0].step} to {last.step}, {len(windows)} windows"
     head = [_cut(f"{view.run}  {last.model_name}  {steps}".replace("    ", "  "), width)]
-    head.append(_cut(_clock(view, windows), width))
+    head.append(_cut(_clock(windows), width))
+    if view.over is not None:  # a line of its own: what matters most must not be cut at the right
+        head.append(_cut(f"the run {view.over}", width))
     if view.others:
         head.append(_cut(f"other runs here: {', '.join(view.others[::-1])}; --run NAME shows one", width))
     foot = [_cut(line, width) for line in grouped(last.active, len(last.layers))]
@@ -84,7 +88,9 @@ def lines(view: View, width: int, blocks: str, height: int | None = None) -> lis
         room = max(1, height - len(head) - len(foot) - 3)
         if len(rows) > room:
             worst = sorted(rows, key=lambda row: _loss(row[1]))[: max(1, room - 1)]
-            foot.insert(0, _cut(f"the {len(worst)} that lost most of {len(rows)} layers; --layer N shows one", width))
+            moved = any(neff_change(layer) for layer in last.layers)  # not in the window that is the baseline itself
+            which = "that lost most" if moved else "with the fewest experts in use"
+            foot.insert(0, _cut(f"the {len(worst)} {which}, of {len(rows)} layers; --layer N shows one", width))
             rows = sorted(worst, key=lambda row: row[1].index)
     return [*head, "", title.rstrip(), *(row for row, _ in rows), *foot]
 
@@ -105,8 +111,8 @@ def grouped(alerts: list[AlertView], num_layers: int) -> list[str]:
     return out
 
 
-def _clock(view: View, windows: list[Window]) -> str:
-    """Age of the last window, pace of the run, and how it ended."""
+def _clock(windows: list[Window]) -> str:
+    """Age of the last window and pace of the run."""
     known = [(window.time, window.step) for window in windows if window.time is not None]
     parts = []
     if known:
@@ -115,9 +121,6 @@ def _clock(view: View, windows: list[Window]) -> str:
     if len(known) > 1 and known[-1][1] > known[0][1]:
         pace = (known[-1][0] - known[0][0]) / (known[-1][1] - known[0][1])
         parts.append(f"{pace:.3g} s a step")
-    over = view.over
-    if over is not None:
-        parts.append(f"the run {over}")
     return ", ".join(parts) or "no time in these records"
 
 

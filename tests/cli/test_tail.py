@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -229,7 +230,7 @@ def test_follow_on_a_terminal_redraws_the_table(tmp_path: Path) -> None:
     finally:
         follow.kill()
         os.close(master)
-    assert b"lost most of 40 layers" in seen and b"\x1b[?1049" not in seen, "the last table stays on the screen"
+    assert b"that lost most, of 40 layers" in seen and b"\x1b[?1049" not in seen, "the last table stays on the screen"
 
 
 def test_a_small_screen_shows_the_worst_layers(tmp_path: Path) -> None:
@@ -241,6 +242,26 @@ def test_a_small_screen_shows_the_worst_layers(tmp_path: Path) -> None:
     shown = [line.split()[0] for line in drawn if line.split() and line.split()[0] in changes]
     assert shown == sorted(sorted(changes, key=lambda name: changes[name])[: len(shown)], key=int)
     assert 10 <= len(shown) < 40
+
+
+def test_how_a_run_ended_is_whole_on_a_small_screen(tmp_path: Path) -> None:
+    random_run(tmp_path, layers=40, windows=3)
+    view = read(tmp_path, 3, None, None)
+    gone = dataclasses.replace(view, process={**this_process(), "pid": 2**22 + 1})
+    assert gone.over is not None
+    drawn = lines(gone, 80, bars("utf-8"), height=23)
+    assert f"the run {gone.over}" in drawn and len(drawn) <= 23
+
+
+def test_the_first_window_is_nothing_that_was_lost(tmp_path: Path) -> None:
+    random_run(tmp_path, layers=40, windows=1)
+    view = read(tmp_path, 3, None, None)
+    drawn = lines(view, 80, bars("utf-8"), height=23)
+    assert "step 10, 1 window" in drawn[0] and not any("lost" in line for line in drawn)
+    used = {layer.layer_id: layer.neff_fraction or 0.0 for layer in view.windows[-1].layers}
+    shown = [line.split()[0] for line in drawn if line.split() and line.split()[0] in used]
+    assert any("with the fewest experts in use, of 40 layers" in line for line in drawn)
+    assert set(shown) == set(sorted(used, key=lambda name: used[name])[: len(shown)])
 
 
 def test_bars() -> None:
