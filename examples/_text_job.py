@@ -93,7 +93,8 @@ def load_text(domain: str, *, max_chars: int = 2_000_000) -> datasets.DatasetDic
     """The documents of a domain, split by document: every tenth one is held out.
 
     Args:
-        domain: ``"prose"`` (language reference topics) or ``"code"`` (top-level modules of the standard library).
+        domain: ``"prose"`` (language reference topics), ``"code"`` (top-level modules of the standard library) or
+            ``"tables"`` (its modules of character encodings: one narrow kind of code).
         max_chars: stop after this many characters.
 
     Returns:
@@ -102,7 +103,7 @@ def load_text(domain: str, *, max_chars: int = 2_000_000) -> datasets.DatasetDic
     Raises:
         ValueError: unknown domain.
     """
-    readers = {"prose": _prose, "code": _code}
+    readers = {"prose": _prose, "code": _code, "tables": _tables}
     if domain not in readers:
         raise ValueError(f"no domain {domain!r}; known: {', '.join(readers)}")
     # Ordered by a hash of the name, so that neighbours in the alphabet fall on both sides.
@@ -134,6 +135,11 @@ def _prose() -> Iterator[tuple[str, str]]:
 
 def _code() -> Iterator[tuple[str, str]]:
     for path in Path(sysconfig.get_paths()["stdlib"]).glob("*.py"):
+        yield path.name, path.read_text(encoding="utf-8", errors="replace")
+
+
+def _tables() -> Iterator[tuple[str, str]]:
+    for path in Path(sysconfig.get_paths()["stdlib"]).glob("encodings/*.py"):
         yield path.name, path.read_text(encoding="utf-8", errors="replace")
 
 

@@ -56,8 +56,10 @@ COHERENCE = tuple(
     )
 )
 AUX = ("aux 0.001", "aux 0.01", "aux 0.02")
+# `protect` by what its controller owes debt for: what the run is below a level, or what it lost since its baseline.
+REFERENCES = ("protect level", "protect baseline")
 FRONT = ("none", *AUX, "sign 0.001", "sign", "quantile", "balance 0.2", "balance", "protect", "revive")
-ARMS = (*FRONT, "coherence", "proportional", *CHANGED)
+ARMS = (*FRONT, *REFERENCES, "coherence", "proportional", *CHANGED)
 
 
 def aux_weight(arm: str) -> float:
@@ -106,6 +108,8 @@ def arm_config(arm: str) -> ChronoConfig:
         "balance 0.2": balance_config(),
         "balance": ChronoConfig.balance(),
         "protect": ChronoConfig.protect(),
+        "protect level": ChronoConfig.protect(control__reference="level"),
+        "protect baseline": ChronoConfig.protect(control__reference="baseline"),
         "revive": ChronoConfig.revive(),
         "coherence": ChronoConfig(
             veto=VetoConfig(enabled=False), control=ControlConfig(enabled=False), lens=LensConfig(enabled=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import chronomoe_hf
-from balance.arms import AUX, CHANGED, COHERENCE, FRONT, actor, aux_weight
+from balance.arms import AUX, CHANGED, COHERENCE, FRONT, REFERENCES, actor, aux_weight
 from balance.fast_head import use_fast_head
 from chronomoe_hf import ChronoConfig, ChronoSystem
 from chronomoe_hf.in_run.split_at_start import split_at_start
@@ -67,6 +67,7 @@ _TINY = ModelSize(layers=2, hidden=32, intermediate=32, heads=4, experts=8, top_
 # The stress of `make demo`, text, sizes and schedule included; the same with 32 experts; both again over more steps and
 # more text, so that no block is read much more than once. Then the shift the other way with k unchanged, and two other
 # families, k unchanged too: Qwen3-MoE (weights sum to 1 over the chosen) and DeepSeek-V3 (its own correction bias). In
+# `narrow` one kind of file out of the text of pretraining uses fewer experts from the start, and nothing is wrong. In
 # `healthy` nothing shifts and no expert is idle: the base was balanced before.
 SETTINGS = {
     "e8": Setting(name="e8", size=SIZES["e8k2"], top_k=1),
@@ -77,6 +78,7 @@ SETTINGS = {
     "qwen3": Setting(name="qwen3", size=_E32, top_k=4, arch="qwen3_moe"),
     "deepseek": Setting(name="deepseek", size=_E32, top_k=4, arch="deepseek_v3"),
     "healthy": Setting(name="healthy", size=SIZES["e8k2"], top_k=2, domain="prose", steps=100, settle=100, decay=False),
+    "narrow": Setting(name="narrow", size=SIZES["e8k2"], top_k=2, domain="tables", base_domain="code"),
     "quick": Setting(name="quick", size=_TINY, top_k=1, steps=60, pretrain_steps=60, batch=8),
 }
 PLAN = {
@@ -88,6 +90,11 @@ PLAN = {
 }
 COHERENCE_PLAN = {name: ("none", *COHERENCE, "sign", "balance 0.2", "balance") for name in ("e8", "e32")}
 COHERENCE_STEPS = 150
+# What the controller owes debt for, into results/protect_reference.*: on seeds that no default was tuned on.
+REFERENCE_PLAN = {
+    name: ("none", *REFERENCES)
+    for name in ("narrow", "e8", "e32", "reverse", "qwen3", "deepseek", "e8-long", "e32-long")
+}
 # The ablations, into results/balance_changed.*; that `protect` leaves a balanced run alone is among them.
 CHANGED_PLAN = {
     "e8": ("none", "protect", *CHANGED),

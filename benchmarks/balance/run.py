@@ -15,6 +15,7 @@ run. An environment of MALLOC_TRIM_THRESHOLD_=8589934592 and MALLOC_MMAP_THRESHO
         --output part3                               # the three seeds more; merge them like any other part
     python benchmarks/balance/run.py --changed       # `protect` with one default changed, into balance_changed.*
     python benchmarks/balance/run.py --coherence     # forms of the coherence law, into coherence_study.*
+    python benchmarks/balance/run.py --reference   # what `protect` owes debt for, into protect_reference.*
     python benchmarks/balance/run.py --quick         # one seed, a tiny model, four arms, under a minute
 """
 
@@ -38,9 +39,21 @@ import chronomoe_hf
 from balance.arms import ARMS, CHANGED, SIGN_RATE, arm_config
 from balance.coherence_table import markdown as coherence_markdown
 from balance.front import markdown, points, targets
-from balance.job import CHANGED_PLAN, COHERENCE_PLAN, COHERENCE_STEPS, PLAN, SETTINGS, fine_tune, prepare
+from balance.job import (
+    CHANGED_PLAN,
+    COHERENCE_PLAN,
+    COHERENCE_STEPS,
+    PLAN,
+    REFERENCE_PLAN,
+    SETTINGS,
+    fine_tune,
+    prepare,
+)
 from balance.measure import FLOOR, SMOOTH, TAIL, TARGET, summarise
 from balance.plot import plot
+from balance.reference_table import SEEDS as REFERENCE_SEEDS
+from balance.reference_table import claims as reference_claims
+from balance.reference_table import markdown as reference_markdown
 from balance.seeds import FRESH, against_revive
 from balance.table import claims
 from balance.table import markdown as changed_markdown
@@ -52,6 +65,7 @@ TUNING, STUDY = [0, 1, 2], [0, 1]
 FILES: dict[str, tuple[dict[str, Any], list[int], Any, Any]] = {
     "balance": (PLAN, list(FRESH), targets, markdown),
     "balance_changed": (CHANGED_PLAN, TUNING, claims, changed_markdown),
+    "protect_reference": (REFERENCE_PLAN, list(REFERENCE_SEEDS), reference_claims, reference_markdown),
     "coherence_study": (COHERENCE_PLAN, STUDY, lambda results: [], coherence_markdown),
 }
 
@@ -159,7 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, a tiny model, four arms")
     parser.add_argument("--changed", action="store_true", help="the ablations of protect, seeds 0 to 2")
     parser.add_argument("--coherence", action="store_true", help="forms of the coherence law, seeds 0 and 1")
-    parser.add_argument("--settings", nargs="+", choices=sorted({*PLAN, *CHANGED_PLAN}), default=None)
+    parser.add_argument("--reference", action="store_true", help="what protect owes debt for, seeds 9 to 11")
+    parser.add_argument("--settings", nargs="+", choices=sorted({*PLAN, *CHANGED_PLAN, *REFERENCE_PLAN}), default=None)
     parser.add_argument(
         "--arms",
         nargs="+",
@@ -171,6 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--merge", nargs="+", type=Path, default=None, help="output directories of earlier calls")
     options = parser.parse_args(arguments)
     name = "balance_changed" if options.changed else "coherence_study" if options.coherence else "balance"
+    name = "protect_reference" if options.reference else name
     plan, usual, _, _ = FILES[name]
     if options.merge:
         merge(options.merge, options.output or RESULTS, name)
