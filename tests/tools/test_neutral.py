@@ -12,7 +12,16 @@ import pytest
 from support import moe_zoo, scripts
 
 HERE = Path(__file__).resolve().parent
-LIBRARY = {"4-bit": "bnb", "8-bit": "bnb", "int8": "torchao", "liger": "liger", "fp8": None, "mxfp4": None}
+LIBRARY = {
+    "4-bit": "bnb",
+    "8-bit": "bnb",
+    "int8": "torchao",
+    "liger": "liger",
+    "fp8": None,
+    "mxfp4": None,
+    "experts4bit": "e4b",
+}
+OWN_TOOLS = {"e4b": ("experts4bit-qlora==0.58.1",)}
 
 _NO_FIELDS = "FP8Experts asks the config for fields that it has under other names"
 _CODES = "Transformers draws codes as if they were weights"
@@ -34,8 +43,13 @@ FAILS_WITHOUT_US: dict[str, dict[str, str]] = {
 ONLY = {
     "liger": {"mixtral", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "hunyuan_v1_moe"},
     "mxfp4": {"gpt_oss"},
+    "experts4bit": set(
+        "mixtral qwen2_moe qwen3_moe qwen3_next qwen3_5_moe olmoe flex_olmo mellum jamba minimax hunyuan_v1_moe gemma4 "
+        "granitemoe granitemoeshared cohere2_moe phimoe deepseek_v2 deepseek_v3 deepseek_v32 dots1 exaone_moe glm4_moe "
+        "glm4_moe_lite glm_moe_dsa mimo_v2_flash nemotron_h solar_open minimax_m2 lfm2_moe afmoe ernie4_5_moe".split()
+    ),
 }
-"""Families that have experts of this kind at all."""
+"""Families that have experts of this kind at all, in that library."""
 
 
 @pytest.mark.slow
@@ -44,7 +58,8 @@ def test_observing_changes_no_bit_of_a_quantised_model(kind: str, tmp_path: Path
     run = scripts.load(HERE / "run.py")
     tool = run.Tool(LIBRARY[kind] or "none", (), {})
     if LIBRARY[kind] is not None:
-        tool = next(each for each in run.TOOLS if each.name == LIBRARY[kind])
+        own = [run.Tool(name, packages, {}, beside=("bnb",)) for name, packages in OWN_TOOLS.items()]
+        tool = next(each for each in (*run.TOOLS, *own) if each.name == LIBRARY[kind])
         missing = run.build(tool)
         if missing is not None:
             pytest.skip(f"{tool.name} cannot be installed here: {missing}")

@@ -156,6 +156,21 @@ def mxfp4(family: str) -> Any:
         return type(plain).from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True))
 
 
+def experts4bit(family: str) -> Any:
+    """experts4bit-qlora's loader: every experts module is one of its own, 4-bit weights under a LoRA."""
+    from experts4bit_qlora import load_moe_4bit_streaming
+
+    given = moe_zoo.FAMILIES[family]["tiny_config_kwargs"]
+    plain = build(family, **{name: 64 for name in WIDTHS if name in given})  # it packs in blocks of 64
+    with tempfile.TemporaryDirectory() as folder:
+        plain.save_pretrained(folder)
+        model = load_moe_4bit_streaming(folder, "cpu", torch.float32, 4, 8)[0]
+    return packed(model, lambda module: type(module).__name__ == "ExpertsLoRA", "experts that it replaces")
+
+
+WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+
+
 def packed(model: Any, is_packed: Callable[[nn.Module], bool], what: str = "a layer that it packs") -> Any:
     """The model, if anything in it was packed or replaced."""
     if not any(is_packed(module) for module in model.modules()):
@@ -163,7 +178,15 @@ def packed(model: Any, is_packed: Callable[[nn.Module], bool], what: str = "a la
     return model
 
 
-KINDS = {"4-bit": four_bit, "8-bit": eight_bit, "int8": int8, "liger": liger, "fp8": fp8, "mxfp4": mxfp4}
+KINDS = {
+    "4-bit": four_bit,
+    "8-bit": eight_bit,
+    "int8": int8,
+    "liger": liger,
+    "fp8": fp8,
+    "mxfp4": mxfp4,
+    "experts4bit": experts4bit,
+}
 
 
 # ---- the check -------------------------------------------------------------------------------------------------------
