@@ -28,7 +28,7 @@ PINS = {
     "5.19.0": [],
 }
 # The lowest versions that pyproject.toml promises; tests/test_versions.py compares them with it.
-LOWEST = {"transformers": "5.6.0", "torch": "2.6.0", "accelerate": "1.10.0", "peft": "0.18.0", "trl": "1.0.0"}
+LOWEST = {"transformers": "5.6.0", "torch": "2.6.0", "accelerate": "1.10.0", "peft": "0.18.0", "trl": "0.24.0"}
 # Switch routers return another layout before 5.18: the contract probe refuses them, which test_versions asserts.
 SUITE = ["tests/test_versions.py", "tests/wrapping/test_wrap.py", "tests/recording/test_observe.py"]
 # What users do after training, a test or two each: export, refit, repair of a resume, the dry run.
