@@ -96,7 +96,8 @@ def read(run_dir: Path, count: int, run: str | None, only: list[int] | None) -> 
         windows = [_only(window, only) for window in windows]
     name = None if last.run is None else plain_text(last.run.name, 80)
     newer = sum(_is_newer(record) for record in last.records)
-    state, process = _state(directory, last.run)
+    known_run = last.run or (last.history.runs[-1] if last.history.runs and run is None else None)
+    state, process = _state(directory, known_run)
     return View(
         windows,
         name,
@@ -106,6 +107,19 @@ def read(run_dir: Path, count: int, run: str | None, only: list[int] | None) -> 
         process=process,
         newer=newer,
     )
+
+
+def _before_windows(run_dir: Path) -> View | None:
+    """What is known of a run that has written no window; None while it has written nothing at all."""
+    from chronomoe_hf.telemetry.reader import ATTEMPTS, read_history
+
+    try:
+        directory = records_directory(run_dir, f"{ATTEMPTS}.jsonl")
+    except TelemetryError:
+        return None
+    runs = read_history(directory).runs
+    state, process = _state(directory, runs[-1] if runs else None)
+    return View([], None, [], 0, state=state, process=process)
 
 
 def _is_newer(record: dict[str, Any]) -> bool:
@@ -156,33 +170,32 @@ def _follow(run_dir: Path, look: Callable[[], View], every: float, screen: Conso
     if not run_dir.exists():
         raise TelemetryError(f"there is no directory {run_dir}; give the output_dir of the run, once it has begun")
     try:
-        ended = (
-            _redraw(look, every, screen) if screen.is_terminal and not as_json else _lines_only(look, every, as_json)
-        )
+        drawn = screen.is_terminal and not as_json
+        ended = _redraw(look, run_dir, every, screen) if drawn else _lines_only(look, run_dir, every, as_json)
     except KeyboardInterrupt:
         return
     if ended != "ended":
         raise typer.Exit(FOUND)
 
 
-def _try(look: Callable[[], View]) -> View | None:
+def _try(look: Callable[[], View], run_dir: Path) -> View | None:
     """The view, None while the run has written nothing yet. A wrong name or layer is told at once."""
     try:
         return look()
     except TelemetryError as error:
         if str(error).startswith(f"no {SNAPSHOTS}"):
-            return None
+            return _before_windows(run_dir)
         raise
 
 
-def _redraw(look: Callable[[], View], every: float, screen: Console) -> str:
+def _redraw(look: Callable[[], View], run_dir: Path, every: float, screen: Console) -> str:
     from rich.live import Live
     from rich.text import Text
 
     # Not the alternate screen: what was shown last stays after Ctrl-C and when the run has ended.
     with Live(Text("waiting for the first window"), console=screen, auto_refresh=False) as live:
         while True:
-            view = _try(look)
+            view = _try(look, run_dir)
             if view is not None and view.windows:
                 drawn = lines(view, screen.width, bars(screen.encoding), screen.height - 1)
                 live.update(Text("\n".join(drawn), no_wrap=True), refresh=True)
@@ -193,12 +206,12 @@ def _redraw(look: Callable[[], View], every: float, screen: Console) -> str:
             time.sleep(every)
 
 
-def _lines_only(look: Callable[[], View], every: float, as_json: bool) -> str:
+def _lines_only(look: Callable[[], View], run_dir: Path, every: float, as_json: bool) -> str:
     import dataclasses
 
     shown: tuple[str | None, int, int] | None = None
     while True:
-        view = _try(look)
+        view = _try(look, run_dir)
         for window in view.windows if view is not None else ():
             assert view is not None
             place = (view.run, window.attempt, window.step)

@@ -233,6 +233,27 @@ def test_follow_on_a_terminal_redraws_the_table(tmp_path: Path) -> None:
     assert b"that lost most, of 40 layers" in seen and b"\x1b[?1049" not in seen, "the last table stays on the screen"
 
 
+@pytest.mark.parametrize("killed", [True, False])
+def test_follow_ends_with_a_run_that_never_closed_a_window(killed: bool, tmp_path: Path) -> None:
+    code = (
+        "import os, sys, chronomoe_hf\n"
+        "from support.moe_zoo import build\n"
+        "system = chronomoe_hf.system_of(chronomoe_hf.wrap(build('mixtral'), 'observe'))\n"
+        "system.open_telemetry(sys.argv[1])\n"
+        + ("os.kill(os.getpid(), 9)" if killed else "system.close_telemetry(completed=False)")
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert (done.returncode == -9) is killed, done.stderr
+    follow = subprocess.run(
+        [*COMMAND, "tail", str(tmp_path), "--follow", "--every", "0.1"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert follow.returncode == 3 and follow.stdout.startswith("the run ")
+    assert ("is gone" if killed else "broke off") in follow.stdout
+
+
 def test_a_small_screen_shows_the_worst_layers(tmp_path: Path) -> None:
     random_run(tmp_path, layers=40, windows=3)
     view = read(tmp_path, 3, None, None)
