@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from support import models as tiny
 from support.guards import NoHost
 from support.oracles import Recount, naive_phi, train_step
@@ -204,6 +206,8 @@ def test_a_row_cap_reads_fewer_rows_says_so_and_stays_close(backend: str) -> Non
 
 @pytest.mark.parametrize(("backend", "auto"), [("eager", 64), ("grouped_mm", 256)])
 def test_a_written_number_of_tokens_is_what_is_read_and_auto_reads_fewer_of_a_replay(backend: str, auto: int) -> None:
+    if Version(transformers.__version__) < Version("5.20"):
+        auto = 64  # rows cannot be read there yet: outputs are replayed on every backend
     for written, read in ((256, 256), (200, 200), ("auto", auto), (8, 8)):
         model = tiny.tiny_model("mixtral")
         model.set_experts_implementation(backend)
