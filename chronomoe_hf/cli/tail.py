@@ -82,22 +82,23 @@ def read(run_dir: Path, count: int, run: str | None, only: list[int] | None) -> 
     from chronomoe_hf.telemetry.reader import read_last
     from chronomoe_hf.telemetry.views import Window, plain_text
 
-    directory = records_directory(run_dir, SNAPSHOTS)
+    directory = _directory(run_dir)
     if (directory / "profile.json").is_file():
         raise TelemetryError(f"{run_dir} is a profile, no run: its domains are no steps; chronomoe report {run_dir}")
     path = directory / SNAPSHOTS
     last = read_last(path, count, name=run)
     names = [plain_text(known.name, 80) for known in last.history.runs]
-    if run is not None and last.run is None:
+    begun = last.history.runs[-1:] if run is None else [last.history.find(run)]
+    shown_run = last.run or next(iter(begun), None)  # one that has begun may have closed no window yet
+    if run is not None and shown_run is None:
         raise TelemetryError(f"no run {run!r} in {path}; it holds {', '.join(names) or 'none yet'}")
     shown = [Window.from_record(record) for record in last.records]
     windows = [window for window in shown if window is not None]
     if only is not None:
         windows = [_only(window, only) for window in windows]
-    name = None if last.run is None else plain_text(last.run.name, 80)
+    name = None if shown_run is None else plain_text(shown_run.name, 80)
     newer = sum(_is_newer(record) for record in last.records)
-    known_run = last.run or (last.history.runs[-1] if last.history.runs and run is None else None)
-    state, process = _state(directory, known_run)
+    state, process = _state(directory, shown_run)
     return View(
         windows,
         name,
@@ -109,17 +110,14 @@ def read(run_dir: Path, count: int, run: str | None, only: list[int] | None) -> 
     )
 
 
-def _before_windows(run_dir: Path) -> View | None:
-    """What is known of a run that has written no window; None while it has written nothing at all."""
-    from chronomoe_hf.telemetry.reader import ATTEMPTS, read_history
+def _directory(run_dir: Path) -> Path:
+    """Where the records of a run lie: the start of an attempt is written before any window."""
+    from chronomoe_hf.telemetry.reader import ATTEMPTS
 
     try:
-        directory = records_directory(run_dir, f"{ATTEMPTS}.jsonl")
-    except TelemetryError:
-        return None
-    runs = read_history(directory).runs
-    state, process = _state(directory, runs[-1] if runs else None)
-    return View([], None, [], 0, state=state, process=process)
+        return records_directory(run_dir, f"{ATTEMPTS}.jsonl")
+    except TelemetryError:  # none yet, or written by a version without that file
+        return records_directory(run_dir, SNAPSHOTS)
 
 
 def _is_newer(record: dict[str, Any]) -> bool:
@@ -171,31 +169,31 @@ def _follow(run_dir: Path, look: Callable[[], View], every: float, screen: Conso
         raise TelemetryError(f"there is no directory {run_dir}; give the output_dir of the run, once it has begun")
     try:
         drawn = screen.is_terminal and not as_json
-        ended = _redraw(look, run_dir, every, screen) if drawn else _lines_only(look, run_dir, every, as_json)
+        ended = _redraw(look, every, screen) if drawn else _lines_only(look, every, as_json)
     except KeyboardInterrupt:
         return
     if ended != "ended":
         raise typer.Exit(FOUND)
 
 
-def _try(look: Callable[[], View], run_dir: Path) -> View | None:
+def _try(look: Callable[[], View]) -> View | None:
     """The view, None while the run has written nothing yet. A wrong name or layer is told at once."""
     try:
         return look()
     except TelemetryError as error:
         if str(error).startswith(f"no {SNAPSHOTS}"):
-            return _before_windows(run_dir)
+            return None
         raise
 
 
-def _redraw(look: Callable[[], View], run_dir: Path, every: float, screen: Console) -> str:
+def _redraw(look: Callable[[], View], every: float, screen: Console) -> str:
     from rich.live import Live
     from rich.text import Text
 
     # Not the alternate screen: what was shown last stays after Ctrl-C and when the run has ended.
     with Live(Text("waiting for the first window"), console=screen, auto_refresh=False) as live:
         while True:
-            view = _try(look, run_dir)
+            view = _try(look)
             if view is not None and view.windows:
                 drawn = lines(view, screen.width, bars(screen.encoding), screen.height - 1)
                 live.update(Text("\n".join(drawn), no_wrap=True), refresh=True)
@@ -206,12 +204,12 @@ def _redraw(look: Callable[[], View], run_dir: Path, every: float, screen: Conso
             time.sleep(every)
 
 
-def _lines_only(look: Callable[[], View], run_dir: Path, every: float, as_json: bool) -> str:
+def _lines_only(look: Callable[[], View], every: float, as_json: bool) -> str:
     import dataclasses
 
     shown: tuple[str | None, int, int] | None = None
     while True:
-        view = _try(look, run_dir)
+        view = _try(look)
         for window in view.windows if view is not None else ():
             assert view is not None
             place = (view.run, window.attempt, window.step)

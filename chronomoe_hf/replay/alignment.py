@@ -64,16 +64,12 @@ def misaligned(
     shifts = shifted_mismatches(target_LTK, own_LTK, rows, repeated)
     numbers = ", ".join(f"{name} {value:.2f}" for name, value in sorted(shifts.items(), key=lambda item: item[1]))
     best = min(shifts, key=lambda name: shifts[name], default=None)
-    fits = best is not None and shifts[best] < share / 2
     hint = (
-        f"they are {best}"
-        if fits
-        else (
-            "no shift by one fits, so they are of other weights (an engine that was not synced since, another "
-            "checkpoint), "
-            "layers or tokens"
-        )
+        "no shift by one fits, so they are of other weights (an engine that was not synced since, another "
+        "checkpoint), layers or tokens"
     )
+    if best is not None and shifts[best] < share / 2:
+        hint = f"they are {best}"
     return (
         f"{share:.0%} of the (token, layer) choices of the rollout are unlike those of this model "
         f"(replay.max_mismatch {limit:.0%}): these routes belong to other tokens, layers or weights; {hint}. Mismatch "

@@ -252,6 +252,11 @@ def test_follow_ends_with_a_run_that_never_closed_a_window(killed: bool, tmp_pat
     )  # fmt: skip
     assert follow.returncode == 3 and follow.stdout.startswith("the run ")
     assert ("is gone" if killed else "broke off") in follow.stdout
+    once = subprocess.run([*COMMAND, "tail", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert once.returncode == 1 and "first window" in once.stderr and not once.stdout
+    wrong = [*COMMAND, "tail", str(tmp_path), "--follow", "--run", "nosuch"]
+    told = subprocess.run(wrong, capture_output=True, text=True, timeout=60, check=False)
+    assert told.returncode == 1 and "no run 'nosuch'" in told.stderr
 
 
 def test_a_small_screen_shows_the_worst_layers(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ COMPRESSOR_ENV/bin/python tests/clients/compressor_client.py ask OUT.json PROMPT
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from asking import ask_each
 
 IGNORED = ["lm_head", "re:.*gate$", "re:.*embed.*", "re:.*norm.*"]
 
@@ -45,14 +45,7 @@ def main() -> None:
         quantize(*rest)
         return
     out, prompts, *directories = rest
-    results: dict[str, Any] = {}
-    for directory in directories:
-        try:
-            results[directory] = ask(prompts, directory)
-        except Exception as error:
-            results[directory] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
-        print(directory, results[directory], flush=True)
-        Path(out).write_text(json.dumps(results, indent=1))
+    ask_each(out, directories, lambda directory: ask(prompts, directory))
 
 
 if __name__ == "__main__":

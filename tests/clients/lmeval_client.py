@@ -5,15 +5,16 @@ LM_EVAL_ENV/bin/python tests/clients/lmeval_client.py OUT.json TEXT.jsonl DIRECT
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+from asking import ask_each
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 
@@ -35,28 +36,25 @@ metadata:
 """
 
 
+def ask(directory: str, manager: TaskManager) -> dict[str, Any]:
+    said = evaluator.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={directory},dtype=float32",
+        tasks=["local_text"],
+        device="cpu",
+        batch_size=1,
+        task_manager=manager,
+        bootstrap_iters=0,
+    )["results"]["local_text"]
+    return {"byte_perplexity": said["byte_perplexity,none"]}
+
+
 def main() -> None:
     out, text, *directories = sys.argv[1:]
-    results = {}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "local_text.yaml").write_text(TASK.format(path=Path(text).resolve()))
         manager = TaskManager(include_path=folder)
-        for directory in directories:
-            try:
-                said = evaluator.simple_evaluate(
-                    model="hf",
-                    model_args=f"pretrained={directory},dtype=float32",
-                    tasks=["local_text"],
-                    device="cpu",
-                    batch_size=1,
-                    task_manager=manager,
-                    bootstrap_iters=0,
-                )["results"]["local_text"]
-                results[directory] = {"byte_perplexity": said["byte_perplexity,none"]}
-            except Exception as error:
-                results[directory] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
-            print(directory, results[directory], flush=True)
-            Path(out).write_text(json.dumps(results, indent=1))
+        ask_each(out, directories, lambda directory: ask(directory, manager))
 
 
 if __name__ == "__main__":

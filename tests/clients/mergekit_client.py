@@ -7,7 +7,6 @@ The sibling is the same checkpoint with every floating-point weight moved a litt
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from asking import ask_each
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -73,14 +73,7 @@ def ask(directory: str) -> dict[str, Any]:
 
 def main() -> None:
     out, *directories = sys.argv[1:]
-    results: dict[str, Any] = {}
-    for directory in directories:
-        try:
-            results[directory] = ask(directory)
-        except Exception as error:
-            results[directory] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
-        print(directory, results[directory], flush=True)
-        Path(out).write_text(json.dumps(results, indent=1))
+    ask_each(out, directories, ask)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Each DIRECTORY holds a state; the ONNX file is run by onnxruntime, which knows n
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -19,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import onnxruntime
 import torch
+from asking import ask_each
 from transformers import AutoModelForCausalLM
 
 import chronomoe_hf
@@ -55,14 +55,7 @@ def ask(directory: str) -> dict[str, Any]:
 
 def main() -> None:
     out, *directories = sys.argv[1:]
-    results: dict[str, Any] = {}
-    for directory in directories:
-        try:
-            results[directory] = ask(directory)
-        except Exception as error:
-            results[directory] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
-        print(directory, results[directory], flush=True)
-        Path(out).write_text(json.dumps(results, indent=1))
+    ask_each(out, directories, ask)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from asking import ask_each
 from transformers import AutoModelForCausalLM
 
 from chronomoe_hf import lifecycle
@@ -39,14 +40,7 @@ def main() -> None:
     out, plan_directory, *directories = sys.argv[1:]
     saved = json.loads((Path(plan_directory) / "prune_plan.json").read_text())
     plan = lifecycle.PrunePlan.from_dict(saved["plan"])
-    results: dict[str, Any] = {}
-    for directory in directories:
-        try:
-            results[directory] = ask(directory, plan)
-        except Exception as error:
-            results[directory] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
-        print(directory, results[directory], flush=True)
-        Path(out).write_text(json.dumps(results, indent=1))
+    ask_each(out, directories, lambda directory: ask(directory, plan))
 
 
 if __name__ == "__main__":

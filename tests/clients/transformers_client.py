@@ -5,16 +5,15 @@ TRANSFORMERS_4_ENV/bin/python tests/clients/transformers_client.py OUT.json DIRE
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from asking import ask_each
 from transformers import AutoModelForCausalLM
 
 
@@ -38,14 +37,7 @@ def ask(directory: str) -> dict[str, Any]:
 
 def main() -> None:
     out, *directories = sys.argv[1:]
-    results: dict[str, Any] = {}
-    for directory in directories:
-        try:
-            results[directory] = ask(directory)
-        except Exception as error:
-            results[directory] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
-        print(directory, results[directory], flush=True)
-        Path(out).write_text(json.dumps(results, indent=1))
+    ask_each(out, directories, ask)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stand_ins import LigerArithmetic, replace_with_fp8
 from support import moe_zoo
 from support.family_checks import build, inputs
 from torch import Tensor, nn
@@ -70,44 +71,11 @@ def int8(family: str) -> Any:
 
 
 def fp8(family: str) -> Any:
-    import transformers.integrations.finegrained_fp8 as native
-    from transformers import FineGrainedFP8Config
-
-    def grouped(x: Any, w: Any, scale: Any, offsets: Any, num: Any, block: Any) -> Any:
-        w, out, start = native._dequantize_fp8_weight(w, scale, block, x.dtype), x.new_zeros(x.shape[0], w.shape[1]), 0
-        for expert, end in enumerate(offsets.tolist()):
-            out[start:end] = x[start:end] @ w[expert].T
-            start = end
-        return out
-
-    native.fp8_grouped_matmul = grouped
-    native.fp8_linear = lambda x, w, s, block, bias=None, *rest: nn.functional.linear(
-        x, native._dequantize_fp8_weight(w, s, block, x.dtype), bias
-    )
     model = build(family)
     routers = [name for name, module in model.named_modules() if chronomoe_hf.patches.match(module) is not None]
-    native.replace_with_fp8_linear(
-        model,
-        modules_to_not_convert=["lm_head", "weights_proj", *routers],  # as published checkpoints leave them
-        quantization_config=FineGrainedFP8Config(weight_block_size=(8, 8)),
-    )
-    torch.manual_seed(0)
-    for module in model.modules():  # what was replaced was made on the meta device
-        for name, each in list(module._parameters.items()):
-            if each is not None and each.is_meta:
-                scale = name.endswith("scale_inv")
-                value = torch.full(each.shape, 0.05) if scale else torch.randn(each.shape)
-                setattr(module, name, nn.Parameter(value.to(each.dtype), requires_grad=False))
+    # `weights_proj`: the indexer of DeepSeek-V3.2 rewrites that layer in its forward.
+    model = replace_with_fp8(model, ["lm_head", "weights_proj", *routers], 8)
     return packed(model, lambda module: type(module).__name__ == "FP8Experts", "experts that FP8 replaces")
-
-
-class LigerArithmetic:
-    """What Liger's fused kernel computes."""
-
-    @staticmethod
-    def apply(x: Any, gate_up: Any, down: Any, index: Any, weight: Any, *rest: Any) -> Any:
-        gate, up = torch.einsum("td,tkod->tko", x, gate_up[index]).chunk(2, -1)
-        return torch.einsum("tki,tkdi,tk->td", nn.functional.silu(gate) * up, down[index], weight.to(x.dtype))
 
 
 class LigerSiLU:

@@ -13,26 +13,36 @@ import chronomoe_hf
 from chronomoe_hf import ChronoConfig, system_of
 
 
+class LigerArithmetic:
+    """What Liger's fused kernel computes."""
+
+    @staticmethod
+    def apply(x: Any, gate_up: Any, down: Any, index: Any, weight: Any, *rest: Any) -> Any:
+        gate, up = torch.einsum("td,tkod->tko", x, gate_up[index]).chunk(2, -1)
+        inner = torch.nn.functional.silu(gate) * up
+        return torch.einsum("tki,tkdi,tk->td", inner, down[index], weight.to(x.dtype))
+
+
 def liger() -> Any:
     """A Mixtral built after ``apply_liger_kernel_to_mixtral``; only its fused Triton function is replaced."""
     import liger_kernel.transformers.swiglu as swiglu
     from liger_kernel.transformers import apply_liger_kernel_to_mixtral
 
-    class Torch:
-        @staticmethod
-        def apply(x: Any, gate_up: Any, down: Any, index: Any, weight: Any, *rest: Any) -> Any:
-            gate, up = torch.einsum("td,tkod->tko", x, gate_up[index]).chunk(2, -1)
-            inner = torch.nn.functional.silu(gate) * up
-            return torch.einsum("tki,tkdi,tk->td", inner, down[index], weight.to(x.dtype))
-
-    swiglu.LigerFusedMoEFunction = Torch
+    swiglu.LigerFusedMoEFunction = LigerArithmetic
     apply_liger_kernel_to_mixtral(rope=False, rms_norm=False, cross_entropy=False, fused_linear_cross_entropy=False)
     model = tiny.tiny_model("mixtral")
     assert type(model.model.layers[0].mlp.experts).__name__ == "LigerExperts"
     return model
 
 
-def fp8() -> Any:
+def replace_with_fp8(model: Any, kept: list[str], block: int) -> Any:
+    """FP8 layers and experts in a model, but for `kept`, with torch arithmetic in place of their Triton kernels.
+
+    Args:
+        model: changed in place.
+        kept: modules that stay as they are.
+        block: rows and columns that share a scale.
+    """
     import transformers.integrations.finegrained_fp8 as native
     from transformers import FineGrainedFP8Config
 
@@ -47,11 +57,8 @@ def fp8() -> Any:
     native.fp8_linear = lambda x, w, s, block, bias=None, *rest: torch.nn.functional.linear(
         x, native._dequantize_fp8_weight(w, s, block, x.dtype), bias
     )
-    model = tiny.tiny_model("qwen3_moe", hidden_size=64, moe_intermediate_size=64, intermediate_size=64, head_dim=16)
-    kept = ["lm_head", "gate", "self_attn"]
-    native.replace_with_fp8_linear(
-        model, modules_to_not_convert=kept, quantization_config=FineGrainedFP8Config(weight_block_size=(32, 32))
-    )
+    blocks = FineGrainedFP8Config(weight_block_size=(block, block))
+    native.replace_with_fp8_linear(model, modules_to_not_convert=kept, quantization_config=blocks)
     torch.manual_seed(0)
     for module in model.modules():  # the layers were made on the meta device
         for name, each in list(module._parameters.items()):
@@ -60,6 +67,11 @@ def fp8() -> Any:
                 value = torch.full(each.shape, 0.05) if scale else torch.randn(each.shape)
                 setattr(module, name, torch.nn.Parameter(value.to(each.dtype), requires_grad=False))
     return model
+
+
+def fp8() -> Any:
+    model = tiny.tiny_model("qwen3_moe", hidden_size=64, moe_intermediate_size=64, intermediate_size=64, head_dim=16)
+    return replace_with_fp8(model, ["lm_head", "gate", "self_attn"], 32)
 
 
 def output_and_grads(model: Any) -> dict[str, torch.Tensor]:
