@@ -96,11 +96,13 @@ def notice(records: list[dict[str, Any]]) -> list[str]:
 
     last, first = records[-1], records[0]
     lines = [f"{last['preset']} ends with {experts(last)}"]
-    loss = f"Its loss ends at {last['loss_after']:.3f}"
+    loss = f"Its loss on held-out text ends at {last['loss_after']:.3f}"
     if len(records) > 1:
         lines[0] += f"; {first['preset']} with {experts(first)}."
-        loss += f", {last['loss_after'] - first['loss_after']:+.3f} beside {first['preset']}"
-    return [lines[0].rstrip(".") + ".", f"{loss}. One run says little about a difference this small.", "The report:"]
+        loss += (
+            f", {last['loss_after'] - first['loss_after']:+.3f} beside {first['preset']}; one run of each says little"
+        )
+    return [lines[0].rstrip(".") + ".", f"{loss}.", "The report:"]
 
 
 def print_verdict(arms: list[Arm], path: Path, console: Console | None = None, report: Path | None = None) -> None:

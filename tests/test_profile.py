@@ -237,7 +237,7 @@ def test_every_kind_of_source_gives_the_same_tokens(tmp_path: Path) -> None:
 
 
 def test_conversations_go_through_the_chat_template() -> None:
-    tokenizer = copy.deepcopy(texts.tokenizer())
+    tokenizer = texts.tokenizer()
     rows = [{"messages": [{"role": "user", "content": "def"}, {"role": "assistant", "content": "a function"}]}]
     domain = Domain("d", rows, column="messages")
     with pytest.raises(DataError, match="no chat template"):
@@ -254,7 +254,7 @@ DEMANDS = "{{ raise_exception('roles must alternate') }}"
 
 
 def chatting(template: str) -> Any:
-    tokenizer = copy.deepcopy(texts.tokenizer())
+    tokenizer = texts.tokenizer()
     tokenizer.chat_template = template
     return tokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -18,7 +19,11 @@ def documents(count: int = 12, chars: int = 400) -> tuple[str, ...]:
     return tuple(topics[name].strip()[: chars + 37 * at] for at, name in enumerate(sorted(topics)[:count]))
 
 
-@functools.cache
 def tokenizer() -> Any:
-    """A byte-level BPE tokenizer of `VOCAB` entries, trained on `documents`."""
+    """A byte-level BPE tokenizer of `VOCAB` entries, trained on `documents`; a copy that is the caller's own."""
+    return copy.deepcopy(_trained())
+
+
+@functools.cache
+def _trained() -> Any:
     return _text_job.build_tokenizer(documents(40), VOCAB)

@@ -172,7 +172,7 @@ def test_two_models_on_one_text() -> None:
 
 
 def test_a_conversation_goes_through_the_template() -> None:
-    reader = copy.deepcopy(texts.tokenizer())
+    reader = texts.tokenizer()
     messages = [{"role": "user", "content": "what is a list?"}, {"role": "assistant", "content": "a sequence"}]
     with pytest.raises(DataError, match="no chat template"):
         texts_of(messages, reader)
