@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -47,9 +48,9 @@ class Layerlike(Protocol):
         """Summing what its experts left has failed."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # frozen would set every field by a call of its own, in every layer of every forward
 class RoutedCall:
-    """What one router decided; see ``RouterBatch``.
+    """What one router decided; see ``RouterBatch``. Never changed once it is made.
 
     Args:
         layer: whose call it was.
@@ -75,21 +76,22 @@ class RoutedCall:
         scores: Tensor = self.router.adapter.distribution(self.router, logits)
         return scores
 
-    @property
+    @cached_property
     def key(self) -> tuple[Any, ...]:
         """Calls of one key can be summed together."""
-        optional = tuple(part is None for part in (self.kept_TK, self.native_TK, self.beta_E, self.masked_E))
-        shape = (self.logits_TE.shape, self.index_TK.shape, self.logits_TE.dtype, self.logits_TE.device)
-        return (*shape, id(self.router.adapter), self.layer.num_experts, optional, self.at)
+        logits_TE = self.logits_TE
+        shape = (logits_TE.shape, self.index_TK.shape, logits_TE.dtype, logits_TE.device)
+        lacks = (self.kept_TK is None, self.native_TK is None, self.beta_E is None, self.masked_E is None)
+        return (shape, type(self.router), lacks, self.at)
 
-    @property
+    @cached_property
     def held(self) -> int:
         """Bytes that it keeps alive until it is summed."""
         num_rows, num_k = self.index_TK.shape
         ids = 8 * num_k * (1 if self.native_TK is None else 2)
         return num_rows * (self.logits_TE.shape[-1] * self.logits_TE.element_size() + ids)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Working memory of summing it: logits as stacked and in fp32, scores, ids, weights and comparisons."""
         num_rows, num_k = self.index_TK.shape
@@ -107,6 +109,14 @@ def waiting_bytes(call: RoutedCall) -> int:
     if call.beta_E is None:
         return 0
     return min(call.logits_TE.shape[0], DISAGREEMENT_SAMPLE) * call.logits_TE.shape[1] * call.logits_TE.element_size()
+
+
+@dataclass
+class Waiting:
+    """Router calls of one key that are not summed yet: how many, and the bytes of each, held and to be worked with."""
+
+    size: int
+    num: int = 0
 
 
 class Compared(NamedTuple):
@@ -163,7 +173,7 @@ def _compared_now(chunk: list[Compared]) -> Tensor:
     return disagreement_sums(scores, beta_GE, TokenSample(None, None, sample.scale), first.distribution)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OutputCall:
     """Which assignments a layer's copied rows belong to: weights ``[T, K]``, ids ``[T, K]``, usable slots or None."""
 

@@ -234,18 +234,21 @@ def output_parts(
     Source: docs/concepts.md, "Coherence" (phi), REAP (gate * |expert output|).
     """
     num_k = batch.rows_GSKD.shape[2]
-    wide = torch.float64 if batch.rows_GSKD.dtype == torch.float64 else torch.float32
-    norm_GSK = torch.linalg.vector_norm(batch.rows_GSKD, dim=-1, dtype=wide)
+    rows_GSKD, on_cpu = batch.rows_GSKD, batch.rows_GSKD.device.type == "cpu"
+    if on_cpu and rows_GSKD.element_size() < 4:
+        rows_GSKD = rows_GSKD.float()  # once: adding in order does it too
+    wide = torch.float64 if rows_GSKD.dtype == torch.float64 else torch.float32
+    norm_GSK = torch.linalg.vector_norm(rows_GSKD, dim=-1, dtype=wide)
     norm_GSK = norm_GSK if wide == torch.float32 else norm_GSK.float()
     weight_GSK = batch.weight_GSK
-    on_cpu = batch.rows_GSKD.device.type == "cpu"
     contribution_GSK, left_out_GSK, valid_GSK = _contributions(batch, norm_GSK)
     gain_GSK = weight_GSK.float().masked_fill(left_out_GSK, 1.0).reciprocal() if batch.divided else None
     size_GSK = norm_GSK if gain_GSK is None else norm_GSK * gain_GSK
     one_GSK = _one(norm_GSK.device).expand_as(norm_GSK)
     value_VGSK = torch.stack([contribution_GSK, weight_GSK, size_GSK, one_GSK]).masked_fill_(left_out_GSK, 0.0)
     own_GSK = None if batch.divided else value_VGSK[1]
-    rows_GSKD = batch.rows_GSKD.masked_fill_(left_out_GSK[..., None], 0.0)
+    if not on_cpu or torch.compiler.is_compiling() or bool(left_out_GSK.any()):  # on a CPU asking is cheaper
+        rows_GSKD.masked_fill_(left_out_GSK[..., None], 0.0)
     alone = num_k > 1 and reference == "leave_one_out"
     hit_GAE = None
     if more is not None or not on_cpu:

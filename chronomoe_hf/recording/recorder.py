@@ -264,24 +264,30 @@ class LayerRecorder:
         num_k, width = index_TK.shape[-1], rows_AD.shape[-1]
         num_tokens = (rows_AD.shape[0] if pick_A is None else pick_A.shape[0]) // num_k
         call = OutputCall(self, weight_TK.detach(), index_TK.detach(), valid_TK)
+        if torch.compiler.is_compiling():
+            self._sum_outputs(call, rows_AD, pick_A, sample, divided)
+            return
+        # Nothing here has a gradient or another dtype under autocast; what sums a full chunk enters its own contexts.
+        mode = self.scope.mode
+        assert mode != "off"
+        every = self.coherence.every if mode == "train" else 1
+        chunk = self.scope.tape.slot(mode, (num_tokens, num_k, width), rows_AD, sample, every, divided)
+        target_AD = chunk.rows_GSKD[len(chunk.calls)].view(-1, width)
+        if pick_A is None:
+            target_AD.copy_(rows_AD)
+        else:
+            torch.index_select(rows_AD, 0, pick_A, out=target_AD)
+        self.scope.tape.added(mode, chunk, call)
+
+    def _sum_outputs(
+        self, call: OutputCall, rows_AD: Tensor, pick_A: Tensor | None, sample: TokenSample, divided: bool
+    ) -> None:
+        num_k, width = call.index_TK.shape[-1], rows_AD.shape[-1]
         with torch.no_grad(), torch.autocast(rows_AD.device.type, enabled=False):
-            if torch.compiler.is_compiling():
-                rows_AD = rows_AD.clone() if pick_A is None else rows_AD.index_select(0, pick_A)
-                rows_GSKD = rows_AD.view(1, num_tokens, num_k, width)
-                batch = output_batch([call], rows_GSKD, sample, sample.scale, divided)
-                value_1C = output_sums(batch, self.num_experts, self.sums.row.width, self.reference)
-                self._graph_R[self.sums.row.outputs].add_(value_1C[0])
-                return
-            mode = self.scope.mode
-            assert mode != "off"
-            every = self.coherence.every if mode == "train" else 1
-            chunk = self.scope.tape.slot(mode, (num_tokens, num_k, width), rows_AD, sample, every, divided)
-            target_AD = chunk.rows_GSKD[len(chunk.calls)].view(-1, width)
-            if pick_A is None:
-                target_AD.copy_(rows_AD)
-            else:
-                torch.index_select(rows_AD, 0, pick_A, out=target_AD)
-            self.scope.tape.added(mode, chunk, call)
+            rows_AD = rows_AD.clone() if pick_A is None else rows_AD.index_select(0, pick_A)
+            batch = output_batch([call], rows_AD.view(1, -1, num_k, width), sample, sample.scale, divided)
+            value_1C = output_sums(batch, self.num_experts, self.sums.row.width, self.reference)
+            self._graph_R[self.sums.row.outputs].add_(value_1C[0])
 
     def slots(self, sample: TokenSample, num_k: int, device: torch.device) -> Tensor | None:
         """Rows of the sampled tokens in a call whose rows lie token by token, slot by slot; None = all of them."""

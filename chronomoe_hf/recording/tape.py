@@ -27,6 +27,7 @@ from chronomoe_hf.recording.calls import (
     OutputChunk,
     RoutedCall,
     Sampler,
+    Waiting,
     compared_later,
     distinct_runs,
     groups_of,
@@ -61,7 +62,7 @@ class Tape:
         self.calls: list[RoutedCall] = []
         self.chunks: dict[Any, OutputChunk] = {}
         self.inputs = InputTape(sums.num_layers, 32 * 2**20)
-        self._waiting: dict[Any, int] = {}  # calls by key
+        self._waiting: dict[Any, Waiting] = {}  # calls by key
         # What was summed, by layers alone: a call would keep its logits alive to the end of the forward.
         self._routed: dict[Any, list[tuple[list[Layerlike], RoutingParts]]] = {}
         self._read: dict[Any, list[tuple[list[Layerlike], OutputParts]]] = {}
@@ -92,13 +93,16 @@ class Tape:
             mask: real tokens of so many rows on a device, from a row of the forward on.
             sample: of these.
         """
-        key, waiting = call.key, self._waiting.get(call.key, 0)
-        if waiting and (waiting + 1) * (call.bytes + call.held) > self.room(call.logits_TE.device):
+        key = call.key
+        waiting = self._waiting.get(key)
+        if waiting is None:
+            waiting = self._waiting[key] = Waiting(call.bytes + call.held)
+        elif waiting.num and (waiting.num + 1) * waiting.size > self.room(call.logits_TE.device):
             due = [other for other in self.calls if other.key == key]
             self.calls = [other for other in self.calls if other.key != key]
             self._sum_calls(due, mask, sample)
-            waiting = 0
-        self._waiting[key] = waiting + 1
+            waiting.num = 0
+        waiting.num += 1
         self.calls.append(call)
 
     def slot(
