@@ -114,7 +114,7 @@ REAL = (
             "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 1},
            "bfloat16", 1024, rounds=4, interval=2, presets=("observe", "protect")),
     Layout("granite-3.0-1b-a400m, LoRA", "granitemoe", 24, 32, 8, _GRANITE, "bfloat16", 1024, lora=True,
-           rounds=4, interval=2, presets=("observe", "protect")),
+           rounds=8, interval=2, presets=("observe", "protect")),
     Layout("granite-3.0-1b-a400m, full", "granitemoe", 24, 32, 8, _GRANITE, "bfloat16", 1024,
            rounds=4, interval=2, presets=("observe", "protect")),
 )  # fmt: skip

@@ -16,6 +16,8 @@ from chronomoe_hf.errors import TelemetryError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from chronomoe_hf.telemetry.reader import Last
+    from chronomoe_hf.telemetry.runs import Run
     from chronomoe_hf.telemetry.views import Window
 
 SNAPSHOTS = "snapshots.jsonl"
@@ -47,7 +49,7 @@ def tail(
         count = min(count, fitting(screen.width))  # a table shows no more, and no more are read
 
     def look() -> View:
-        return read(run_dir, count, run, layer)
+        return read(run_dir, count, run, layer, follow)
 
     if follow and check:
         raise typer.BadParameter("--check looks once and leaves; --follow goes on. Give one of them.")
@@ -73,12 +75,17 @@ def _empty(run_dir: Path, view: View) -> str:
     return f"{path} holds no window of such a run yet"
 
 
-def read(run_dir: Path, count: int, run: str | None, only: list[int] | None) -> View:
+def read(run_dir: Path, count: int, run: str | None, only: list[int] | None, follow: bool = False) -> View:
     """The last `count` windows of a run, from the end of its file.
+
+    Where no run is named and the newest has closed no window yet, these are the windows of the one before it; with
+    `follow` there are none, since it is the newest that is waited for.
 
     Raises:
         TelemetryError: no record file, no such run, no such layer, or a profile.
     """
+    import dataclasses
+
     from chronomoe_hf.telemetry.reader import read_last
     from chronomoe_hf.telemetry.views import Window, plain_text
 
@@ -90,6 +97,9 @@ def read(run_dir: Path, count: int, run: str | None, only: list[int] | None) -> 
     names = [plain_text(known.name, 80) for known in last.history.runs]
     begun = last.history.runs[-1:] if run is None else [last.history.find(run)]
     shown_run = last.run or next(iter(begun), None)  # one that has begun may have closed no window yet
+    newest = _begun_since(last) if run is None else None
+    if newest is not None and follow:
+        shown_run, last, newest = newest, dataclasses.replace(last, records=[]), None
     if run is not None and shown_run is None:
         raise TelemetryError(f"no run {run!r} in {path}; it holds {', '.join(names) or 'none yet'}")
     shown = [Window.from_record(record) for record in last.records]
@@ -107,7 +117,14 @@ def read(run_dir: Path, count: int, run: str | None, only: list[int] | None) -> 
         state=state,
         process=process,
         newer=newer,
+        begun=None if newest is None else plain_text(newest.name, 80),
     )
+
+
+def _begun_since(last: Last) -> Run | None:
+    """The newest run of the directory, where it has begun after the one whose windows are the last in the file."""
+    known = [run for run in last.history.runs if run.attempts]
+    return known[-1] if known and last.run in known and last.run is not known[-1] else None
 
 
 def _directory(run_dir: Path) -> Path:

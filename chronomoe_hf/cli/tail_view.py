@@ -32,6 +32,7 @@ class View:
         state: ``"ended"`` or ``"broke off"`` where the run says so.
         process: of the run, as its manifest names it.
         newer: windows that a newer version wrote.
+        begun: name of a run that has begun since and has closed no window yet.
     """
 
     windows: list[Window]
@@ -41,6 +42,7 @@ class View:
     state: str | None = None
     process: Any = None
     newer: int = 0
+    begun: str | None = None
 
     @property
     def over(self) -> str | None:
@@ -75,6 +77,8 @@ def lines(view: View, width: int, blocks: str, height: int | None = None) -> lis
     head.append(_cut(_clock(windows), width))
     if view.over is not None:  # a line of its own: what matters most must not be cut at the right
         head.append(_cut(f"the run {view.over}", width))
+    if view.begun is not None:
+        head.append(_cut(f"{view.begun} has begun since and closed no window yet; --follow waits for it", width))
     if view.others:
         head.append(_cut(f"other runs here: {', '.join(view.others[::-1])}; --run NAME shows one", width))
     foot = [_cut(line, width) for line in grouped(last.active, len(last.layers))]

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 from support.made_runs import random_run, train_into
+from support.moe_zoo import build
 from typer.testing import CliRunner
 
+import chronomoe_hf
 from chronomoe_hf.cli.main import app
 from chronomoe_hf.cli.output import bars, sparkline
 from chronomoe_hf.cli.tail import lines, read, summary
@@ -257,6 +259,25 @@ def test_follow_ends_with_a_run_that_never_closed_a_window(killed: bool, tmp_pat
     wrong = [*COMMAND, "tail", str(tmp_path), "--follow", "--run", "nosuch"]
     told = subprocess.run(wrong, capture_output=True, text=True, timeout=60, check=False)
     assert told.returncode == 1 and "no run 'nosuch'" in told.stderr
+
+
+def test_follow_waits_for_a_run_that_has_begun_after_one_that_ended(tmp_path: Path) -> None:
+    train_into(tmp_path, steps=2)
+    system = chronomoe_hf.system_of(chronomoe_hf.wrap(build("mixtral"), "observe"))
+    system.open_telemetry(tmp_path)
+    once = run("tail", str(tmp_path))
+    assert once.exit_code == 0 and "has begun since and closed no window yet" in once.output
+    assert len(read(tmp_path, 9, None, None).windows) == 2 and not read(tmp_path, 9, None, None, follow=True).windows
+    follow = subprocess.Popen(
+        [*COMMAND, "tail", str(tmp_path), "--follow", "--every", "0.1"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            follow.wait(6)
+        system.close_telemetry(completed=True)
+        assert follow.communicate(timeout=20)[0] == "the run ended\n", "nothing of the run before"
+    finally:
+        follow.kill()
 
 
 def test_a_small_screen_shows_the_worst_layers(tmp_path: Path) -> None:
