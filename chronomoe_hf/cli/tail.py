@@ -86,7 +86,8 @@ def read(run_dir: Path, count: int, run: str | None, only: list[int] | None, fol
     """
     import dataclasses
 
-    from chronomoe_hf.telemetry.reader import read_last
+    from chronomoe_hf.telemetry.events import RECORD_SCHEMA
+    from chronomoe_hf.telemetry.reader import read_last, schema_of
     from chronomoe_hf.telemetry.views import Window, plain_text
 
     directory = _directory(run_dir)
@@ -107,7 +108,7 @@ def read(run_dir: Path, count: int, run: str | None, only: list[int] | None, fol
     if only is not None:
         windows = [_only(window, only) for window in windows]
     name = None if shown_run is None else plain_text(shown_run.name, 80)
-    newer = sum(_is_newer(record) for record in last.records)
+    newer = sum(schema_of(record) > RECORD_SCHEMA for record in last.records)
     state, process = _state(directory, shown_run)
     return View(
         windows,
@@ -135,13 +136,6 @@ def _directory(run_dir: Path) -> Path:
         return records_directory(run_dir, f"{ATTEMPTS}.jsonl")
     except TelemetryError:  # none yet, or written by a version without that file
         return records_directory(run_dir, SNAPSHOTS)
-
-
-def _is_newer(record: dict[str, Any]) -> bool:
-    from chronomoe_hf.telemetry.events import RECORD_SCHEMA
-
-    schema = record.get("schema")
-    return isinstance(schema, int) and schema > RECORD_SCHEMA
 
 
 def _state(directory: Path, run: Any) -> tuple[str | None, Any]:

@@ -83,7 +83,8 @@ def lines(view: View, width: int, blocks: str, height: int | None = None) -> lis
         head.append(_cut(f"other runs here: {', '.join(view.others[::-1])}; --run NAME shows one", width))
     foot = [_cut(line, width) for line in grouped(last.active, len(last.layers))]
     foot += [_cut(f"{view.broken} broken lines were skipped", width)] if view.broken else []
-    foot += [_cut(f"{view.newer} windows are of a newer version: numbers may be missing", width)] if view.newer else []
+    newer = "1 window is" if view.newer == 1 else f"{view.newer} windows are"
+    foot += [_cut(f"{newer} of a newer version: numbers may be missing", width)] if view.newer else []
     foot += [_cut(LEGEND, width), _cut(LEGEND_2, width)]
     bar = len(windows)
     title = f"{'layer':>5}  {'Neff/E':>6}  {'change':<8} {'':{bar}}  {'maxvio':>6}  {'dead':>9}  {'phi':>6}"

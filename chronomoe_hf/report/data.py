@@ -18,7 +18,7 @@ import numpy as np
 from chronomoe_hf.errors import TelemetryError
 from chronomoe_hf.metrics import effective_experts
 from chronomoe_hf.telemetry.arrays import Array, Frame
-from chronomoe_hf.telemetry.events import COUNTS
+from chronomoe_hf.telemetry.events import COUNTS, RECORD_SCHEMA
 from chronomoe_hf.telemetry.packed import PackedWindows
 from chronomoe_hf.telemetry.per_expert import read_events, read_windows
 from chronomoe_hf.telemetry.reader import (
@@ -34,6 +34,7 @@ from chronomoe_hf.telemetry.reader import (
     read_last,
     read_lines,
     read_manifest,
+    schema_of,
 )
 from chronomoe_hf.telemetry.runs import History, Run
 from chronomoe_hf.telemetry.views import (
@@ -101,6 +102,7 @@ class RunData:
         resumes: ``(attempt, step)``.
         others: names of other runs in the directory.
         broken: lines and records that could not be read.
+        newer: schemas of the windows that a newer version wrote.
         profile: ``profile.json`` of a profile; empty for a training run.
         baseline: layer -> its row of the last baseline record; empty where the run has none.
         eval_loss: ``(step, evaluation loss)`` as Trainer logged it.
@@ -131,6 +133,7 @@ class RunData:
     evaluations: dict[tuple[int, str], dict[int, float]] = field(default_factory=dict)
     replay: list[dict[str, Any]] = field(default_factory=list)
     learned: bool = True
+    newer: list[int] = field(default_factory=list)
 
     @property
     def interval(self) -> int | None:
@@ -170,8 +173,8 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
     if name is not None and run is None:
         known = ", ".join(plain_text(r.name, 80) for r in history.runs) or "none"
         raise TelemetryError(f"no run {name!r} in {directory}; it holds {known}")
-    shown, broken = read_each(directory / "snapshots.jsonl", _packed, run=run)
-    windows = PackedWindows(packed for packed in shown if packed is not None)
+    shown, broken = read_each(directory / "snapshots.jsonl", lambda each: (schema_of(each), _packed(each)), run=run)
+    windows = PackedWindows(packed for _, packed in shown if packed is not None)
     manifest = (run.manifest if run is not None else {}) or read_manifest(directory.parent) or {}
     rates = _logged(directory, run, "learning_rate") or _loss(root, "learning_rate")
     picked = pick(windows)
@@ -200,6 +203,7 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
         eval_loss=_logged(directory, run, "eval_loss") or _loss(root, "eval_loss"),
         evaluations=_evaluations(directory, run),
         replay=read_jsonl(directory / f"{REPLAY}.jsonl", run=run)[0][-MAX_REPLAY:],
+        newer=[schema for schema, _ in shown if schema > RECORD_SCHEMA],
         learned=manifest.get("learning_rate") != 0 or any(rate > 0 for _, rate in rates),
     )
 

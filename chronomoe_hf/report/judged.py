@@ -1,12 +1,16 @@
-"""Which windows and layers of a run a verdict is about, and how far they moved since the baseline."""
+"""Which windows and layers of a run a verdict is about, how far they moved since the baseline, and its numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from chronomoe_hf.report.data import RunData
+from chronomoe_hf.report.words import listed, percent, points
 from chronomoe_hf.telemetry.baseline import ERRORS, MOVED
-from chronomoe_hf.telemetry.views import LayerView
+from chronomoe_hf.telemetry.events import COUNTS
+from chronomoe_hf.telemetry.views import AlertView, LayerView
+
+NAMED = 8  # experts of a layer that a sentence names
 
 
 def judged_layers(run: RunData) -> list[LayerView]:
@@ -74,3 +78,84 @@ def busiest(layers: list[LayerView]) -> LayerView | None:
     """The layer with the largest violation relative to its ceiling."""
     known = [layer for layer in layers if layer.violation_fraction is not None]
     return max(known, key=lambda layer: layer.violation_fraction or 0.0, default=None)
+
+
+def silent_experts(run: RunData) -> dict[int, list[int]]:
+    """Layer id -> ids of the experts without a token in the last window; only layers whose counts are kept."""
+    frame = run.frames.get(run.windows[-1].step) if run.windows else None
+    if frame is None or COUNTS not in frame.arrays:
+        return {}
+    counts = zip(frame.layers, frame.arrays[COUNTS], strict=True)
+    return {layer: [expert for expert, count in enumerate(row) if count == 0] for layer, row in counts}
+
+
+def named(layer: str | int, experts: list[int] | tuple[int, ...]) -> str:
+    """``layer 3 (experts 1, 5 and 9)``; of many experts the first ones and how many more."""
+    noun = "expert" if len(experts) == 1 else "experts"
+    return f"layer {layer} ({noun} {listed([str(expert) for expert in experts], NAMED)})"
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def measured(run: RunData) -> dict[str, float | int | None]:
+    """The numbers of a run's verdict by name; what is not known is None."""
+    layers = judged_layers(run)
+    worst, high = lowest(layers), busiest(layers)
+    change = None if worst is None else neff_change(run, worst)
+    return {
+        "step": run.windows[-1].step if run.windows else None,
+        "windows": len(run.windows),
+        "layers": len(layers),
+        "experts": sum(layer.num_choices or 0 for layer in layers),
+        "dead_experts": sum(int(layer.get("dead_experts") or 0) for layer in layers),
+        "died_experts": sum(len(layer.died) for layer in layers),
+        "neff_mean": mean_neff(layers),
+        "neff_mean_change": mean_change(run),
+        "neff_lowest": None if worst is None else worst.neff_fraction,
+        "neff_lowest_change": change,
+        "max_violation_fraction": None if high is None else high.violation_fraction,
+        "alerts": len(run.windows[-1].active) if run.windows else 0,
+        "alerts_urgent": sum(alert.urgent for alert in in_force(run)),
+        "loss": run.loss[-1][1] if run.loss else None,
+        "eval_loss": run.eval_loss[-1][1] if run.eval_loss else None,
+    }
+
+
+def in_force(run: RunData) -> list[AlertView]:
+    """The alerts in force in the last window."""
+    return list(run.windows[-1].active) if run.windows else []
+
+
+def numbers_strip(run: RunData) -> list[tuple[str, str, str]]:
+    """The same as ``(name, value, detail)``, the few that stand at the top of the page."""
+    if not run.windows:
+        return []
+    layers, last = judged_layers(run), run.windows[-1]
+    dead = sum(int(layer.get("dead_experts") or 0) for layer in layers)
+    died = sum(len(layer.died) for layer in layers)
+    experts = sum(layer.num_choices or 0 for layer in layers)
+    used, change = mean_neff(layers), mean_change(run)
+    worst, high = lowest(layers), busiest(layers)
+    fell = None if worst is None else neff_change(run, worst)
+    return [
+        (
+            "experts in effective use",
+            percent(used),
+            "mean over layers" + ("" if change is None else f", {points(change)} since the baseline"),
+        ),
+        (
+            "fewest effective experts",
+            percent(None if worst is None else worst.neff_fraction),
+            ""
+            if worst is None
+            else f"layer {worst.layer_id}{'' if fell is None else f', {points(fell)} since the baseline'}",
+        ),
+        ("dead experts", str(dead), f"of {experts}, {died} died in this run"),
+        (
+            "imbalance of its maximum",
+            percent(None if high is None else high.violation_fraction),
+            "" if high is None else f"layer {high.layer_id}",
+        ),
+        ("alerts in force", str(len(last.active)), f"{sum(a.urgent for a in last.active)} urgent, step {last.step}"),
+    ]

@@ -299,6 +299,13 @@ STATES: dict[str, Rule] = {
         "A process killed while writing leaves one half line; more than one or two mean a full disk or damaged files.",
         "`chronomoe validate` names every one.",
     ),
+    "NEWER_RECORDS": Rule(
+        "watch",
+        "records of a newer version",
+        "A newer chronomoe_hf has written these records. What this version knows of them is shown, no more.",
+        "The run was made with another version than the one that reads it.",
+        "Read it with the version that wrote it, or a later one: `pip install -U chronomoe_hf`.",
+    ),
     "HEALTHY": Rule(
         "fine",
         "the routing is healthy",

@@ -7,20 +7,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from chronomoe_hf import metrics
 from chronomoe_hf.config import AlertConfig, LifecycleConfig
 from chronomoe_hf.report.data import RunData, load_run, profile_counts, relative_load
-from chronomoe_hf.report.judged import busier, busiest, judged_layers, lowest, mean_change, mean_neff, neff_change
+from chronomoe_hf.report.judged import (
+    busier,
+    judged_layers,
+    mean_change,
+    mean_neff,
+    measured,
+    named,
+    neff_change,
+    numbers_strip,
+    silent_experts,
+)
 from chronomoe_hf.report.rules import ALERTS, LEVELS, REASONS, STATES, Level, Rule
 from chronomoe_hf.report.words import counted, listed, percent, points
 from chronomoe_hf.telemetry.alerts import LEVELS as LEVEL_ALERTS
 from chronomoe_hf.telemetry.alerts import PRE_COLLAPSE
 from chronomoe_hf.telemetry.arrays import Array
 from chronomoe_hf.telemetry.baseline import MOVED
+from chronomoe_hf.telemetry.events import RECORD_SCHEMA
 from chronomoe_hf.telemetry.views import LayerView
 
 NEAR_CEILING = 0.75  # of the largest possible violation E/k - 1
@@ -42,6 +53,7 @@ class Finding:
         layers: ids of the layers that it is about; empty for the whole run.
         since: optimizer step at which it began, where known.
         level: how urgent it is here, where that differs from the row's own level.
+        experts: layer id -> ids of the experts that it is about, all of them; empty where it is about no single ones.
     """
 
     key: str
@@ -50,6 +62,7 @@ class Finding:
     layers: tuple[str, ...] = ()
     since: int | None = None
     override: Level | None = None
+    experts: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def level(self) -> Level:
@@ -99,6 +112,7 @@ class Verdict:
                     "layers": [int(layer) if layer.isdigit() else layer for layer in finding.layers],
                     "since": finding.since,
                     "seen": finding.seen,
+                    "experts": finding.experts,
                 }
                 for finding in self.findings
             ],
@@ -133,7 +147,7 @@ def judge(run: RunData) -> Verdict:
     titles = "; ".join(dict.fromkeys(finding.rule.title for finding in worst))
     sentence = _healthy(run) if level == "fine" else f"{'Act now' if level == 'act' else 'Worth watching'}: {titles}."
     sentence += "".join(f" {finding.seen}" for finding in serving if finding.level == "act")
-    return Verdict(level, sentence, findings, _numbers(run), measured(run))
+    return Verdict(level, sentence, findings, numbers_strip(run), measured(run))
 
 
 def _healthy(run: RunData) -> str:
@@ -205,11 +219,20 @@ def _as_it_came(run: RunData, layers: list[LayerView]) -> Finding:
 def _states(run: RunData) -> list[Finding]:
     found: list[Finding] = []
 
-    def add(key: str, seen: str, layers: Iterable[str] = (), override: Level | None = None) -> None:
-        found.append(Finding(key, STATES[key], seen, tuple(layers), override=override))
+    def add(
+        key: str,
+        seen: str,
+        layers: Iterable[str] = (),
+        override: Level | None = None,
+        experts: dict[str, list[int]] | None = None,
+    ) -> None:
+        found.append(Finding(key, STATES[key], seen, tuple(layers), override=override, experts=experts or {}))
 
     if run.broken:
         add("BROKEN_RECORDS", f"{counted(run.broken, 'line')} could not be read.")
+    if run.newer:
+        windows = counted(len(run.newer), "window")
+        add("NEWER_RECORDS", f"{windows} of record schema {max(run.newer)}; this version knows up to {RECORD_SCHEMA}.")
     if not run.windows:
         add("EMPTY", "No window has been closed.")
         return found
@@ -220,7 +243,7 @@ def _states(run: RunData) -> list[Finding]:
     if thin:
         where = listed([f"layer {i}" for i in thin])
         add("INSUFFICIENT", f"No window was large enough to judge {where}.", thin)
-    _silence(layers, add)
+    _silence(layers, silent_experts(run), add)
     key = "IDLE_ADAPTER" if run.manifest.get("adapter") is True else "IDLE"
     idle = {} if run.splits else _idle_throughout(run)
     if idle:
@@ -242,16 +265,19 @@ def _states(run: RunData) -> list[Finding]:
     return found
 
 
-def _silence(layers: list[LayerView], add: Any) -> None:
-    died = {layer.layer_id: layer.died for layer in layers if layer.died}
+def _silence(layers: list[LayerView], silent: dict[int, list[int]], add: Any) -> None:
+    died = {layer.layer_id: list(layer.died) for layer in layers if layer.died}
     if died:
-        where = listed([f"layer {i} (expert {', '.join(map(str, ids))})" for i, ids in died.items()])
-        add("DIED", f"{counted(sum(map(len, died.values())), 'expert')}: {where}.", died)
-    dead = {layer.layer_id: int(layer.get("dead_experts") or 0) - len(layer.died) for layer in layers}
-    dead = {name: count for name, count in dead.items() if count > 0}
+        where = listed([named(layer_id, ids) for layer_id, ids in died.items()])
+        add("DIED", f"{counted(sum(map(len, died.values())), 'expert')}: {where}.", died, None, died)
+    counts = {layer.layer_id: int(layer.get("dead_experts") or 0) - len(layer.died) for layer in layers}
+    dead = {layer_id: count for layer_id, count in counts.items() if count > 0}
     if dead:
-        where = listed([f"layer {i} ({n})" for i, n in dead.items()])
-        add("DEAD", f"{counted(sum(dead.values()), 'expert')} without a token in the last window: {where}.", dead)
+        ids = {each.layer_id: [e for e in silent.get(each.index, ()) if e not in each.died] for each in layers}
+        experts = {layer_id: ids[layer_id] for layer_id, count in dead.items() if len(ids[layer_id]) == count}
+        each = [named(i, experts[i]) if i in experts else f"layer {i} ({n})" for i, n in dead.items()]
+        seen = f"{counted(sum(dead.values()), 'expert')} without a token in the last window: {listed(each)}."
+        add("DEAD", seen, dead, None, experts)
 
 
 def _idle_throughout(run: RunData) -> dict[int, int]:
@@ -322,68 +348,7 @@ def _is_biased(run: RunData) -> bool:
     return own or (isinstance(beta, dict) and beta.get("law") == "balance")
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def measured(run: RunData) -> dict[str, float | int | None]:
-    """The numbers of a run's verdict by name; what is not known is None."""
-    layers = judged_layers(run)
-    worst, high = lowest(layers), busiest(layers)
-    change = None if worst is None else neff_change(run, worst)
-    return {
-        "step": run.windows[-1].step if run.windows else None,
-        "windows": len(run.windows),
-        "layers": len(layers),
-        "experts": sum(layer.num_choices or 0 for layer in layers),
-        "dead_experts": sum(int(layer.get("dead_experts") or 0) for layer in layers),
-        "died_experts": sum(len(layer.died) for layer in layers),
-        "neff_mean": mean_neff(layers),
-        "neff_mean_change": mean_change(run),
-        "neff_lowest": None if worst is None else worst.neff_fraction,
-        "neff_lowest_change": change,
-        "max_violation_fraction": None if high is None else high.violation_fraction,
-        "alerts": len(run.windows[-1].active) if run.windows else 0,
-        "alerts_urgent": sum(alert.urgent for alert in _in_force(run)),
-        "loss": run.loss[-1][1] if run.loss else None,
-        "eval_loss": run.eval_loss[-1][1] if run.eval_loss else None,
-    }
-
-
-def _in_force(run: RunData) -> list[Any]:
-    return list(run.windows[-1].active) if run.windows else []
-
-
-def _numbers(run: RunData) -> list[tuple[str, str, str]]:
-    if not run.windows:
-        return []
-    layers, last = judged_layers(run), run.windows[-1]
-    dead = sum(int(layer.get("dead_experts") or 0) for layer in layers)
-    died = sum(len(layer.died) for layer in layers)
-    experts = sum(layer.num_choices or 0 for layer in layers)
-    used, change = mean_neff(layers), mean_change(run)
-    worst, high = lowest(layers), busiest(layers)
-    fell = None if worst is None else neff_change(run, worst)
-    return [
-        (
-            "experts in effective use",
-            percent(used),
-            "mean over layers" + ("" if change is None else f", {points(change)} since the baseline"),
-        ),
-        (
-            "fewest effective experts",
-            percent(None if worst is None else worst.neff_fraction),
-            ""
-            if worst is None
-            else f"layer {worst.layer_id}{'' if fell is None else f', {points(fell)} since the baseline'}",
-        ),
-        ("dead experts", str(dead), f"of {experts}, {died} died in this run"),
-        (
-            "imbalance of its maximum",
-            percent(None if high is None else high.violation_fraction),
-            "" if high is None else f"layer {high.layer_id}",
-        ),
-        ("alerts in force", str(len(last.active)), f"{sum(a.urgent for a in last.active)} urgent, step {last.step}"),
-    ]
+# ---- profiles --------------------------------------------------------------------------------------------------------
 
 
 def _of_profile(run: RunData) -> Verdict:

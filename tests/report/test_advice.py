@@ -86,6 +86,13 @@ def test_a_dead_expert_leads_to_plan_and_plan_drops_it(tmp_path: Path) -> None:
     verdict = judge_directory(tmp_path)
     (dead,) = [finding for finding in verdict.findings if finding.key == "DEAD"]
     assert "chronomoe plan" in dead.rule.advice and dead.level == "fine"
+    last = [json.loads(line) for line in (tmp_path / "chronomoe" / "routing_events.jsonl").open()][-2:]
+    silent = {str(e["layer_id"]): [i for i, n in enumerate(e["expert_token_counts"]) if not n] for e in last}
+    died = next((f.experts for f in verdict.findings if f.key == "DIED"), {})
+    left = {layer_id: [e for e in ids if e not in died.get(layer_id, [])] for layer_id, ids in silent.items()}
+    assert dead.experts == {layer_id: ids for layer_id, ids in left.items() if ids}
+    layer_id, ids = next(iter(dead.experts.items()))
+    assert f"layer {layer_id} (expert" in dead.seen and all(str(expert) in dead.seen for expert in ids)
     out = tmp_path / "plan.json"
     done = CliRunner().invoke(app, ["plan", str(tmp_path), "--keep", "0.5", "--rank", "frequency", "-o", str(out)])
     assert done.exit_code == 0, done.exception

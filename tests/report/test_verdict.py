@@ -304,6 +304,36 @@ def test_models_of_another_shape_have_no_before(profiles: Path, tmp_path: Path) 
         against(load_run(profiles / "one"), load_run(tmp_path))
 
 
+def test_dead_experts_are_named_and_all_of_them_are_in_the_record(tmp_path: Path) -> None:
+    counts = [[500] * 4 + [0] * 12, [0, 700, 0, 500] + [0] * 12]
+    for number, row in enumerate(counts):
+        directory = made_run(tmp_path / str(number), [row] * 3)
+        (dead,) = [finding for finding in judge_directory(directory).findings if finding.key == "DEAD"]
+        silent = [expert for expert, count in enumerate(row) if count == 0]
+        assert dead.experts == {"0": silent}
+        assert f"layer 0 (experts {', '.join(map(str, silent[:8]))} and {len(silent) - 8} more)" in dead.seen
+        record = json.loads(run("report", directory, "--json").output)
+        assert {"0": silent} in [finding["experts"] for finding in record["findings"]]
+
+
+def test_records_of_a_newer_version_are_told_everywhere(tmp_path: Path) -> None:
+    directory = made_run(tmp_path, draws([1] * 8, 4))
+    path = directory / "chronomoe" / "snapshots.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[-1] |= {"schema": 7, "not_known_yet": [1]}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    verdict = judge_directory(directory)
+    assert (
+        verdict.level == "watch"
+        and verdict.findings[0].seen == "1 window of record schema 7; this version knows up to 2."
+    )
+    assert "pip install -U chronomoe_hf" in verdict.advice[0]
+    assert verdict.measured["windows"] == 4, "what is known is shown"
+    assert "NEWER_RECORDS" in run("summary", directory, "--csv").output
+    assert "schema 7 is newer than 2" in run("validate", directory).output
+    assert "1 window is of a newer version" in run("tail", directory).output
+
+
 # ---- summary ---------------------------------------------------------------------------------------------------------
 
 
