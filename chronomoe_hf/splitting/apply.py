@@ -20,7 +20,14 @@ from chronomoe_hf.errors import LifecycleError
 from chronomoe_hf.lifecycle.live.fit_model import StoredProjections
 from chronomoe_hf.lifecycle.live.layer_fit import LayerRefit
 from chronomoe_hf.lifecycle.live.model import Batch, as_batches, match_layers, uncompiled
-from chronomoe_hf.lifecycle.live.weights import Changes, ExpertWeights, check_optimizer, copy_moments
+from chronomoe_hf.lifecycle.live.weights import (
+    Changes,
+    ExpertWeights,
+    Undoable,
+    check_optimizer,
+    copy_moments,
+    trained_since,
+)
 from chronomoe_hf.splitting.plan import LayerSplit, SplitPlan
 from chronomoe_hf.splitting.refit import fit_split
 from chronomoe_hf.system import ChronoSystem
@@ -62,8 +69,8 @@ def _act(system: ChronoSystem, moved: bool) -> None:
 
 
 @dataclass(kw_only=True)
-class AppliedSplit:
-    """What :func:`apply` did; calling it takes everything back.
+class AppliedSplit(Undoable):
+    """What :func:`apply` did; ``undo()``, a call, or the end of a ``with`` block takes everything back.
 
     Args:
         plan: what was applied.
@@ -79,6 +86,10 @@ class AppliedSplit:
     _undone: bool = field(default=False, repr=False)
 
     def __call__(self) -> None:
+        """The same as :meth:`undo`."""
+        self.undo()
+
+    def undo(self) -> None:
         """Give the model, the optimizer and the router state every bit back; a second call does nothing.
 
         Raises:
@@ -87,7 +98,7 @@ class AppliedSplit:
         if self._undone:
             return
         if not self._changes.untouched:
-            raise LifecycleError("the weights were trained or loaded since the split, so it cannot be undone")
+            raise trained_since("split")
         self._changes.undo()
         if self._bias is not None:
             self._bias()
@@ -132,7 +143,7 @@ def apply(
         memory_gb: memory for inputs of layers, as in :func:`~chronomoe_hf.lifecycle.refit`.
 
     Returns:
-        What was done; call it to undo it: ``undo = apply(model, plan); ...; undo()``.
+        What was done; its ``undo()`` takes it back, and so does the end of ``with apply(model, plan):``.
 
     Raises:
         PlanMismatchError: the plan is for another model.

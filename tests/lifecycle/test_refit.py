@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from support import models, moe_zoo
+from support.idle import with_idle
 from support.plans import digest, keeping
 
 import chronomoe_hf
-from chronomoe_hf import ChronoConfig
+from chronomoe_hf import ChronoConfig, lifecycle
 from chronomoe_hf.errors import LifecycleError, PlanMismatchError
 from chronomoe_hf.lifecycle import layer_specs, masked, measure, refit
 from chronomoe_hf.lifecycle.live.fit_model import CutReader
@@ -243,6 +244,40 @@ def test_only_the_survivors_projections_move_and_undo_gives_every_bit_back() -> 
     assert digest(model) == bits and not report.applied
     report.undo()
     assert digest(model) == bits
+
+
+def test_every_change_of_a_live_model_is_taken_back_in_one_way() -> None:
+    """A mask, a refit and a split: each a context that leaves every bit as it was, the last two by ``undo()`` too."""
+    model = smooth()
+    plan, bits = keeping(model, KEPT), digest(model)
+    with masked(model, plan):
+        cut = model(**batches(1)[0]).logits
+    with refit(model, plan, batches()) as report:
+        assert report.applied and digest(model) != bits
+    assert digest(model) == bits and not report.applied
+    assert not torch.equal(model(**batches(1)[0]).logits, cut)
+    with pytest.raises(ZeroDivisionError), refit(model, plan, batches()):
+        raise ZeroDivisionError
+    assert digest(model) == bits, "also where the block fails"
+    idle = with_idle()
+    was = digest(idle)
+    with lifecycle.apply(idle, lifecycle.plan_split(idle, batches())) as done:
+        assert digest(idle) != was
+    assert digest(idle) == was
+    done.undo()
+    assert digest(idle) == was
+
+
+def test_what_was_trained_since_a_refit_cannot_be_undone() -> None:
+    model = smooth()
+    report = refit(model, keeping(model, KEPT), batches())
+    assert report.applied
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj.mul_(1.5)
+    now = digest(model)
+    with pytest.raises(LifecycleError, match="trained or loaded since the refit"):
+        report.undo()
+    assert digest(model) == now and report.applied
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -183,6 +183,11 @@ def exchange_all(stored: Sequence[StoredProjections]) -> None:
             each.weights[expert] = each.projections.exchange(expert, weight)
 
 
+def versions_of(stored: Sequence[StoredProjections]) -> list[int]:
+    """How often the tensors of these projections were written: other numbers say that somebody wrote since."""
+    return [each.projections.place(expert)[0]._version for each in stored for expert in each.weights]
+
+
 @dataclass
 class Fitting:
     """The fit of all layers: what it reads, and what it has found so far."""

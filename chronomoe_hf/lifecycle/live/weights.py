@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,29 @@ def require_writable(layer: FoundLayer, weights: Iterable[Tensor], doing: str) -
             raise LifecycleError(f"{layer.name}: its experts are stored as {packed}; {doing} before quantising")
         if weight.device.type == "meta":
             raise LifecycleError(f"{layer.name}: its experts are offloaded; load the model so that they are in memory")
+
+
+class Undoable:
+    """A change of a live model that can be taken back bit for bit: by ``undo()``, or at the end of a ``with`` block."""
+
+    def undo(self) -> None:
+        """Take it back; a second call does nothing.
+
+        Raises:
+            LifecycleError: the weights were trained or loaded since.
+        """
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+
+def trained_since(change: str) -> LifecycleError:
+    """What says that a change can no more be taken back."""
+    return LifecycleError(f"the weights were trained or loaded since the {change}, so it cannot be undone")
 
 
 _NUMBERED = re.compile(r"(?:|.*[._])(\d+)")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from chronomoe_hf import distributed
 from chronomoe_hf.errors import LifecycleError
-from chronomoe_hf.lifecycle.live.fit_model import Fitting, StoredProjections, exchange_all
+from chronomoe_hf.lifecycle.live.fit_model import Fitting, StoredProjections, exchange_all, versions_of
 from chronomoe_hf.lifecycle.live.layer_fit import LayerRefit
 from chronomoe_hf.lifecycle.live.masking import mask_experts
 from chronomoe_hf.lifecycle.live.model import (
@@ -35,6 +35,7 @@ from chronomoe_hf.lifecycle.live.model import (
     uncompiled,
 )
 from chronomoe_hf.lifecycle.live.projections import OutputProjections
+from chronomoe_hf.lifecycle.live.weights import Undoable, trained_since
 from chronomoe_hf.lifecycle.pruning.plan import PrunePlan
 from chronomoe_hf.wrapping.discovery import FoundLayer, root_of
 
@@ -43,8 +44,8 @@ FEW_ROWS = 4.0  # tokens per input of a projection below which refit warns
 
 
 @dataclass(kw_only=True)
-class RefitReport:
-    """What :func:`refit` did.
+class RefitReport(Undoable):
+    """What :func:`refit` did; ``undo()`` or the end of a ``with`` block gives every bit back.
 
     Args:
         applied: the model's weights are changed. False where the refit was refused; then every bit is as before.
@@ -67,10 +68,17 @@ class RefitReport:
     held_out_tokens: int
     seconds: float
     _stored: list[StoredProjections] = field(default_factory=list, repr=False)
+    _versions: list[int] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Give the model every bit of its old projections back; does nothing if none was changed."""
+        """Give the model every bit of its old projections back; does nothing if none was changed.
+
+        Raises:
+            LifecycleError: the weights were trained or loaded since: there is nothing left to give back to.
+        """
         if self.applied:
+            if self._versions != versions_of(self._stored):
+                raise trained_since("refit")
             exchange_all(self._stored)
             self.applied = False
             self.reason = "undone"
@@ -162,6 +170,7 @@ def refit(
         held_out_tokens=tokens,
         seconds=time.perf_counter() - started,
         _stored=[] if reason else stored,
+        _versions=[] if reason else versions_of(stored),
     )
 
 
