@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from support import models as tiny
 from support import texts
@@ -39,10 +40,6 @@ trainer.train()
 
 
 def test_a_notebook_shows_cards(tmp_path: Path) -> None:
-    pytest.importorskip("nbconvert", reason="pip install nbconvert ipykernel ipywidgets")
-    pytest.importorskip("ipykernel")
-    import nbformat
-
     tiny.tiny_model("mixtral", vocab_size=texts.VOCAB).save_pretrained(tmp_path / "model")
     texts.tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n".join(texts.documents(12)))
