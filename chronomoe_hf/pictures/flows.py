@@ -5,7 +5,7 @@ Shape suffixes: E experts of a layer, F experts of the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,23 @@ from chronomoe_hf.pictures.picture import Picture, View
 Array = np.ndarray[Any, Any]
 MOST_NODES = 10  # experts of a layer that are shown by themselves
 MOST_LAYERS = 5  # of one view
+MOST_VIEWS = 30  # with those of single domains; where they would be more there are none of these
 LEAST_SHARE = 0.004  # of all that leaves a layer: a thinner band is left out
 LEAST_EXPECTED = 50.0  # tokens that chance would give a pair before its lift is named
 
 
-def flow_picture(labels: Sequence[str], flows: Sequence[Array | None]) -> Picture | None:
+def flow_picture(
+    labels: Sequence[str],
+    flows: Sequence[Array | None],
+    domains: Mapping[str, Sequence[Array | None]] | None = None,
+) -> Picture | None:
     """The flow between all neighbouring layers, a few layers a view; None where nothing was counted.
 
     Args:
         labels: of the layers, length L.
         flows: ``flows[l]`` int64 ``(E, F)``: tokens for which layer l chose e and layer l + 1 chose f; length L - 1,
             None where two layers are not neighbours in a forward.
+        domains: the same of each domain alone, by name; shown beside the whole where the views stay few.
     """
     runs: list[list[int]] = []
     for at, pair in enumerate(flows):
@@ -38,22 +44,40 @@ def flow_picture(labels: Sequence[str], flows: Sequence[Array | None]) -> Pictur
         runs[-1].append(at + 1)
     if not runs:
         return None
-    views = [View(f"layers {labels[run[0]]} to {labels[run[-1]]}", _view(labels, flows, run)) for run in runs]
+    views = [View(_span(labels, run), _view(labels, flows, flows, run)) for run in runs]
+    if domains and 1 < len(domains) and (1 + len(domains)) * len(runs) <= MOST_VIEWS:
+        views += [
+            View(f"{name}, {_span(labels, run)}", _view(labels, own, flows, run))
+            for name, own in sorted(domains.items())
+            for run in runs
+            if all((part := own[at]) is not None and part.any() for at in run[:-1])
+        ]
     note = f"A band is the share of what leaves a layer; the {MOST_NODES} busiest experts are shown by themselves, the "
     note += f"others together; bands below {100 * LEAST_SHARE:g} % are left out. Times chance: over what the loads of "
     note += "both experts alone would give."
     return Picture("flow", "What hands to what", _sentence(labels, flows), views, note)
 
 
-def _view(labels: Sequence[str], flows: Sequence[Array | None], run: Sequence[int]) -> Callable[[float], Drawing]:
-    parts = [flows[at] for at in run[:-1]]
-    tables = [part.astype(np.float64) for part in parts if part is not None]
-    loads = [table.sum(axis=1) for table in tables] + [tables[-1].sum(axis=0)]
-    groups = [_groups(load) for load in loads]
+def _span(labels: Sequence[str], run: Sequence[int]) -> str:
+    return f"layers {labels[run[0]]} to {labels[run[-1]]}"
+
+
+def _view(
+    labels: Sequence[str], flows: Sequence[Array | None], whole: Sequence[Array | None], run: Sequence[int]
+) -> Callable[[float], Drawing]:
+    """A few layers of `flows`; the experts shown by themselves are the busiest of the `whole`: so views compare."""
+    tables, loads = _tables(flows, run)
+    groups = [_groups(load) for load in _tables(whole, run)[1]]
     columns = [_nodes(load, chosen) for load, chosen in zip(loads, groups, strict=True)]
     links = [_links(table, *groups[at : at + 2]) for at, table in enumerate(tables)]
     names = [labels[at] for at in run]
     return lambda width: flow(columns, links, names, width)
+
+
+def _tables(flows: Sequence[Array | None], run: Sequence[int]) -> tuple[list[Array], list[Array]]:
+    parts = [flows[at] for at in run[:-1]]
+    tables = [part.astype(np.float64) for part in parts if part is not None]
+    return tables, [table.sum(axis=1) for table in tables] + [tables[-1].sum(axis=0)]
 
 
 def _groups(load_E: Array) -> list[list[int]]:

@@ -146,21 +146,25 @@ def _table(value: Any, read: Any) -> list[list[Any]]:
     return [[read(cell) for cell in row] if isinstance(row, list) else [] for row in rows]
 
 
-def _flows(run: RunData) -> tuple[list[str], list[Any]] | None:
-    """Labels of the layers, and the flow from each to the next, summed over the domains."""
+def _flows(run: RunData) -> tuple[list[str], list[Any], dict[str, list[Any]]] | None:
+    """Labels of the layers, and the flow from each to the next: summed over the domains, and of each alone."""
     layers = run.profile.get("layers")
     rows = [row for row in layers if isinstance(row, dict)] if isinstance(layers, list) else []
     path = next((p for p in (run.directory / DIRECTORY / FLOWS, run.directory / FLOWS) if p.is_file()), None)
     if path is None or len(rows) < 2 or path.stat().st_size > _MOST_BYTES:
         return None
     sums: list[Any] = [None] * (len(rows) - 1)
+    alone: dict[str, list[Any]] = {}
     for name, table in _tensors(path).items():
-        number_of = name.rpartition(".")[2]
+        domain, _, number_of = name.rpartition(".")
         at = int(number_of) if number_of.isdecimal() else len(sums)
         if at >= len(sums) or table.ndim != 2 or (table < 0).any():
             continue
-        sums[at] = table if sums[at] is None or sums[at].shape != table.shape else sums[at] + table
-    return [plain_text(row.get("layer_id"), 20) for row in rows], sums
+        if sums[at] is not None and sums[at].shape != table.shape:
+            continue
+        sums[at] = table if sums[at] is None else sums[at] + table
+        alone.setdefault(plain_text(domain, 40), [None] * len(sums))[at] = table
+    return [plain_text(row.get("layer_id"), 20) for row in rows], sums, alone
 
 
 def _tensors(path: Path) -> dict[str, Any]:

@@ -211,13 +211,16 @@ def test_the_flow_of_a_profile_is_a_recount(tmp_path: Path) -> None:
     chronomoe_hf.profile(model, texts.tokenizer(), docs, output_dir=tmp_path, batch_size=1)
     for handle in handles:
         handle.remove()
-    expected = np.zeros((8, 8), dtype=np.int64)
-    for one, two in zip(*chosen, strict=True):
+    saved = load_file(tmp_path / "chronomoe" / "flow.safetensors")
+    tokens_a = int(saved["a.0"].sum()) // 4  # two experts a token in both layers
+    expected, of_a = np.zeros((2, 8, 8), dtype=np.int64)
+    for number, (one, two) in enumerate(zip(*chosen, strict=True)):
         for i in one:
             for j in two:
                 expected[i, j] += 1
-    saved = load_file(tmp_path / "chronomoe" / "flow.safetensors")
+                of_a[i, j] += number < tokens_a
     assert set(saved) == {"a.0", "b.0"} and np.array_equal(saved["a.0"] + saved["b.0"], expected)
+    assert np.array_equal(saved["a.0"], of_a)
     best = strongest([expected])
     assert best is not None
     layer, one_expert, other, lift = best
@@ -228,7 +231,16 @@ def test_the_flow_of_a_profile_is_a_recount(tmp_path: Path) -> None:
     assert loads is not None and loads.contribution is not None
     counts = np.array([np.bincount(np.ravel(rows), minlength=8) for rows in chosen])
     assert np.array_equal(np.array(loads.counts).sum(0), counts), "sums over the profile, never a window"
-    assert {"work", "expert-domain", "flow"} <= {figure.key for figure in profile_figures(run)}
+    figures = {figure.key: figure for figure in profile_figures(run)}
+    assert {"work", "expert-domain", "flow"} <= figures.keys()
+    flow = figures["flow"].picture
+    assert [view.label for view in flow.views] == ["layers 0 to 1", "a, layers 0 to 1", "b, layers 0 to 1"]
+    for view, table in enumerate((expected, of_a, saved["b.0"])):
+        (places,) = flow.drawing(view).places
+        shown = {(one, other): share for _, one, _, other, share, _ in zip(*places.columns, strict=True)}
+        for (one, other), share in shown.items():
+            assert share == pytest.approx(table[int(one), int(other)] / table.sum()), (view, one, other)
+        assert len(shown) == int((table >= 0.004 * table.sum()).sum())
     page = write_report(tmp_path).read_text()
     assert 'class="sortable"' in page and 'id="glossary"' in page
 
