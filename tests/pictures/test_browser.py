@@ -120,6 +120,31 @@ def test_a_picture_is_saved_from_the_page(kind: str, pages: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize("width", [1280, 390])
+def test_a_chart_is_saved_with_its_heading_and_its_legend(width: int, pages: dict[str, Path], tmp_path: Path) -> None:
+    """What was saved has the chart in it, and ink above it (the heading) and in every row of its legend."""
+    from PIL import Image
+
+    with opened(pages["run"], width) as (page, said, _):
+        keys = page.evaluate("[...document.querySelectorAll('.plot')].map(p => p.dataset.figure)")
+        assert {"neff", "imbalance", "timeline"} <= set(keys)
+        for key in keys:
+            with page.expect_download() as waiting:
+                page.locator(f"section#{key} > .tools .tool").click()
+            path = tmp_path / f"{key}.png"
+            waiting.value.save_as(path)
+            assert waiting.value.suggested_filename == f"chronomoe_{key}.png"
+            box = page.locator(f'.plot[data-figure="{key}"]').bounding_box()
+            image = Image.open(path).convert("L")
+            assert image.width == int(2 * (box["width"] + 28)) and image.height > 2 * box["height"] + 100
+            paper = image.getpixel((1, 1))
+            parts = {"head": (0, 0, image.width, 60), "chart": (0, 130, image.width, image.height)}
+            for name, part in parts.items():
+                low, high = image.crop(part).getextrema()
+                assert max(abs(low - paper), abs(high - paper)) > 60, (key, name)
+        assert said == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
 def test_the_text_of_a_trace_is_alive(width: int, pages: dict[str, Path]) -> None:
     with opened(pages["trace"], width) as (page, said, _):
         data = json.loads(page.locator("#chronomoe-page").inner_text(timeout=2000) or "null") or page.evaluate(

@@ -92,6 +92,44 @@
     };
     image.src = url;
   };
+  const wrapped = (pen, text, width) => text.split(/\s+/).reduce((rows, word) => {
+    const longer = `${rows[rows.length - 1]} ${word}`.trim();
+    return pen.measureText(longer).width <= width ? [...rows.slice(0, -1), longer] : [...rows, word];
+  }, [""]);
+  // A chart drawn on canvases, with its heading, sentence and legend, as one image.
+  const composed = (plot) => {
+    const section = plot.closest("section"), edge = plot.getBoundingClientRect(), own = getComputedStyle(section), ratio = Math.max(2, window.devicePixelRatio || 1), rim = 14;
+    const image = document.createElement("canvas"), pen = image.getContext("2d"), family = own.fontFamily;
+    pen.font = `14px ${family}`;
+    const rows = wrapped(pen, section.querySelector(".sentence").textContent, edge.width), head = 44 + 20 * rows.length;
+    image.width = (edge.width + 2 * rim) * ratio; image.height = (edge.height + head + rim) * ratio;
+    pen.scale(ratio, ratio);
+    pen.fillStyle = own.backgroundColor; pen.fillRect(0, 0, edge.width + 2 * rim, edge.height + head + rim);
+    pen.fillStyle = own.color; pen.font = `600 17px ${family}`; pen.fillText(section.querySelector("h2").textContent, rim, 26);
+    pen.font = `14px ${family}`; rows.forEach((row, i) => pen.fillText(row, rim, 48 + 20 * i));
+    pen.translate(rim - edge.left, head - edge.top);
+    for (const canvas of plot.querySelectorAll("canvas")) {
+      const box = canvas.getBoundingClientRect();
+      if (box.width && box.height) pen.drawImage(canvas, box.left, box.top, box.width, box.height);
+    }
+    pen.textBaseline = "middle";
+    const texts = document.createTreeWalker(plot, NodeFilter.SHOW_TEXT), range = document.createRange();
+    while (texts.nextNode()) {
+      const text = texts.currentNode, style = getComputedStyle(text.parentElement);
+      range.selectNodeContents(text);
+      const box = range.getBoundingClientRect();
+      if (!box.width || !text.textContent.trim()) continue;
+      pen.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`; pen.fillStyle = style.color;
+      pen.fillText(text.textContent.replace(/\s+/g, " "), box.left, (box.top + box.bottom) / 2);
+    }
+    return image;
+  };
+  for (const plot of document.querySelectorAll(".plot")) {
+    const tools = make("div", plot.parentElement, "tools"), button = make("button", tools, "tool", "PNG");
+    plot.after(tools);
+    button.type = "button"; button.title = "save what is shown as PNG";
+    button.addEventListener("click", () => composed(plot).toBlob((png) => give(png, `chronomoe_${plot.dataset.figure}.png`), "image/png"));
+  }
   for (const picture of document.querySelectorAll(".picture")) {
     const spec = specs[picture.dataset.picture];
     picture.tip = make("div", picture, "tip");
