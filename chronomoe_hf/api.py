@@ -33,6 +33,7 @@ from chronomoe_hf.wrapping.class_swap import (
     swap,
 )
 from chronomoe_hf.wrapping.discovery import clean_name, find_layers, root_of
+from chronomoe_hf.wrapping.fold import require_foldable
 from chronomoe_hf.wrapping.native_bias import cast_bias
 from chronomoe_hf.wrapping.owner import SYSTEM, find_system, left_over
 from chronomoe_hf.wrapping.save_pretrained import bind_save, save_pretrained, unbind_save
@@ -131,7 +132,8 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     Raises:
         NotWrappedError: `model` carries no ChronoSystem.
         WrapError: FSDP has sharded a router or its experts as units of their own (their classes cannot be put back),
-            or, with `fold`, a weight that would change is sharded. Nothing was changed.
+            or, with `fold`, a weight that would change is sharded, or an open lens belongs to a router whose weight is
+            quantised or carries an adapter that is not merged. Nothing was changed.
     """
     _check_model("unwrap", model)
     if _clear_left_overs(model) and find_system(model) is None:
@@ -141,6 +143,8 @@ def unwrap(model: Model, fold: bool = False) -> Model:
     wrapped = {module: clean_name(path) for path, module in modules if HANDLE in module.__dict__}
     for module, name in wrapped.items():
         check_restorable(name, module)
+    if fold:
+        require_foldable(system.model, system.layers)
     folded = fold and any(report.folded for report in system.fold())
     _give_biases_their_dtype_back(system)
     for module in wrapped:

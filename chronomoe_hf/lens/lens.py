@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from chronomoe_hf.config import BasisName
-from chronomoe_hf.errors import ConfigError, StateMismatchError
+from chronomoe_hf.errors import ConfigError, StateMismatchError, WrapError
 from chronomoe_hf.lens.basis import basis_problem, host64, least_squares_basis, no_basis, router_basis, row_norm_ratio
 
 
@@ -98,7 +98,15 @@ class ChronoLens:
         """What the lens adds to the logits of a linear router: ``s (x V)(U W^T)``, shape ``(T, E)``, float32.
 
         Differentiable in x; in W only with `train_router`.
+
+        Raises:
+            WrapError: the router was quantised after the lens was opened: its weight holds codes.
         """
+        if not weight_ED.is_floating_point():
+            raise WrapError(
+                f"a lens is open over a router whose weight is {weight_ED.dtype} now: it was quantised after wrap, and "
+                "codes steer nothing; fold the lens first (unwrap(model, fold=True)), quantise then"
+            )
         if not self.train_router:
             weight_ED = weight_ED.detach()
         with torch.autocast(x_TD.device.type, enabled=False):

@@ -26,7 +26,7 @@ from chronomoe_hf.errors import WrapError
 from chronomoe_hf.lens.lens import fold_weight
 from chronomoe_hf.patches.rules import TopKSquash
 from chronomoe_hf.wrapping.layer import Layer
-from chronomoe_hf.wrapping.weights import packed_as, quantised_router
+from chronomoe_hf.wrapping.weights import WAY_OUT, packed_as, quantised_router
 
 logger = logging.getLogger("chronomoe_hf")
 
@@ -77,6 +77,7 @@ def fold_layers(model: nn.Module, layers: Sequence[Layer], topk_differs: Sequenc
     for layer in layers:
         _require_whole(layer)
     reports = [_fold_layer(model, layer, differs) for layer, differs in zip(layers, topk_differs, strict=True)]
+    _say_quantised(layers)
     lossy = [report for report in reports if report.lost]
     above = [report for report in lossy if report.topk_differs is None or report.topk_differs > WARN_ABOVE]
     for report in lossy:
@@ -86,7 +87,7 @@ def fold_layers(model: nn.Module, layers: Sequence[Layer], topk_differs: Sequenc
             "part of the routing does not survive outside chronomoe_hf:\n  "
             + "\n  ".join(map(str, above))
             + "\nKeep the model wrapped where it is used, or train on without this steering.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return reports
 
@@ -97,11 +98,7 @@ def _fold_layer(model: nn.Module, layer: Layer, differs: float | None) -> FoldRe
     handle = layer.handle
     if handle.lens_open:
         assert handle.lens is not None
-        reason = (
-            layer.adapter.refused("fold")
-            or _adapted(model, layer)
-            or quantised_router(layer.adapter, layer.router)  # also where that happened after wrap
-        )
+        reason = layer.adapter.refused("fold") or _not_plain(model, layer)
         if reason is None:
             weight_ED = layer.adapter.weight(layer.router)
             weight_ED.copy_(fold_weight(weight_ED, handle.lens.V, handle.lens.U, handle.lens.scale))
@@ -155,6 +152,43 @@ def _adapted(model: nn.Module, layer: Layer) -> str | None:
     if _ADAPTER_WRAPPER in path.split("."):
         return "a PEFT adapter acts on the router's weight; call merge_and_unload() first"
     return None
+
+
+def _not_plain(model: nn.Module, layer: Layer) -> str | None:
+    """Why nothing can be written into the router's weight now, with the way out; also where that came after wrap."""
+    quantised = quantised_router(layer.adapter, layer.router)
+    return _adapted(model, layer) or (None if quantised is None else f"{quantised}; {WAY_OUT}")
+
+
+def require_foldable(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Before a model is unwrapped with a fold: every open lens can be written, so that none is lost.
+
+    Args:
+        model: the wrapped root.
+        layers: its layers.
+
+    Raises:
+        WrapError: a lens is open over a router whose weight is quantised, or under an adapter that is not merged.
+    """
+    for layer in layers:
+        reason = _not_plain(model, layer) if layer.handle.lens_open else None
+        if reason is not None:
+            raise WrapError(
+                f"layer {layer.layer_id} ({layer.name}): its lens is open and cannot fold: {reason}; or unwrap(model) "
+                "without a fold, which drops the lens (a saved state keeps it). Nothing was changed"
+            )
+
+
+def _say_quantised(layers: Sequence[Layer]) -> None:
+    """One sentence where nothing can fold because routers are quantised, though nothing is lost by it."""
+    reasons = [quantised_router(layer.adapter, layer.router) for layer in layers if not layer.handle.lens_open]
+    named = [reason for reason in reasons if reason is not None]
+    if named:
+        warnings.warn(
+            f"nothing folds into the routers of {len(named)} of {len(layers)} layers, and no lens was open there: "
+            f"{named[0]}; {WAY_OUT}",
+            stacklevel=6,
+        )
 
 
 def _require_whole(layer: Layer) -> None:

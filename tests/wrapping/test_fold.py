@@ -182,6 +182,26 @@ def test_a_router_under_a_peft_adapter_is_not_folded() -> None:
     assert all(layer.handle.lens_open for layer in system.layers)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_unwrap_with_a_fold_waits_for_the_adapter_to_be_merged(merged: bool) -> None:
+    peft = pytest.importorskip("peft")
+    model, system = governed("mixtral", lens=0.5)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=["mlp.gate.weight"]))
+    if merged:
+        wrapped = wrapped.merge_and_unload()
+        want = logits(wrapped, "mixtral")
+        chronomoe_hf.unwrap(wrapped, fold=True)
+        assert_close(logits(wrapped, "mixtral"), want)
+        return
+    before = {name: value.clone() for name, value in wrapped.state_dict().items()}
+    want = logits(wrapped, "mixtral")
+    with pytest.raises(WrapError, match=r"layer 0 .*lens is open and cannot fold: a PEFT adapter.*merge_and_unload"):
+        chronomoe_hf.unwrap(wrapped, fold=True)
+    assert chronomoe_hf.system_of(wrapped) is system and all(layer.handle.lens_open for layer in system.layers)
+    assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
+    assert torch.equal(logits(wrapped, "mixtral"), want)
+
+
 def test_every_stated_linear_bias_is_the_bias_of_the_logits() -> None:
     """The adapters' own word, checked on the routers: adding c to that tensor adds c to every row of the logits."""
     checked = []

@@ -6,6 +6,7 @@ The packed weights here are made with torch alone; real bitsandbytes and torchao
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, system_of
-from chronomoe_hf.errors import LifecycleError
+from chronomoe_hf.errors import LifecycleError, WrapError
 from chronomoe_hf.lifecycle.live.weights import require_writable
 from chronomoe_hf.wrapping.discovery import find_layers
 from chronomoe_hf.wrapping.weights import packed_as
@@ -48,6 +49,12 @@ class Packed(nn.Linear):
 def quantised(family: str, flat: bool) -> Any:
     """The tiny model of a family with every nn.Linear of its routers packed."""
     model = build(family)
+    assert pack_routers(model, flat), f"bad test setup: the routers of {family} hold no nn.Linear"
+    return model
+
+
+def pack_routers(model: Any, flat: bool) -> int:
+    """Put a packed linear in the place of every nn.Linear of the routers; how many."""
     count = 0
     for _, router, _ in moe_zoo.routers_of(model):
         for holder in list(router.modules()):
@@ -55,8 +62,7 @@ def quantised(family: str, flat: bool) -> Any:
                 if isinstance(child, nn.Linear):
                     holder._modules[name] = Packed(child, flat)
                     count += 1
-    assert count, f"bad test setup: the routers of {family} hold no nn.Linear"
-    return model
+    return count
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["8-bit", "4-bit"])
@@ -88,10 +94,44 @@ def test_a_quantised_router_gets_no_lens_and_says_so_once(flat: bool) -> None:
         assert snapshot is not None
         assert all("no lens: the router's weight is quantised" in " ".join(layer.notes) for layer in snapshot.layers)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning) as said:
         chronomoe_hf.unwrap(model, fold=True)
+    sentences = [str(each.message) for each in said if "nothing folds" in str(each.message)]
+    assert len(sentences) == 1
+    assert re.match(
+        r"nothing folds into the routers of 2 of 2 layers, and no lens was open there: the router's weight is "
+        r"quantised \(torch\.u?int8\); load it with the routers left out of quantisation",
+        sentences[0],
+    )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["8-bit", "4-bit"])
+@pytest.mark.parametrize("family", ["afmoe", "hunyuan_v1_moe", "jetmoe"])
+def test_a_lens_over_a_router_that_is_quantised_later_is_not_lost(family: str, flat: bool) -> None:
+    model = build(family)
+    chronomoe_hf.wrap(model, ChronoConfig.protect(interval=1))
+    system = system_of(model)
+    output_and_grads(model)
+    system.step(1)
+    torch.manual_seed(0)
+    for layer in system.layers:
+        weight, lens = layer.adapter.weight(layer.router), layer.handle.lens
+        share = torch.rand(weight.shape[0]) + 0.05
+        assert lens is not None and lens.aim(torch.randn(weight.shape[1]), weight, share / share.sum(), 2.0) is None
+        lens.set_scale(0.5)
+    pack_routers(model, flat)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        WrapError, match=r"lens is open and cannot fold: the router's weight is quantised.*load it with"
+    ):
+        chronomoe_hf.unwrap(model, fold=True)
+    assert system_of(model) is system and all(layer.handle.lens_open for layer in system.layers)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(
+        WrapError, match=r"weight is torch\.u?int8 now: it was quantised after wrap.*fold the lens first"
+    ):
+        output_and_grads(model)
 
 
 def test_state_of_a_quantised_model_saves_and_loads(tmp_path: Path) -> None:
