@@ -37,7 +37,8 @@ def sentence(number: int) -> str:
 
 
 def rows(path: Path, kind: str = "text", num: int = 64) -> Path:
-    """Rows as JSON lines: ``text``, ``messages``, ``alpaca`` (instruction, output) or ``preference``."""
+    """Rows as JSON lines: ``text``, ``messages``, ``alpaca`` (instruction, output), ``preference``,
+    ``judged`` (completion, label) or ``rejected`` (messages, rejected_response)."""
     made: list[dict[str, Any]] = []
     for number in range(num):
         asked, answer, worse = sentence(number), sentence(number + 1), sentence(number + 3)
@@ -48,6 +49,8 @@ def rows(path: Path, kind: str = "text", num: int = 64) -> Path:
                 "messages": {"messages": [user, {"role": "assistant", "content": answer}]},
                 "alpaca": {"instruction": asked, "input": "", "output": answer},
                 "preference": {"prompt": asked, "chosen": answer, "rejected": worse},
+                "judged": {"prompt": asked, "completion": answer, "label": number % 2 == 0},
+                "rejected": {"messages": [user, {"role": "assistant", "content": answer}], "rejected_response": worse},
             }[kind]
         )
     path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")

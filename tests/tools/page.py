@@ -18,6 +18,8 @@ NAMES = {
     "axolotl": "axolotl",
     "lf": "LLaMA-Factory",
     "swift": "ms-swift",
+    "trl": "TRL's command line",
+    "fsdp2": "accelerate launch",
 }
 HEAD = """# Tools: what was run
 

@@ -2,214 +2,52 @@
 
     python tests/tools/run.py [--page] [TOOL ...]
 
-An environment is a folder of the tool's own packages (`pip install --no-deps --target`) in front of the environment
-that runs this script, so that torch is there once. `--page` writes docs/tools.md. Everything runs on the CPU, on tiny
-models, without a network. A tool that cannot be installed here is said to be so; it fails nothing.
+`tool_environment` says what an environment is, `tool_commands` how a tool with a command line is driven. `--page`
+writes docs/tools.md. Everything runs on the CPU, on tiny models, without a network. A tool that cannot be installed
+here is said to be so; it fails nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "examples")]
 
 from support import tool_inputs
-
-PLACE = Path(os.environ.get("TOOLS_DIR", ROOT / "build" / "tools"))
-QUIET = {
-    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-    "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1", "PYTHONWARNINGS": "ignore",
-}  # fmt: skip
-LIMIT = 900  # seconds a case may take
-RUN = ["-c", "from chronomoe_hf.cli.main import main; main()", "run", "--preset", "balance", "--"]
-Result = dict[str, Any]
-
-
-@dataclass
-class Run:
-    """What a case is given: its tool's packages, an empty folder, and how to start a process there."""
-
-    tool: Tool
-    folder: Path
-
-    def start(self, *command: str, recount: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run Python on `command` with the tool's packages; `recount` counts in it what its routers choose."""
-        path = [str(PLACE / name) for name in (self.tool.name, *self.tool.beside)]
-        paths = os.pathsep.join([*path, str(ROOT / "tests"), str(ROOT / "examples")])
-        full = {**os.environ, **QUIET, "PYTHONPATH": paths, **env}
-        if recount:
-            full = tool_inputs.recount_environment(self.folder / "recount", full)
-        return subprocess.run(
-            [sys.executable, *command], cwd=self.folder, env=full, capture_output=True, text=True, timeout=LIMIT,
-            check=False,
-        )  # fmt: skip
-
-    def equal(self, output: str) -> Result:
-        """Whether the records of a run say what the process has counted."""
-        ours, theirs = tool_inputs.recorded(self.folder / output), tool_inputs.recounted(self.folder / "recount")
-        return {
-            "result": "ok" if ours == theirs else "FAILED",
-            "counts": "EQUAL" if ours == theirs else "DIFFERENT",
-            "assignments": sum(map(sum, ours)),
-        }
-
-
-@dataclass
-class Tool:
-    """A tool, what is installed for it, and its cases: name -> function of a Run that returns a result or several."""
-
-    name: str
-    packages: tuple[str, ...]
-    cases: dict[str, Callable[[Run], Result | list[Result]]]
-    beside: tuple[str, ...] = ()
-    notes: str = ""
-    stubs: dict[str, str] = field(default_factory=dict)
+from tool_commands import (
+    LF_LORA,
+    LORA,
+    axolotl,
+    axolotl_wrong_word,
+    llamafactory,
+    llamafactory_wrong_word,
+    sharded,
+    swift,
+    swift_wrong_word,
+    trl,
+)
+from tool_environment import Result, Run, Tool, build, versions
 
 
 def script(*arguments: str) -> Callable[[Run], list[Result]]:
     """A case that is a script of tests/tools/cases and prints a JSON line for each of its own cases."""
 
     def case(run: Run) -> list[Result]:
-        given = [str(model(run)) if part == "MODEL" else part for part in arguments[1:]]
+        model = run.folder / "model"
+        given = [str(tool_inputs.tiny_checkpoint(model)) if part == "MODEL" else part for part in arguments[1:]]
         done = run.start(str(HERE / "cases" / arguments[0]), *given)
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
         if not lines or (done.returncode and all(line["result"] != "FAILED" for line in lines)):
             lines.append({"result": "FAILED", "error": done.stderr.strip()[-600:]})
         return lines
-
-    return case
-
-
-def model(run: Run) -> Path:
-    """The tiny checkpoint of a case."""
-    return tool_inputs.tiny_checkpoint(run.folder / "model")
-
-
-def ended(run: Run, done: subprocess.CompletedProcess[str], output: str) -> Result:
-    """The result of a tool's command line."""
-    if done.returncode:
-        return {"result": "FAILED", "error": (done.stderr or done.stdout).strip()[-600:]}
-    return run.equal(output)
-
-
-# ---- axolotl ---------------------------------------------------------------------------------------------------------
-
-
-def axolotl(**more: Any) -> Callable[[Run], Result]:
-    """axolotl's own command with our plugin, or under `chronomoe run` where the YAML names no plugin."""
-
-    def case(run: Run) -> Result:
-        tool_inputs.rows(run.folder / "rows.jsonl", "alpaca")
-        launched = more.get("launched", False)
-        settings = {
-            "base_model": str(model(run)), "special_tokens": {"pad_token": "<pad>"},
-            "datasets": [{"path": str(run.folder / "rows.jsonl"), "type": "alpaca", "ds_type": "json"}],
-            "dataset_prepared_path": str(run.folder / "prepared"), "dataset_num_proc": 1, "output_dir": "out",
-            "sequence_len": 256, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6,
-            "save_steps": 3, "learning_rate": 1e-3, "optimizer": "adamw_torch", "lr_scheduler": "constant",
-            "bf16": False, "fp16": False, "tf32": False, "sdp_attention": True, "logging_steps": 1,
-            **({} if launched else PLUGIN),
-            **{key: value for key, value in more.items() if key != "launched"},
-        }  # fmt: skip
-        (run.folder / "train.yml").write_text(yaml.safe_dump(settings))
-        command = ["-m", "axolotl.cli.main", "train", "train.yml", "--launcher", "python"]
-        if launched:
-            command = [*RUN, sys.executable, *command]
-        return ended(run, run.start(*command, recount=True), "out")
-
-    return case
-
-
-PLUGIN = {
-    "plugins": ["chronomoe_hf.integrations.axolotl.ChronoPlugin"],
-    "chronomoe": {"preset": "balance", "interval": 2},
-}
-LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]}
-
-
-def axolotl_wrong_word(run: Run) -> Result:
-    """A preset that does not exist is refused when the YAML is read."""
-    tool_inputs.rows(run.folder / "rows.jsonl", "alpaca")
-    wrong = {**PLUGIN, "chronomoe": {"preset": "balanse"}, "base_model": "nowhere", "output_dir": "out"}
-    wrong |= {"datasets": [{"path": "rows.jsonl", "type": "alpaca", "ds_type": "json"}], "micro_batch_size": 1}
-    wrong |= {"gradient_accumulation_steps": 1, "learning_rate": 1e-3, "num_epochs": 1}
-    (run.folder / "train.yml").write_text(yaml.safe_dump(wrong))
-    done = run.start("-m", "axolotl.cli.main", "train", "train.yml", "--launcher", "python")
-    said = "did you mean 'balance'" in done.stdout + done.stderr
-    return {"result": "ok" if done.returncode and said else "FAILED", "said": said}
-
-
-# ---- LLaMA-Factory and ms-swift --------------------------------------------------------------------------------------
-
-
-def llamafactory(launched: bool = False, **more: Any) -> Callable[[Run], Result]:
-    """`python -m chronomoe_hf.integrations.llamafactory`, or its own entry under `chronomoe run`."""
-
-    def case(run: Run) -> Result:
-        data = run.folder / "data"
-        data.mkdir()
-        kind = "preference" if more.get("stage") == "dpo" else "alpaca"
-        tool_inputs.rows(data / "rows.jsonl", kind)
-        info: dict[str, Any] = {"file_name": "rows.jsonl"}
-        if kind == "preference":
-            columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
-            info |= {"ranking": True, "columns": columns}
-        (data / "dataset_info.json").write_text(json.dumps({"rows": info}))
-        settings = {
-            "model_name_or_path": str(model(run)), "stage": "sft", "do_train": True, "finetuning_type": "full",
-            "dataset": "rows", "dataset_dir": str(data), "template": "default", "cutoff_len": 96, "output_dir": "out",
-            "max_steps": 6, "save_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2, "bf16": False,
-            "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "use_cpu": True, "report_to": "none",
-            "preprocessing_num_workers": 1, "disable_gradient_checkpointing": True, **more,
-        }  # fmt: skip
-        (run.folder / "train.yaml").write_text(yaml.safe_dump(settings))
-        command = ["-m", "chronomoe_hf.integrations.llamafactory", "train.yaml", "--chronomoe", "balance"]
-        if launched:
-            start = ["-c", "from llamafactory.train.tuner import run_exp; run_exp()", "train.yaml"]
-            command = [*RUN, sys.executable, *start]
-        return ended(run, run.start(*command, recount=True), "out")
-
-    return case
-
-
-def swift(launched: bool = False, **more: Any) -> Callable[[Run], Result]:
-    """`swift sft` with our plugin file, or under `chronomoe run`."""
-
-    def case(run: Run) -> Result:
-        from chronomoe_hf.integrations.swift import PLUGIN as FILE
-
-        rows = tool_inputs.rows(run.folder / "rows.jsonl", "messages")
-        settings = {
-            "model": str(model(run)), "model_type": "mixtral", "template": "chatml", "dataset": str(rows),
-            "tuner_type": "full", "torch_dtype": "float32", "max_length": 96, "max_steps": 6, "save_steps": 3,
-            "logging_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-            "learning_rate": 1e-3, "output_dir": "out", "add_version": False, "use_cpu": True, "report_to": "none",
-            "dataloader_num_workers": 0,
-            "dataset_num_proc": 1, "split_dataset_ratio": 0, "gradient_checkpointing": False, **more,
-        }  # fmt: skip
-        if not launched:
-            settings |= {"external_plugins": str(FILE), "callbacks": "chronomoe"}
-        (run.folder / "train.yaml").write_text(yaml.safe_dump(settings))
-        command = ["-m", "swift.cli.main", "sft", "train.yaml"]
-        if launched:
-            command = [*RUN, sys.executable, *command]
-        return ended(run, run.start(*command, recount=True, CHRONOMOE="" if launched else "balance"), "out")
 
     return case
 
@@ -247,9 +85,11 @@ TOOLS = [
          "hf-xet", "httpx", "httpcore", "h11", "anyio", "sniffio", "responses", "fsspec", "dill", "multiprocess",
          "psutil", "six", "numba", "llvmlite", "bitsandbytes==0.50.2", "fastcore"),
         {
-            "full, plugin": axolotl(),
-            "LoRA, plugin": axolotl(**LORA),
+            "full, plugin": axolotl(resume=True),
+            "LoRA, plugin": axolotl(resume=True, **LORA),
+            "QLoRA 4-bit, plugin": axolotl(**{**LORA, "adapter": "qlora", "load_in_4bit": True}),
             "sample packing, plugin": axolotl(sample_packing=True, pad_to_sequence_len=True),
+            "DPO LoRA, plugin": axolotl(rows="preference", rl="dpo", **LORA),
             "full, chronomoe run": axolotl(launched=True),
             "a wrong preset": axolotl_wrong_word,
         },
@@ -263,12 +103,16 @@ TOOLS = [
          "einops", "fire", "termcolor", "modelscope", "modelscope_hub", "sentencepiece", "tiktoken", "sse-starlette",
          "docstring-parser", "shtab", "typeguard", "httpx", "httpcore", "h11", "anyio", "sniffio", "av==16.0.0"),
         {
-            "sft full": llamafactory(),
-            "sft LoRA": llamafactory(finetuning_type="lora", lora_target="q_proj,v_proj"),
+            "sft full": llamafactory(resume=True),
+            "sft LoRA": llamafactory(resume=True, **LF_LORA),
+            "sft QLoRA 4-bit": llamafactory(quantization_bit=4, **LF_LORA),
             "sft packing": llamafactory(packing=True),
-            "dpo LoRA": llamafactory(stage="dpo", finetuning_type="lora", lora_target="q_proj,v_proj"),
+            "dpo LoRA": llamafactory(rows="preference", stage="dpo", **LF_LORA),
+            "kto LoRA": llamafactory(rows="judged", stage="kto", **LF_LORA),
             "sft full, chronomoe run": llamafactory(launched=True),
+            "a wrong preset": llamafactory_wrong_word,
         },
+        beside=("bnb",),
         notes="its own pins; torchaudio, which no text needs, is an empty module",
         stubs={"torchaudio.py": '"""Stand-in: no audio is trained."""\n'},
     ),
@@ -281,56 +125,39 @@ TOOLS = [
          *HUB, "tokenizers", "cryptography", "cffi", "pycparser", "aiohttp", "aiosignal", "aiohappyeyeballs", "attrs",
          "frozenlist", "multidict", "yarl", "propcache"),
         {
-            "sft full": swift(),
-            "sft LoRA": swift(tuner_type="lora"),
+            "sft full": swift(resume=True),
+            "sft LoRA": swift(tuner_type="lora", resume=True),
+            "sft QLoRA 4-bit": swift(
+                tuner_type="lora", quant_method="bnb", quant_bits=4, bnb_4bit_compute_dtype="float32"
+            ),
+            "sft packing": swift(packing=True, fails="requires a flash attention implementation"),
+            "dpo LoRA": swift(rows="rejected", tuner_type="lora", rlhf_type="dpo"),
             "sft full, chronomoe run": swift(launched=True),
+            "a wrong preset": swift_wrong_word,
         },
+        beside=("bnb",),
     ),
+    Tool(
+        "trl",
+        (),
+        {
+            "sft full": trl(resume=True),
+            "sft LoRA": trl(use_peft=True, lora_r=4, lora_target_modules=["q_proj", "v_proj"], resume=True),
+            "sft QLoRA 4-bit": trl(
+                use_peft=True, lora_r=4, lora_target_modules=["q_proj", "v_proj"], load_in_4bit=True
+            ),
+            "sft packing": trl(packing=True, packing_strategy="wrapped"),
+            "dpo LoRA": trl(
+                rows="preference", method="dpo", use_peft=True, lora_r=4, lora_target_modules=["q_proj", "v_proj"]
+            ),
+            "kto LoRA": trl(
+                rows="judged", method="kto", use_peft=True, lora_r=4, lora_target_modules=["q_proj", "v_proj"]
+            ),
+        },
+        beside=("bnb",),
+    ),
+    Tool("fsdp2", (), {"accelerate launch, FSDP2, two processes": sharded}),
 ]  # fmt: skip
-
-
-def build(tool: Tool) -> str | None:
-    """Make (or reuse) the tool's folder; why that is not possible, or None."""
-    for beside in tool.beside:
-        build(next(each for each in TOOLS if each.name == beside))
-    PLACE.mkdir(parents=True, exist_ok=True)
-    with open(PLACE / f"{tool.name}.lock", "w") as lock:  # tests on several workers want the same folder
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return _install(tool)
-
-
-def _install(tool: Tool) -> str | None:
-    home = PLACE / tool.name
-    if not (home / ".installed").exists():
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--no-compile",
-        ]
-        done = subprocess.run(
-            [*pip, "--target", str(home), *tool.packages], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            return done.stderr.strip().splitlines()[-1][:200]
-        for name, text in tool.stubs.items():
-            (home / name).write_text(text)
-        (home / ".installed").touch()
-    return None
-
-
-def versions(tool: Tool) -> dict[str, str]:
-    """Versions that a tool's processes see, of what matters."""
-    wanted = ["transformers", "trl", "peft", "accelerate", tool.packages[0].split("==")[0]]
-    own = [str(PLACE / name) for name in (tool.name, *tool.beside)]
-    found: dict[str, str] = {}
-    for each in distributions(path=[*own, *sys.path]):
-        found.setdefault(each.metadata["Name"].lower().replace("_", "-"), each.version)
-    return {name: found[name] for name in wanted if name in found}
 
 
 def run_tool(tool: Tool, only: str | None = None) -> list[Result]:
@@ -362,7 +189,7 @@ def main() -> int:
     results: list[tuple[Tool, str | None, list[Result]]] = []
     for tool in TOOLS:
         if not options.tools or tool.name in options.tools:
-            missing = build(tool)
+            missing = build(tool, TOOLS)
             if missing is not None:
                 print(json.dumps({"tool": tool.name, "result": "not installed", "error": missing}), flush=True)
             results.append((tool, missing, [] if missing is not None else run_tool(tool, options.only)))

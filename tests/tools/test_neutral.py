@@ -60,7 +60,7 @@ def test_observing_changes_no_bit_of_a_quantised_model(kind: str, tmp_path: Path
     if LIBRARY[kind] is not None:
         own = [run.Tool(name, packages, {}, beside=("bnb",)) for name, packages in OWN_TOOLS.items()]
         tool = next(each for each in (*run.TOOLS, *own) if each.name == LIBRARY[kind])
-        missing = run.build(tool)
+        missing = run.build(tool, run.TOOLS)
         if missing is not None:
             pytest.skip(f"{tool.name} cannot be installed here: {missing}")
     families = sorted(ONLY.get(kind, moe_zoo.ROUTED))

@@ -36,7 +36,7 @@ def test_the_page_is_what_was_run() -> None:
 def test_a_small_tool(name: str) -> None:
     run = script("run")
     tool = next(each for each in run.TOOLS if each.name == name)
-    missing = run.build(tool)
+    missing = run.build(tool, run.TOOLS)
     if missing is not None:
         pytest.skip(f"{name} cannot be installed here: {missing}")
     lines = run.run_tool(tool)

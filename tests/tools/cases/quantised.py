@@ -19,7 +19,7 @@ from support.family_checks import inputs
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, system_of
-from chronomoe_hf.wrapping.weights import quantised_router
+from chronomoe_hf.wrapping.weights import WAY_OUT, quantised_router
 
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)
@@ -118,8 +118,26 @@ def govern(family: str, way: Any) -> dict[str, Any]:
     lenses = [layer.layer_id for layer in packed if layer.handle.lens is not None]
     with tempfile.TemporaryDirectory() as folder:
         saved = system.save(folder)
-    chronomoe_hf.unwrap(model, fold=True)
-    return {"result": "ok" if not lenses and saved else "FAILED", "routers_packed": len(packed), "steps": 12}
+    before = {name: value.clone() for name, value in stored(model).items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chronomoe_hf.unwrap(model, fold=True)
+    said = [str(each.message) for each in caught if "nothing folds into the routers" in str(each.message)]
+    told = len(said) == bool(packed) and all(WAY_OUT in each for each in said)
+    after = stored(model)
+    same = not packed or all(torch.equal(after[name], value) for name, value in before.items())
+    return {
+        "result": "ok" if not lenses and saved and told and same else "FAILED",
+        "routers_packed": len(packed),
+        "steps": 12,
+        **({"said that nothing folds": told, "weights as before": same} if packed else {}),
+    }
+
+
+def stored(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a model; of torchao's the codes, which can be compared."""
+    state = model.state_dict().items()
+    return {name: getattr(value, "qdata", value) for name, value in state if isinstance(value, torch.Tensor)}
 
 
 def main() -> int:
