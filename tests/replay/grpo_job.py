@@ -94,6 +94,7 @@ class Passes:
         self.ratios: list[tuple[bool, float]] = []
         self.references = 0
         self.grads: list[float] = []
+        self.counts = [torch.zeros(layer.num_experts, dtype=torch.int64) for layer in system.layers]
         for layer in system.layers:
             assert layer.experts is not None
             layer.experts.register_forward_pre_hook(self._hook(layer.layer_id))
@@ -125,6 +126,9 @@ class Passes:
         step = self.trainer.state.global_step
         for row in range(len(input_ids)):
             real = attention_mask[row].bool()
+            if gradient:
+                for counted, mine in zip(self.counts, used[:, row, real], strict=True):
+                    counted += mine.flatten().bincount(minlength=len(counted))
             key = tuple(input_ids[row][real].tolist())
             mine, logps = used[:, row, real], result[0][row].detach()
             if not gradient:

@@ -27,14 +27,21 @@ def tiny(family: str = "qwen3_moe", **fields: Any) -> Any:
 
 
 # kind, steps_per_generation, num_iterations, checkpointing, reentrant, peft
-CASES = [
+FAST = [
     ("GRPO", 1, 2, True, False, False),
-    pytest.param("GRPO", 4, 1, True, True, False, marks=pytest.mark.slow),
-    pytest.param("GRPO", 4, 2, False, None, False, marks=pytest.mark.slow),
-    pytest.param("RLOO", 1, 2, True, False, False, marks=pytest.mark.slow),
     ("RLOO", 4, 1, False, None, False),
     ("GRPO", 1, 2, True, False, True),
 ]
+EVERY = [
+    (kind, per, iterations, reentrant is not None, reentrant, peft)
+    for kind in ("GRPO", "RLOO")
+    for per, iterations in ((1, 2), (4, 1), (4, 2))  # 1 and 1 has no old-policy pass: a test of its own
+    for reentrant, peft in ((None, False), (False, False), (True, False), (False, True))
+]
+CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in FAST)]
+
+
+UNCLIPPED = {"epsilon": 5.0}  # what is clipped has no gradient, and RLOO clips whole rows
 
 
 def fields_of(per_generation: int, iterations: int, checkpointing: bool, reentrant: bool | None) -> dict[str, Any]:
@@ -60,7 +67,7 @@ def test_used_flips_are_zero_and_the_ratio_is_one_at_equal_weights(
     peft: bool,
     tmp_path: Path,
 ) -> None:
-    fields = fields_of(per, iterations, checkpointing, reentrant)
+    fields = fields_of(per, iterations, checkpointing, reentrant) | UNCLIPPED
     trainer = make(kind, tiny(), tmp_path, peft=peft, beta=0.1 if peft else 0.0, **fields)
     callback = chronomoe_hf.attach(trainer, ChronoConfig.observe(interval=4, replay__mode=mode))
     system = callback.system
@@ -77,6 +84,8 @@ def test_used_flips_are_zero_and_the_ratio_is_one_at_equal_weights(
         assert max(moved) > 1e-4, "the weights did not move: shows nothing"
     assert all(size > 0 for size in passes.grads)
     assert passes.references > 0 or not peft, "bad test setup: no reference pass"
+    for layer, counted in zip(system.last_snapshot.layers, passes.counts, strict=True):  # type: ignore[union-attr]
+        assert layer.expert_token_counts == counted.tolist(), "the counts are of what the gradient pass has used"
     record = system.last_snapshot.replay  # type: ignore[union-attr]
     assert record is not None and record["coverage"] == 1.0 and record["unknown_rows"] == 0
     assert record["tokens_repeated"] > 0 and record["passes"]["gradient"] == 4
@@ -93,6 +102,28 @@ def test_used_flips_are_zero_and_the_ratio_is_one_at_equal_weights(
     chronomoe_hf.detach(trainer)
     assert "generate" not in vars(trainer.model) and trainer._get_per_token_logps_and_entropies
     assert not hasattr(system.model, "_chrono_system")
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_without_an_old_pass_the_rollout_is_repeated(kind: str, reentrant: bool | None, tmp_path: Path) -> None:
+    """steps_per_generation and num_iterations of 1: no old-policy pass; the gradient pass repeats the rollout."""
+    fields = fields_of(1, 1, reentrant is not None, reentrant) | UNCLIPPED
+    trainer = make(kind, tiny(), tmp_path, beta=0.0, **fields)
+    callback = chronomoe_hf.attach(trainer, ChronoConfig.observe(interval=4, replay__mode="rollout"))
+    system = callback.system
+    assert system is not None
+    passes = Passes(trainer, system)
+    passes.watch_gradients()
+    trainer.train()
+    record = system.last_snapshot.replay  # type: ignore[union-attr]
+    assert record is not None and record["coverage"] == 1.0 and record["unknown_rows"] == 0
+    assert record["tokens_repeated"] > 0 and record["passes"]["gradient"] == 4
+    assert record["pairs"]["rollout_gradient"]["mean"] == 0.0, "the weights of the rollout are those of its pass"
+    assert all(size > 0 for size in passes.grads)
+    for layer, counted in zip(system.last_snapshot.layers, passes.counts, strict=True):  # type: ignore[union-attr]
+        assert layer.expert_token_counts == counted.tolist()
+    assert not {"REPLAY_UNCOVERED", "REPLAY_INVALID"} & {alert.kind for alert in system.alerts.active}
 
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
