@@ -4,13 +4,15 @@
 ``PYTHONPATH`` that begins with the folder ``autostart``, whose ``sitecustomize`` Python runs when it starts. Both are
 inherited, so the processes that ``torchrun``, ``accelerate launch`` or a tool start are reached too. There
 :func:`start` waits until Transformers' ``trainer`` module is imported and puts our callback into the list of callbacks
-that every Trainer begins with. A script that imports ``chronomoe_hf`` itself needs ``CHRONOMOE`` alone.
+that every Trainer begins with (where a tool puts a list of its own there, as ms-swift does, it comes with the
+trackers). A script that imports ``chronomoe_hf`` itself needs ``CHRONOMOE`` alone.
 
 Nothing here imports torch or Transformers: this runs in every Python process of the command.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.util
@@ -62,9 +64,22 @@ def register_report() -> None:
 
 
 def _add_default_callback(module: ModuleType) -> None:
-    known: list[Any] = module.DEFAULT_CALLBACKS
-    if not any(getattr(each, "__qualname__", "") == _Launched.__qualname__ for each in known):
-        known.insert(0, _Launched)
+    """In the list that every Trainer begins with, and behind the trackers where a tool puts its own list there."""
+    if _among(module.DEFAULT_CALLBACKS):
+        return
+    module.DEFAULT_CALLBACKS.insert(0, _Launched)
+    native = module.get_reporting_integration_callbacks
+
+    @functools.wraps(native)
+    def trackers(*args: Any, **kwargs: Any) -> list[Any]:
+        found: list[Any] = native(*args, **kwargs)
+        return found if _among([*module.DEFAULT_CALLBACKS, *found]) else [*found, _Launched]
+
+    module.get_reporting_integration_callbacks = trackers  # type: ignore[attr-defined]
+
+
+def _among(callbacks: list[Any]) -> bool:
+    return any(getattr(each, "__qualname__", "") == _Launched.__qualname__ for each in callbacks)
 
 
 def _add_report(module: ModuleType) -> None:

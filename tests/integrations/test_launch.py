@@ -49,8 +49,13 @@ def chronomoe(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from chronomoe_hf.cli.main import main; main()", *arguments]
 
 
-def test_a_script_with_two_trainers_is_watched_without_an_edit(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(TWO_TRAINERS)
+# What ms-swift does when it is imported: its own list in the place of the one that every Trainer begins with.
+OWN_LIST = "import transformers.trainer as t\nt.DEFAULT_CALLBACKS = [t.DefaultFlowCallback]\n"
+
+
+@pytest.mark.parametrize("before", ["", OWN_LIST], ids=["plain", "a list of its own"])
+def test_a_script_with_two_trainers_is_watched_without_an_edit(before: str, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(before + TWO_TRAINERS)
     done = started(chronomoe("run", "--preset", "balance", "--json", "--", sys.executable, "train.py"), tmp_path)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stderr.strip().splitlines()[-1])

@@ -19,22 +19,22 @@ NAMES = {
     "lf": "LLaMA-Factory",
     "swift": "ms-swift",
     "trl": "TRL's command line",
-    "fsdp2": "accelerate launch",
+    "fsdp2": "accelerate launch with FSDP2",
 }
 HEAD = """# Tools: what was run
 
-From `tests/tools/run.py` (`make test-tools` runs it for every tool; here it was run tool by tool). Each version is
-put on a tiny model on the CPU, and the records are held against counts taken by other code in the same process
-(`tests/tools/recount`). `EQUAL` means: real tokens of every expert in every layer, over all windows.
+From one `make test-tools`. Each version is put on a tiny model on the CPU, and the records are held against counts
+taken by other code in the same process (`tests/tools/recount`). `EQUAL` means: real tokens of every expert in every
+layer, over all windows. `resume`: the last checkpoint of a finished run is taken away, the tool resumes from the one
+before by its own option, and all weights and our state come out with the same bits. `unwrapped`: that checkpoint,
+wrapped with its state, routes by it, and without it is the plain model again. `native fails`: the tool ends in these
+words with us and without.
 [Integration](integration.md#tools) says how each tool is told.
 """
 TAIL = """
-A case of `tests/tools/run.py` that is not listed above has not been run with a result that is kept here; that is so for
-most adapters, packing and preference methods of axolotl, LLaMA-Factory and ms-swift.
-
-Not run: a GPU, and with it the Triton kernels of Liger, FP8, MXFP4, scattermoe and sonicmoe; unsloth; several
-processes of axolotl, LLaMA-Factory and ms-swift. `torchrun`, `accelerate launch` with two processes and TRL's command
-line are run by `make test-slow` (`tests/integrations/test_launch.py`).
+Not run: a GPU, and with it the Triton kernels of Liger, FP8, MXFP4, scattermoe and sonicmoe, and packing of ms-swift,
+which asks for flash attention; unsloth; several processes of axolotl, LLaMA-Factory and ms-swift. `torchrun` and
+`accelerate launch` with two processes are run by `make test-slow` as well (`tests/integrations`).
 """
 
 

@@ -121,9 +121,9 @@ TOOLS = [
         ("ms-swift==4.6.0", "transformers==5.19.0", "trl==0.29.0", "peft==0.20.0", "datasets==4.8.4", "modelscope",
          "modelscope_hub", "addict", "attrdict", "binpacking", "json-repair", "dacite", "einops", "sentencepiece",
          "tiktoken", "simplejson", "sortedcontainers", "oss2", "cpm-kernels", "transformers-stream-generator", "nltk",
-         "rouge", "joblib", "importlib-metadata", "zipp", "zstandard", "fastapi", "uvicorn", "starlette", "openai",
-         *HUB, "tokenizers", "cryptography", "cffi", "pycparser", "aiohttp", "aiosignal", "aiohappyeyeballs", "attrs",
-         "frozenlist", "multidict", "yarl", "propcache"),
+         "rouge", "joblib", "cloudpickle", "importlib-metadata", "zipp", "zstandard", "fastapi", "uvicorn", "starlette",
+         "openai", *HUB, "tokenizers", "cryptography", "cffi", "pycparser", "aiohttp", "aiosignal", "aiohappyeyeballs",
+         "attrs", "frozenlist", "multidict", "yarl", "propcache"),
         {
             "sft full": swift(resume=True),
             "sft LoRA": swift(tuner_type="lora", resume=True),

@@ -32,7 +32,10 @@ class Counter:
             mask = kwargs.get("attention_mask")
             shown = ids if ids is not None else kwargs["inputs_embeds"]
             two = isinstance(mask, torch.Tensor) and mask.dim() == 2
-            self.mask = mask.bool().flatten() if two else torch.ones(shown.shape[:2], dtype=torch.bool).flatten()
+            real = torch.ones(shown.shape[:2], dtype=torch.bool)
+            if ids is not None and this.config.pad_token_id is not None:
+                real = ids != this.config.pad_token_id  # packed rows come without a mask; no text holds a pad
+            self.mask = (mask.bool() if two else real).flatten()
             self.at, self.inside = 0, this.training and torch.is_grad_enabled()
             try:
                 return native_model(this, *args, **kwargs)
