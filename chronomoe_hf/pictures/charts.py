@@ -166,14 +166,13 @@ def cells(
     most = reach or _reach([abs(v) for block in blocks for row in block.values for v in row if v is not None])
     least = 300.0 if len(blocks) > 1 else width
     per_row = max(1, min(len(blocks), int(width // max(least, min(width, size * 7.0)))))
-    gap, left, head = 18.0, 44.0, 38.0 if width >= _ONE_LINE else 52.0
+    out = Drawing(width)
+    gap, left, head = 18.0, 44.0, 21.0 + _scale(out, most, low, high, key)
     head -= 0.0 if any(block.name for block in blocks) else 18.0
     wide = (width - left - gap * (per_row - 1)) / per_row
     line = max(6.0, min(22.0, 420.0 / max(1, len(blocks[0].rows))))
     tall = line * len(blocks[0].rows)
-    out = Drawing(width)
     places = Places(["", "layer", "expert", *blocks[0].shown])
-    _scale(out, most, low, high, key)
     for at, block in enumerate(blocks):
         x, y = left + (at % per_row) * (wide + gap), head + 16.0 + (at // per_row) * (tall + 58.0)
         out.text(x, y - 10, block.name[:40], opacity=0.95, size=13)
@@ -233,19 +232,24 @@ def _tone(value: float, most: float, pale: bool) -> Look:
     return Look("#888f99" if pale or level == 0.0 else ORANGE if value > 0 else BLUE, round(opacity, 3))
 
 
-def _scale(out: Drawing, most: float, low: str, high: str, key: str) -> None:
-    words = low.format(f"{2**most:.3g}")
-    at = 8.0 + 6.4 * len(words)
-    out.text(4, 9, words, size=11.5)
+def _scale(out: Drawing, most: float, low: str, high: str, key: str) -> float:
+    """The colours and what they mean, in as many lines as the width needs; returns the height."""
+    ends = [words.format(f"{2**most:.3g}") for words in (low, high)]
     wide = 7.0 if out.width >= 500.0 else 4.0
+    bar = wide * (2 * _LEVELS + 1)
+    at, line = 8.0 + 6.4 * len(ends[0]), 9.0
+    out.text(4, line, ends[0], size=11.5)
+    if at + bar + 6.0 + 6.4 * len(ends[1]) > out.width:
+        at, line = 4.0, line + 17.0
     for step in range(-_LEVELS, _LEVELS + 1):
-        out.rect(at, 4, wide, 10, _tone(step / _LEVELS * most, most, False))
-        at += wide
-    out.text(at + 6, 9, high.format(f"{2**most:.3g}"), size=11.5)
+        out.rect(at + (step + _LEVELS) * wide, line - 5, wide, 10, _tone(step / _LEVELS * most, most, False))
+    out.text(at + bar + 6, line, ends[1], size=11.5)
     if out.width >= _ONE_LINE:
-        out.text(out.width - 4, 9, key, anchor="end", size=11.5)
+        out.text(out.width - 4, line, key, anchor="end", size=11.5)
     else:
-        out.text(4, 26, key, size=11.5)
+        line += 17.0
+        out.text(4, line, key, size=11.5)
+    return line + 8.0
 
 
 def _expert_axis(out: Drawing, x: float, y: float, cell: float, size: int) -> None:
@@ -285,7 +289,7 @@ def flow(
     out = Drawing(width, 420.0)
     top, tall, bar = 34.0, 360.0, 12.0
     left = 44.0
-    step = (width - left - 40.0) / max(1, len(columns) - 1)
+    step = (width - left - 58.0) / max(1, len(columns) - 1)  # right of the last layer stand its names
     places = Places(["layer", "expert", "hands to layer", "expert", "share", "times chance"])
     spots = [_stack(column, top, tall) for column in columns]
     for at, pairs in enumerate(links):
@@ -303,12 +307,13 @@ def flow(
             box = ((x1 + x2) / 2 - step / 6, middle[0], step / 3, max(4.0, thick))
             places.add(Grid(box[0], (y1 + y2) / 2, box[2], box[3], 1, 1), [(*named, share, lift)])
     for at, column in enumerate(columns):
-        x = left + at * step
+        x, last = left + at * step, at == len(columns) - 1
         out.text(x + bar / 2, 12, f"layer {labels[at]}", anchor="middle", size=12, opacity=0.9)
         for (y, unit), node in zip(spots[at], column, strict=True):
             out.rect(x, y, bar, max(0.6, unit * node.size), Look(opacity=0.8))
             if unit * node.size >= 9.0:
-                out.text(x - 4, y + unit * node.size / 2, node.name, anchor="end", size=11)
+                beside = (x + bar + 4, "start") if last else (x - 4, "end")
+                out.text(beside[0], y + unit * node.size / 2, node.name, anchor=beside[1], size=11)
     out.places.append(places)
     return out
 

@@ -204,7 +204,7 @@ STATES: dict[str, Rule] = {
     "DEAD": Rule(
         "fine",
         "experts without a token",
-        "Some experts have received no token, and had none or hardly one at the baseline already.",
+        "Some experts have received no token; in a run, they had none or hardly one at the baseline already.",
         "The model came with them, or this data does not reach them.",
         "Nothing, or a smaller model: `chronomoe plan` drops them first, and `chronomoe measure` says what that costs.",
     ),

@@ -247,8 +247,9 @@ def _states(run: RunData) -> list[Finding]:
     key = "IDLE_ADAPTER" if run.manifest.get("adapter") is True else "IDLE"
     idle = {} if run.splits else _idle_throughout(run)
     if idle:
-        where = listed([f"layer {i} ({n})" for i, n in idle.items()])
-        add(key, f"{counted(sum(idle.values()), 'expert')}: {where}.", map(str, idle))
+        where = listed([named(i, experts) for i, experts in idle.items()])
+        experts = {str(i): experts for i, experts in idle.items()}
+        add(key, f"{counted(sum(map(len, idle.values())), 'expert')}: {where}.", experts, None, experts)
     near = [layer for layer in layers if (layer.violation_fraction or 0.0) > NEAR_CEILING and busier(run, layer)]
     if near:
         where = listed([f"layer {layer.layer_id}" for layer in near])
@@ -280,7 +281,7 @@ def _silence(layers: list[LayerView], silent: dict[int, list[int]], add: Any) ->
         add("DEAD", seen, dead, None, experts)
 
 
-def _idle_throughout(run: RunData) -> dict[int, int]:
+def _idle_throughout(run: RunData) -> dict[int, list[int]]:
     """Layer id -> experts below IDLE fair shares in both the first and the last window; layers with none left out."""
     ends = [run.picked[0], run.picked[-1]]
     if len(run.picked) < 2 or any(window.step not in run.frames for window in ends):
@@ -292,8 +293,8 @@ def _idle_throughout(run: RunData) -> dict[int, int]:
         idle.append({layer: row < IDLE for layer, row in zip(ids, relative_LE, strict=True) if layer in enough})
     first, last = idle
     shared = [layer for layer in first if layer in last and first[layer].shape == last[layer].shape]
-    counts = {layer: int((first[layer] & last[layer]).sum()) for layer in shared}
-    return {layer: count for layer, count in counts.items() if count}
+    both = {layer: [int(expert) for expert in (first[layer] & last[layer]).nonzero()[0]] for layer in shared}
+    return {layer: experts for layer, experts in both.items() if experts}
 
 
 def _governing(run: RunData, add: Any) -> None:
@@ -377,6 +378,11 @@ def _of_profile(run: RunData) -> Verdict:
     read = f"{tokens:,} tokens" if isinstance(tokens, int) else "its text"
     sentence = f"A profile: over {read}, this model uses {percent(mean)} of its experts; {dead} of {experts} got none."
     findings = [Finding("PROFILE", STATES["PROFILE"], sentence)]
+    none = {str(at): [expert for expert, count in enumerate(row) if not count] for at, row in enumerate(counts)}
+    silent = {layer_id: experts for layer_id, experts in none.items() if experts}
+    if silent:
+        seen = f"No token of this text reached {listed([named(at, experts) for at, experts in silent.items()])}."
+        findings.append(Finding("DEAD", STATES["DEAD"], seen, tuple(silent), experts=silent))
     low = AlertConfig().neff_floor
     below = [at for at, load in enumerate(loads) if load.n_effective and load.n_effective < low * len(counts[at])]
     if below:

@@ -50,7 +50,7 @@ class Trace:
     other: Trace | None = field(default=None)
 
     def beside(self, other: Trace) -> Trace:
-        """This trace with a second model's of the same tokens.
+        """This trace with a second model's of the same tokens; where both have one name, they get "(1)" and "(2)".
 
         Raises:
             DataError: the tokens differ, or the models have another number of MoE layers.
@@ -62,7 +62,10 @@ class Trace:
                 f"{self.title} has {len(self.layers)} MoE layers and {other.title} has {len(other.layers)}; only "
                 "models with the same layers can be compared"
             )
-        return dataclasses.replace(self, other=other)
+        if self.title != other.title:
+            return dataclasses.replace(self, other=other)
+        one, two = (f"{self.title} ({at})" for at in (1, 2))  # two names that are one could not be told apart
+        return dataclasses.replace(self, model_name=one, other=dataclasses.replace(other, model_name=two))
 
     @property
     def title(self) -> str:
@@ -121,7 +124,9 @@ class Trace:
                 out.rect(left + at * cell, row * line, cell, line - 1, Look(colour, 0.85 if expert in lead else 0.35))
         out.text(9, line * len(self.layers) / 2, "layer", anchor="middle", turn=-90)
         for at in range(0, shown, max(1, int(60 / cell))):
-            out.text(left + (at + 0.5) * cell, line * len(self.layers) + 9, str(at), anchor="middle", size=11)
+            middle = left + (at + 0.5) * cell
+            if middle + 3.5 * len(str(at)) <= width:  # a number that would be cut off at the edge is left out
+                out.text(middle, line * len(self.layers) + 9, str(at), anchor="middle", size=11)
         out.text(left + (width - left) / 2, out.height - 8, "token", anchor="middle")
         out.shapes.sort(key=lambda shape: shape.look)
         out.places.append(places)

@@ -129,7 +129,11 @@ def test_nothing_is_drawn_beyond_the_ground(width: int) -> None:
                 assert all(-1 <= x <= width + 1 for x in ends[::2]) and all(
                     -1 <= y <= drawn.height + 1 for y in ends[1::2]
                 )
-            assert all(0 <= text.y <= drawn.height for text in drawn.texts)
+            for text in drawn.texts:
+                assert 0 <= text.y <= drawn.height
+                reach = 0 if text.turn else 0.5 * text.size * len(text.text)  # no letter is narrower on average
+                start = text.x - reach * {"start": 0, "middle": 0.5, "end": 1}[text.anchor]
+                assert -2 <= start and start + reach <= width + 2, (picture.key, text)
 
 
 def test_files(tmp_path: Path) -> None:

@@ -170,7 +170,8 @@ def test_experts_that_idle_at_both_ends_of_a_run_are_pointed_out(tmp_path: Path)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     run = load_run(tmp_path)
     (found,) = [finding for finding in judge(run).findings if finding.key == "IDLE"]
-    assert found.seen == "1 expert: layer 0 (1)." and found.rule.config == "ChronoConfig.revive()"
+    assert found.experts == {"0": [3]} and found.layers == ("0",)
+    assert found.seen == "1 expert: layer 0 (expert 3)." and found.rule.config == "ChronoConfig.revive()"
     assert judge(run).level == "fine", "a remark, no warning"
     for known in ({"splits": [(0, 1, 1)]}, {"profile": {"domains": 1}}, {"picked": run.picked[:1]}):
         findings = judge(dataclasses.replace(run, **known)).findings

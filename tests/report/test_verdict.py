@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,22 @@ def test_dead_experts_are_named_and_all_of_them_are_in_the_record(tmp_path: Path
         assert f"layer 0 (experts {', '.join(map(str, silent[:8]))} and {len(silent) - 8} more)" in dead.seen
         record = json.loads(run("report", directory, "--json").output)
         assert {"0": silent} in [finding["experts"] for finding in record["findings"]]
+
+
+def test_a_profile_names_the_experts_that_its_text_did_not_reach(profiles: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "profile"
+    shutil.copytree(profiles / "one", directory)
+    path = directory / "chronomoe" / "profile.json"
+    record = json.loads(path.read_text())
+    for domain in record["domains"]:
+        domain["counts"][1][2] = domain["counts"][1][5] = 0
+    record["domains"][0]["counts"][0][3] = 0  # the other domain still reaches this one
+    path.write_text(json.dumps(record))
+    (dead,) = [finding for finding in judge_directory(directory).findings if finding.key == "DEAD"]
+    assert dead.experts == {"1": [2, 5]} and dead.layers == ("1",) and dead.level == "fine"
+    assert dead.seen == "No token of this text reached layer 1 (experts 2 and 5)."
+    assert "layer 1 (experts 2 and 5)" in render(load_run(directory))
+    assert not [f for f in judge_directory(profiles / "one").findings if f.key == "DEAD"]
 
 
 def test_records_of_a_newer_version_are_told_everywhere(tmp_path: Path) -> None:

@@ -167,6 +167,10 @@ def test_two_models_on_one_text() -> None:
     for at in range(2):
         expected = float((found.layers[at].first_T != found.other.layers[at].first_T).mean())
         assert found.changed(at) == expected > 0.0
+    assert (found.title, found.other.title) == ("MixtralForCausalLM (1)", "MixtralForCausalLM (2)")
+    assert [view.label for view in found.figure().views] == [found.title, found.other.title]
+    named = chronomoe_hf.trace(one, texts.tokenizer(), "a text", against=other, model_name="a", against_name="b")
+    assert named.other is not None and (named.title, named.other.title) == ("a", "b")
     with pytest.raises(DataError, match="MoE layers"):
         chronomoe_hf.trace(one, texts.tokenizer(), "a text", against=model_of("mixtral", num_hidden_layers=1))
 

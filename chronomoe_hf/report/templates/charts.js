@@ -205,7 +205,8 @@
       pen.fillText(short(tick), box.left - 6, sy(tick));
     }
     pen.textAlign = "center";
-    for (const tick of ticks(first, last, Math.max(2, width / 110)).filter(Number.isInteger)) pen.fillText(String(tick), Math.min(sx(tick), box.right - 8), height - 24);
+    const whole = ticks(first, last, Math.max(2, width / 110)).filter(Number.isInteger);
+    for (const tick of whole.length > 1 ? whole : [first, last]) pen.fillText(String(tick), Math.min(sx(tick), box.right - 8), height - 24);
     pen.fillText(name, (box.left + box.right) / 2, height - 8);
     pen.setLineDash([3, 3]);
     pen.strokeStyle = SOFT;
