@@ -41,9 +41,10 @@ ALERTS: dict[str, Rule] = {
         "For three windows or more a layer has used fewer than 60 % of its experts effectively, or two experts have "
         "taken more than 75 % of what they can take, and it is worse than at the baseline beyond chance. "
         "The same level without that movement is AS_IT_CAME below.",
-        "A learning rate that is high for the router, a switched-off auxiliary loss, or data that became narrower.",
+        "A high learning rate, a switched-off auxiliary loss, or data that became narrower.",
         "Resume from the last checkpoint before the alert with a selection bias that evens the load; it can cost a "
-        "little loss, so compare. A lower learning rate for the router slows the movement down instead.",
+        "little loss, so compare. A lower learning rate slows the movement down instead; lowered for the router alone it "
+        "may change nothing, because what the router reads moves too.",
         "ChronoConfig.balance()",
     ),
     "COLLAPSE_CONFIRMED": Rule(
