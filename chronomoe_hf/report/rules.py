@@ -43,8 +43,8 @@ ALERTS: dict[str, Rule] = {
         "The same level without that movement is AS_IT_CAME below.",
         "A high learning rate, a switched-off auxiliary loss, or data that became narrower.",
         "Resume from the last checkpoint before the alert with a selection bias that evens the load; it can cost a "
-        "little loss, so compare. A lower learning rate slows the movement down instead; lowered for the router alone it "
-        "may change nothing, because what the router reads moves too.",
+        "little loss, so compare. A lower learning rate slows the movement down instead; lowered for the router alone "
+        "it may change nothing, because what the router reads moves too.",
         "ChronoConfig.balance()",
     ),
     "COLLAPSE_CONFIRMED": Rule(
