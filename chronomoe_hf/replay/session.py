@@ -99,7 +99,7 @@ class Replay:
         self._require_mode("add")
         tokens_N = _tokens(tokens)
         if routes is None:
-            self._note(1, "the engine returned no routes (start it with --enable-return-routed-experts)")
+            self._note(len(tokens_N), "the engine returned no routes (start it with --enable-return-routed-experts)")
             return
         read = read_routes(routes, len(tokens_N), self.axis, self.passes.dtype, start)
         if read.invalid is not None:

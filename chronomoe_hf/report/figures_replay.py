@@ -19,6 +19,10 @@ PAIRS = {
     "rollout_gradient": "rollout and gradient pass",
     "old_gradient": "old-policy and gradient pass",
 }
+_GROWN = 4.0
+"""A k3 of the last window so many times that of the first one is named."""
+_ROUNDING = 1e-4
+"""Nats: what rounding alone makes of k3."""
 _MODES = {
     "measure": "Nothing is repeated (mode measure)",
     "old": "The gradient pass repeats the old-policy pass (mode old)",
@@ -143,8 +147,15 @@ def _sentence(records: list[dict[str, Any]], k3: dict[str, list[float]]) -> str:
     more = (
         f", and a log-probability differed by up to {largest:.2g} in the last window" if math.isfinite(largest) else ""
     )
+    grown = ""
+    if first != "old_gradient" and known[-1] > _GROWN * known[0] and known[-1] > _ROUNDING:
+        grown = (
+            " It has grown, as it does where the engine keeps older weights than the trainer: check that every "
+            "optimizer step is followed by a weight sync."
+        )
     return (
         f"The k3 KL of {PAIRS[first]} was {known[0]:.2g} nats in the first window, {known[-1]:.2g} in the last{more}."
+        f"{grown}"
     )
 
 

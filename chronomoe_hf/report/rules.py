@@ -98,9 +98,12 @@ ALERTS: dict[str, Rule] = {
         "rollout and trainer choose other experts, and it shows",
         "For two windows or more, two passes of the same tokens chose other experts and the k3 KL between them was "
         "above the limit: the importance ratio is then not of the policy that sampled.",
-        "An engine with other kernels or another precision, or several optimizer steps on one batch.",
-        "Repeat the recorded choices: those of the old-policy pass where only the weights move, those of the engine "
-        "where the engine differs. On-policy, an importance correction alone may be enough: measure both.",
+        "An engine with other kernels or another precision, an engine with older weights than the trainer (a weight "
+        "sync that is missing: mismatch and k3 then grow from window to window), or several optimizer steps on one "
+        "batch.",
+        "Make sure that the engine gets the weights after every optimizer step. Repeat the recorded choices: those of "
+        "the old-policy pass where only the weights move, those of the engine where the engine differs. On-policy, an "
+        "importance correction alone may be enough: measure both.",
         'ChronoConfig.observe(replay__mode="rollout")',
     ),
     "REPLAY_UNCOVERED": Rule(

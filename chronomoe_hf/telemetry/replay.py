@@ -60,8 +60,9 @@ def replay_alerts(record: Mapping[str, Any], history: AlertHistory, step: int, c
     """Edges of one window; `history` is changed in place."""
     if config.mode == "off":
         return []
+    mismatch = _mismatch(record, config)
     edges = [
-        history.observe(ROUTING_MISMATCH, None, step, **_mismatch(record, config)),
+        None if mismatch is None else history.observe(ROUTING_MISMATCH, None, step, **mismatch),
         history.observe(REPLAY_UNCOVERED, None, step, **_uncovered(record, config)),
         history.observe(REPLAY_INVALID, None, step, **_invalid(record)),
         history.observe(REPLAY_IDLE, None, step, **_idle(record, config)),
@@ -69,14 +70,22 @@ def replay_alerts(record: Mapping[str, Any], history: AlertHistory, step: int, c
     return [edge for edge in edges if edge is not None]
 
 
-def _mismatch(record: Mapping[str, Any], config: ReplayConfig) -> dict[str, Any]:
-    """Both a mismatch and a high k3: choices that differ and change nothing are no damage."""
+def _mismatch(record: Mapping[str, Any], config: ReplayConfig) -> dict[str, Any] | None:
+    """Both a mismatch and a high k3: choices that differ and change nothing are no damage.
+
+    Where there is an old-policy pass, it speaks for the trainer: between it and the gradient pass the weights have
+    moved, which says nothing of the engine. None = a window of such gradient passes alone: nothing is known of it.
+    """
+    known = {*record["pairs"], *record["logps"]}
+    moved = not known.isdisjoint({"rollout_old", "old_gradient"})
     for name in _ORDER:
+        if name == "rollout_gradient" and moved:
+            continue
         pair, logps = record["pairs"].get(name), record["logps"].get(name)
         if pair is None or logps is None or pair["mean"] <= 0.0 or logps["k3"] <= config.k3:
             continue
-        known = [(value, layer) for value, layer in zip(pair["mismatch"], record["layers"], strict=True) if value]
-        layers = ", ".join(str(layer) for _, layer in sorted(known, reverse=True)[:3])
+        most = [(value, layer) for value, layer in zip(pair["mismatch"], record["layers"], strict=True) if value]
+        layers = ", ".join(str(layer) for _, layer in sorted(most, reverse=True)[:3])
         repeated = name in ("rollout_old", "rollout_gradient") and config.mode == "rollout"
         repeated = repeated or (name == "old_gradient" and config.mode == "old")
         way = (
@@ -91,8 +100,14 @@ def _mismatch(record: Mapping[str, Any], config: ReplayConfig) -> dict[str, Any]
             f"nats (limit {config.k3:g}), largest difference of a log-probability {logps['logp_diff_max']:.3g}; most "
             f"in layers {layers}; {way}"
         )
+        if name != "old_gradient":
+            detail += (
+                ". Where both numbers grow from window to window, the engine has older weights than the trainer: check "
+                "that every optimizer step is followed by a weight sync"
+            )
         return {"holds": True, "after": MISMATCH_AFTER, "detail": detail}
-    return {"holds": False}
+    later = "rollout_gradient" in record["pairs"] and moved and "rollout_old" not in known
+    return None if later else {"holds": False}
 
 
 def _uncovered(record: Mapping[str, Any], config: ReplayConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from support import models
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig
+from chronomoe_hf.config import BetaConfig, LensConfig, ReplayConfig
 from chronomoe_hf.errors import ConfigError
 from chronomoe_hf.telemetry import read_jsonl
 
@@ -210,6 +211,22 @@ def test_an_engine_that_returns_no_routes_is_named(tmp_path: Path) -> None:
     assert "--enable-return-routed-experts" in active["REPLAY_INVALID"]
 
 
+def with_lens(mode: Any) -> ChronoConfig:
+    return ChronoConfig(beta=BetaConfig(law="none"), lens=LensConfig(), replay=ReplayConfig(mode=mode))
+
+
+@pytest.mark.parametrize(
+    ("mode", "config"),
+    [("old", with_lens("old")), ("measure", with_lens("measure")), ("old", ChronoConfig.protect(replay__mode="old"))],
+)
+def test_what_steers_goes_with_the_modes_in_which_no_engine_is_repeated(
+    mode: str, config: ChronoConfig, tmp_path: Path
+) -> None:
+    trainer = make("GRPO", tiny(), tmp_path, rollout_func=lambda *a: {})
+    callback = chronomoe_hf.attach(trainer, config)
+    assert callback.system is not None and callback.system.config.replay.mode == mode
+
+
 def packed(trainer: Any) -> None:
     trainer.args.packing = True
 
@@ -267,6 +284,7 @@ def test_rows_that_are_no_texts_are_refused_at_attach_and_leave_nothing(
         ),
         ({"rollout_func": lambda *a: {}}, ChronoConfig.protect(replay__mode="rollout"), "beta.law='coherence'"),
         ({"rollout_func": lambda *a: {}}, ChronoConfig.balance(replay__mode="rollout"), "beta.law='balance'"),
+        ({"rollout_func": lambda *a: {}}, with_lens("rollout"), "rollout' with lens.enabled=True"),
     ],
 )
 def test_what_cannot_be_had_together_is_refused_at_attach_and_leaves_nothing(
