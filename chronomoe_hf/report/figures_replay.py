@@ -35,13 +35,24 @@ def replay(run: RunData) -> list[Figure]:
     records = [record for record in run.replay if isinstance(record.get("pairs"), dict)]
     if not records:
         return []
-    main = next((name for name in PAIRS if any(name in record["pairs"] for record in records)), None)
+    main = _main(records)
     shown = [_layers(records, main)] if main is not None else []
-    return [*shown, _numbers(run, records)]
+    return [*shown, _numbers(run, records, main)]
+
+
+def _main(records: list[dict[str, Any]]) -> str | None:
+    """The pair of passes whose choices differ most in any window; of equal ones the first in a step's order."""
+    reach: dict[str, float] = {}
+    for record in records:
+        for name in PAIRS:
+            if name in record["pairs"]:
+                value = _number(_of(record["pairs"][name]).get("mean"))
+                reach[name] = max(reach.get(name, 0.0), value if math.isfinite(value) else 0.0)
+    return max((name for name in PAIRS if name in reach), key=lambda name: reach[name], default=None)
 
 
 def _layers(records: list[dict[str, Any]], name: str) -> Figure:
-    """A cell for every layer and window of the first pair of passes that the run has."""
+    """A cell for every layer and window of the pair of passes whose choices differ most."""
     ids: list[Any] = next((record["layers"] for record in records if isinstance(record.get("layers"), list)), [])
     value_LW = np.full((len(ids), len(records)), math.nan)
     for at, record in enumerate(records):
@@ -85,7 +96,7 @@ def _layers(records: list[dict[str, Any]], name: str) -> Figure:
     return Figure("replay_layers", "Routing mismatch between passes", sentence, spec, head, rows, note)
 
 
-def _numbers(run: RunData, records: list[dict[str, Any]]) -> Figure:
+def _numbers(run: RunData, records: list[dict[str, Any]], main: str | None) -> Figure:
     """k3 and coverage over steps, mismatch by position in the completion, recompute flips."""
     steps = [float(record.get("step", at)) for at, record in enumerate(records)]
     panels = []
@@ -95,7 +106,7 @@ def _numbers(run: RunData, records: list[dict[str, Any]]) -> Figure:
         top = max(1e-6, *(float(np.nanmax(values)) for values in drawn.values()))
         own = [series(PAIRS[name], [1e3 * value for value in values]) for name, values in drawn.items()]
         panels.append({"title": "k3 KL (1/1000 nats)", "low": 0.0, "high": 1.1e3 * top, "series": own})
-    if (place := _by_position(records)) is not None:
+    if (place := _by_position(records, main)) is not None:
         panels.append(place)
     covered = [_number(record.get("coverage")) for record in records]
     if np.isfinite(covered).any():
@@ -116,7 +127,7 @@ def _numbers(run: RunData, records: list[dict[str, Any]]) -> Figure:
     return Figure(
         "replay_numbers",
         "What the mismatch does",
-        _sentence(records, k3),
+        _sentence(records, k3, main),
         lines(panels, steps, resumes(run)) if panels else None,
         ["passes, last window", "k3, nats", "|dlogp|, mean", "|dlogp|, max", "above ln 2"],
         rows,
@@ -125,9 +136,9 @@ def _numbers(run: RunData, records: list[dict[str, Any]]) -> Figure:
     )
 
 
-def _by_position(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _by_position(records: list[dict[str, Any]], main: str | None) -> dict[str, Any] | None:
     """Mismatch by position in the completion, of the last window; the x axis is a power of two."""
-    for name in PAIRS:
+    for name in sorted(PAIRS, key=lambda name: name != main):
         values = [_number(value) for value in _of(records[-1]["pairs"].get(name)).get("by_position") or []]
         if np.isfinite(values).any():
             count = max(at for at, value in enumerate(values) if math.isfinite(value)) + 1
@@ -138,8 +149,9 @@ def _by_position(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
-def _sentence(records: list[dict[str, Any]], k3: dict[str, list[float]]) -> str:
-    first = next((name for name, values in k3.items() if np.isfinite(values).any()), None)
+def _sentence(records: list[dict[str, Any]], k3: dict[str, list[float]], main: str | None) -> str:
+    order = sorted(k3.items(), key=lambda pair: pair[0] != main)
+    first = next((name for name, values in order if np.isfinite(values).any()), None)
     if first is None:
         return f"{counted(len(records), 'window')}; the log-probabilities of this trainer could not be read."
     known = [value for value in k3[first] if math.isfinite(value)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support import models as tiny
 from support import texts
-from support.browser import opened
+from support.browser import colours, opened, plots
 from support.made_runs import train_into
 
 import chronomoe_hf
@@ -64,6 +64,9 @@ def test_every_picture_is_drawn(name: str, width: int, scheme: str, pages: dict[
         assert said == [] and asked == [pages[name].as_uri()]
         found = drawn(page)
         assert set(found) == expected and all(found.values()), found
+        charts = plots(page)
+        assert set(charts) >= ({"domains"} if name == "profile" else {"neff"} if name == "run" else set())
+        assert all(chart["drawn"] == "yes" and min(colours(page, key)) > 2 for key, chart in charts.items())
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         style = "getComputedStyle(document.querySelector('section'))"
         ink, paper = page.evaluate(f"[{style}.color, {style}.backgroundColor]")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.browser import colours, opened, plots
-from support.made_runs import random_run, train_into
+from support.made_runs import random_run, run_with_roles, train_into
 
 from chronomoe_hf.report import write_report
 
@@ -58,6 +58,10 @@ def governed(directory: Path) -> None:
     train_into(directory, steps=6, arguments={"save_strategy": "steps", "save_steps": 6})
 
 
+def with_roles_and_evaluation(directory: Path) -> None:
+    run_with_roles(directory)
+
+
 FIGURES = {
     empty: set(),
     one_step: {"neff", "work", "imbalance", "coherence", "governor"},
@@ -65,18 +69,25 @@ FIGURES = {
     without_numbers: {"work", "governor"},
     large: {"neff", "work", "imbalance", "coherence", "governor"},
     governed: {"neff", "work", "imbalance", "coherence", "governor", "timeline"},
+    with_roles_and_evaluation: {"evaluation", "neff", "work", "imbalance", "coherence", "governor", "timeline"},
 }
 
 
-@pytest.mark.parametrize("width", [1150, 390])
+SIZES = [(1280, "light"), (390, "light"), (1280, "dark"), (390, "dark")]
+LIGHT_ONLY = (empty, one_step, one_layer, without_numbers)
+
+
+@pytest.mark.parametrize(("width", "scheme"), SIZES)
 @pytest.mark.parametrize("make", FIGURES, ids=lambda make: make.__name__)
 def test_every_plot_is_drawn_and_nothing_else_is_asked_for(
-    make: Callable[[Path], None], width: int, tmp_path: Path
+    make: Callable[[Path], None], width: int, scheme: str, tmp_path: Path
 ) -> None:
+    if scheme == "dark" and make in LIGHT_ONLY:
+        pytest.skip("drawn by the same lines as the others")
     make(tmp_path)
     path = write_report(tmp_path)
     assert path.stat().st_size < 3e6
-    with opened(path, width) as (page, said, asked):
+    with opened(path, width, scheme) as (page, said, asked):
         assert said == [] and asked == [path.as_uri()]
         drawn = plots(page)
         assert set(drawn) == FIGURES[make] and all(plot["drawn"] == "yes" for plot in drawn.values())
@@ -138,11 +149,14 @@ def test_names_inject_nothing(tmp_path: Path) -> None:
         assert "{{7*7}}" in page.locator("h1").inner_text()
 
 
-def test_two_runs_beside_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("width", "scheme"), SIZES)
+def test_runs_beside_each_other(width: int, scheme: str, tmp_path: Path) -> None:
     random_run(tmp_path / "a", windows=5)
     random_run(tmp_path / "b", windows=8, experts=8, layers=3)
-    with opened(write_report(tmp_path / "a", other=tmp_path / "b"), 390) as (page, said, _):
+    with opened(write_report(tmp_path / "a", other=tmp_path / "b"), width, scheme) as (page, said, _):
         assert said == [] and plots(page)["compare"]["drawn"] == "yes"
+        assert min(colours(page, "compare")) > 2
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.locator("#compare h2").inner_text() == "a beside b"
 
 
