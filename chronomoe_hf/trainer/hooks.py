@@ -239,7 +239,10 @@ def refuse_data_parallel(trainer: Trainer) -> None:
 def calling_trainer(callback: object) -> Trainer | None:
     """The Trainer whose event `callback` is handling, or None.
 
-    Transformers hands callbacks no Trainer; the one that called is on the call stack, with the callback in its list.
+    Transformers hands callbacks no Trainer: neither the arguments of an event nor the handler that calls, which holds
+    model, optimizer and loaders, name it. The one that called is on the call stack, with the callback in its list.
+    The other way would be to replace ``Trainer.__init__`` for every Trainer of the process; this only looks, at the two
+    events where a run begins, and not at all where ``attach(trainer)`` was called.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
