@@ -38,7 +38,7 @@ from chronomoe_hf.wrapping.native_bias import cast_bias
 from chronomoe_hf.wrapping.owner import SYSTEM, find_system, left_over
 from chronomoe_hf.wrapping.save_pretrained import bind_save, save_pretrained, unbind_save
 
-TESTED_VERSIONS = ("5.6.0", "5.13.1", "5.16.1", "5.19.0", "5.23.0")
+TESTED_VERSIONS = ("5.6.0", "5.13.1", "5.16.1", "5.19.0", "5.23.0", "5.24.0")
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -55,6 +55,7 @@ REFUSED = {
     "5.16.1": {"aria", "jamba", "longcat_flash", "switch_transformers", *GRANITE},
     "5.19.0": {"doge", "aria", "jamba", *GRANITE},
     "5.23.0": {"doge"},
+    "5.24.0": {"doge"},
 }
 # Models that their own release cannot run from these tiny configs; nothing of ours is involved.
 BROKEN = {
@@ -63,6 +64,7 @@ BROKEN = {
     "5.16.1": {"doge"},
     "5.19.0": set(),
     "5.23.0": set(),
+    "5.24.0": set(),
 }
 INSTALLED = version("transformers")
 PRESENT = [f for f, entry in FAMILIES.items() if hasattr(transformers, entry["config_class"])]

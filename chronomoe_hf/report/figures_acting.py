@@ -124,7 +124,7 @@ def lifecycle(run: RunData) -> list[Figure]:
             Figure(
                 "effects",
                 "Plans and their measured effect",
-                f"The cheapest plan measured ({best['rank']}) raises the loss by {best['rise']:+.4f} nats{against}.",
+                f"The cheapest plan measured ({best['rank']}) changes the loss by {best['rise']:+.4f} nats{against}.",
                 None,
                 ["from", "rank", "experts kept", "loss before", "rise", "standard error", "random", "worst"],
                 [

@@ -181,7 +181,8 @@ def _alerts(run: RunData) -> list[Finding]:
         Finding(
             kind,
             ALERTS.get(kind, unknown),
-            f"{kind} is in force in {listed(where)}" + (f" since step {since[kind]}." if kind in since else "."),
+            f"{kind} is in force in {'the run' if where == ['run'] else listed(where)}"
+            + (f" since step {since[kind]}." if kind in since else "."),
             tuple(name.removeprefix("layer ") for name in where if name != "run"),
             since.get(kind),
         )
@@ -190,6 +191,10 @@ def _alerts(run: RunData) -> list[Finding]:
     if came:
         findings.append(_as_it_came(run, [layers[name] for name in came if name in layers]))
     return findings
+
+
+def _places(where: list[str]) -> str:
+    return listed(["the run" if name == "run" else name for name in where])
 
 
 def _moved(run: RunData, since: str | None, layer: LayerView | None) -> bool:

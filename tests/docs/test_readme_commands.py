@@ -91,8 +91,10 @@ def test_the_block_that_downloads_a_model_runs_on_a_small_one_of_its_family(tmp_
         vocab_size=64, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, pad_token_id=0, **sizes
     )
     OlmoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    texts.tokenizer().save_pretrained(tmp_path / "model")
     script = GIVEN + stand_in(block, tmp_path)
     assert str(tmp_path / "model") in script, "the block names another model now"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "chronomoe" / "run_manifest.json").is_file()
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "tuned").iterdir()}

@@ -283,7 +283,7 @@ def test_measured_effects_are_found(tmp_path: Path) -> None:
     run = load_run(tmp_path)
     assert run.effects[0]["rise"] == 0.12 and run.effects[0]["random"] == 0.5 and run.effects[0]["worst"] is None
     assert run.effects[1]["where"] == "step 20" and run.effects[1]["kept"] == 2
-    assert "raises the loss by +0.1200 nats, against +0.5000" in render(run)
+    assert "changes the loss by +0.1200 nats, against +0.5000" in render(run)
 
 
 # ---- profiles --------------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@
       pen.fillStyle = "#d55e00";
       pen.fillRect(120 * (spec.threshold.at - spec.low) / (spec.high - spec.low) - 0.5, 0, 1.4, 10);
       make("span", legend, "", `mark: ${spec.threshold.text}`);
-    } else if (spec.threshold) make("span", legend, "", spec.threshold.text);
+    } else if (spec.threshold) make("span", legend, "", `outside this scale: ${spec.threshold.text}`);
     if (bytes.includes(1)) make("span", legend, "", "✕ or solid: no token");
     if (bytes.includes(0)) make("span", legend, "", "grey: no data");
     return plot.follow || draw;
