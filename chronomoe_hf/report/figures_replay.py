@@ -23,6 +23,8 @@ _GROWN = 4.0
 """A k3 of the last window so many times that of the first one is named."""
 _ROUNDING = 1e-4
 """Nats: what rounding alone makes of k3."""
+_LAST = 14
+"""The last class of positions in a completion begins at this power of two."""
 _MODES = {
     "measure": "Nothing is repeated (mode measure)",
     "old": "The gradient pass repeats the old-policy pass (mode old)",
@@ -110,12 +112,14 @@ def _numbers(run: RunData, records: list[dict[str, Any]], main: str | None) -> F
         panels.append(place)
     covered = [_number(record.get("coverage")) for record in records]
     if np.isfinite(covered).any():
-        panels.append({"title": "tokens with a record", "low": 0.0, "high": 1.0, "series": [series("share", covered)]})
+        panels.append({"title": "tokens with a record", "low": 0.0, "high": 1.0, "series": [series("", covered)]})
     flips = [_worst(_of(record.get("recompute")).get("flips")) for record in records]
     if np.isfinite(flips).any():
         high = max(0.01, 1.1 * float(np.nanmax(flips)))
-        own = [series("worst layer", flips)]
-        panels.append({"title": "choices that flip in the recompute", "low": 0.0, "high": high, "series": own})
+        own = [series("", flips)]
+        panels.append(
+            {"title": "choices that flip in the recompute, worst layer", "low": 0.0, "high": high, "series": own}
+        )
     rows = [
         [
             PAIRS[name],
@@ -137,15 +141,16 @@ def _numbers(run: RunData, records: list[dict[str, Any]], main: str | None) -> F
 
 
 def _by_position(records: list[dict[str, Any]], main: str | None) -> dict[str, Any] | None:
-    """Mismatch by position in the completion, of the last window; the x axis is a power of two."""
+    """Mismatch by position in the completion, of the last window, in classes of doubling width."""
     for name in sorted(PAIRS, key=lambda name: name != main):
         values = [_number(value) for value in _of(records[-1]["pairs"].get(name)).get("by_position") or []]
         if np.isfinite(values).any():
             count = max(at for at, value in enumerate(values) if math.isfinite(value)) + 1
             high = max(0.01, 1.1 * float(np.nanmax(values)))
             own = [series(PAIRS[name], values[:count])]
-            title = "mismatch by position in the completion (0, 1, 2-3, 4-7, ...)"
-            return {"title": title, "low": 0.0, "high": high, "x": list(range(count)), "series": own}
+            texts = ["0", "1", *(f"{2**at}-{2 ** (at + 1) - 1}" for at in range(1, _LAST)), f"from {2**_LAST}"][:count]
+            axis = {"x": list(range(count)), "x_texts": texts, "x_name": "position in the completion"}
+            return {"title": "mismatch by position, last window", "low": 0.0, "high": high, **axis, "series": own}
     return None
 
 

@@ -149,7 +149,10 @@ def test_an_engine_that_is_never_synced_is_seen_before_half_of_its_choices_diffe
     callback = chronomoe_hf.attach(trainer, config)
     trainer.train()
     active = {alert.kind: alert.detail for alert in callback.system.alerts.active}  # type: ignore[union-attr]
-    page = {figure.key: figure.sentence for figure in figures(load_run(tmp_path))}
+    shown = figures(load_run(tmp_path))
+    page = {figure.key: figure.sentence for figure in shown}
+    (places,) = [panel for panel in shown[1].spec["panels"] if "x_texts" in panel]  # type: ignore[index]
+    assert places["x_texts"] == ["0", "1", "2-3", "4-7"], "completions of eight tokens"
     assert "REPLAY_INVALID" not in active, "more than half of the choices differ: shows nothing"
     named = active.get("ROUTING_MISMATCH", "")  # between the trainer's own passes the weights have moved
     assert named.startswith("rollout and old-policy pass") == (not synced), named

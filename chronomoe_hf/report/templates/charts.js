@@ -190,7 +190,7 @@
   };
 
   // ---- lines: small multiples ---------------------------------------------------------------------------------------
-  const axes = (pen, width, height, x, low, high, marks, name) => {
+  const axes = (pen, width, height, x, low, high, marks, name, texts) => {
     const labels = ticks(low, high, 4), left = Math.ceil(Math.max(...labels.map((t) => pen.measureText(short(t)).width))) + 10;
     const box = { left, right: width - 12, top: 8, bottom: height - 36 };
     const first = x[0], last = x.length > 1 ? x[x.length - 1] : x[0] + 1;
@@ -205,8 +205,17 @@
       pen.fillText(short(tick), box.left - 6, sy(tick));
     }
     pen.textAlign = "center";
-    const whole = ticks(first, last, Math.max(2, width / 110)).filter(Number.isInteger);
-    for (const tick of whole.length > 1 ? whole : [first, last]) pen.fillText(String(tick), Math.min(sx(tick), box.right - 8), height - 24);
+    if (texts) {
+      const widest = Math.max(...texts.map((t) => pen.measureText(t).width)) + 10;
+      const skip = Math.max(1, Math.ceil(widest * (last - first || 1) / (box.right - box.left)));
+      for (let at = Math.ceil(first); at <= last && at < texts.length; at++) {
+        const half = pen.measureText(texts[at]).width / 2;
+        if (at % skip === 0) pen.fillText(texts[at], Math.min(sx(at), width - half - 2), height - 24);
+      }
+    } else {
+      const whole = ticks(first, last, Math.max(2, width / 110)).filter(Number.isInteger);
+      for (const tick of whole.length > 1 ? whole : [first, last]) pen.fillText(String(tick), Math.min(sx(tick), box.right - 8), height - 24);
+    }
     pen.fillText(name, (box.left + box.right) / 2, height - 8);
     pen.setLineDash([3, 3]);
     pen.strokeStyle = SOFT;
@@ -249,7 +258,7 @@
         const width = part.clientWidth, height = 164;
         const pen = canvasOf(canvas, width, height);
         const within = range || [x[0], x.length > 1 ? x[x.length - 1] : x[0] + 1];
-        scale = axes(pen, width, height, within, panel.low, panel.high + pad, (spec.marks || []).filter((m) => m[0] >= within[0] && m[0] <= within[1]), spec.x_name || "step");
+        scale = axes(pen, width, height, within, panel.low, panel.high + pad, (panel.x_texts ? [] : spec.marks || []).filter((m) => m[0] >= within[0] && m[0] <= within[1]), panel.x_name || spec.x_name || "step", panel.x_texts);
         if (panel.threshold !== undefined && panel.threshold <= panel.high + pad) {
           pen.strokeStyle = "#d55e00";
           pen.setLineDash([6, 4]);
@@ -282,13 +291,14 @@
         const at = event.clientX - canvas.getBoundingClientRect().left;
         let best = 0;
         x.forEach((v, i) => { if (Math.abs(scale.sx(v) - at) < Math.abs(scale.sx(x[best]) - at)) best = i; });
-        tip.show(event, [`step ${x[best]}`, ...series.filter((s) => s.y[best] !== null).map((s) => `${s.name} ${short(s.y[best])}`)].join(", "));
+        const where = panel.x_texts ? `${panel.x_name} ${panel.x_texts[x[best]]}` : `step ${x[best]}`;
+        tip.show(event, [where, ...series.filter((s) => s.y[best] !== null).map((s) => `${s.name} ${short(s.y[best])}`.trim())].join(", "));
       });
       canvas.addEventListener("pointerleave", () => tip.hide());
       return draw;
     });
     const legend = make("div", plot, "legend");
-    const names = [...new Map(spec.panels.flatMap((p) => p.series.map((s, i) => [s.name, i]))).entries()];
+    const names = [...new Map(spec.panels.flatMap((p) => p.series.map((s, i) => [s.name, i]))).entries()].filter((n) => n[0]);
     if (names.length > 1 && spec.panels.some((p) => p.series.length > 1)) {
       for (const [name, i] of names) {
         const item = make("span", legend);
