@@ -164,15 +164,22 @@ def _sentence(records: list[dict[str, Any]], k3: dict[str, list[float]], main: s
     more = (
         f", and a log-probability differed by up to {largest:.2g} in the last window" if math.isfinite(largest) else ""
     )
-    grown = ""
-    if first != "old_gradient" and known[-1] > _GROWN * known[0] and known[-1] > _ROUNDING:
-        grown = (
-            " It has grown, as it does where the engine keeps older weights than the trainer: check that every "
-            "optimizer step is followed by a weight sync."
-        )
     return (
         f"The k3 KL of {PAIRS[first]} was {known[0]:.2g} nats in the first window, {known[-1]:.2g} in the last{more}."
-        f"{grown}"
+        f"{_grown(k3)}"
+    )
+
+
+def _grown(k3: dict[str, list[float]]) -> str:
+    """What it means where the engine and the pass of the same weights have grown apart; empty where they have not."""
+    known = {name: [value for value in values if math.isfinite(value)] for name, values in k3.items()}
+    name = "rollout_old" if known.get("rollout_old") or known.get("old_gradient") else "rollout_gradient"
+    own = known.get(name) or [0.0]
+    if own[-1] <= _GROWN * own[0] or own[-1] <= _ROUNDING:
+        return ""
+    return (
+        f" Between {PAIRS[name]} it has grown from {own[0]:.2g} to {own[-1]:.2g} nats, as it does where the engine "
+        "keeps older weights than the trainer: check that every optimizer step is followed by a weight sync."
     )
 
 

@@ -50,9 +50,9 @@ def test_the_figures_hold_what_was_recorded(measured: Path) -> None:
     assert f"The k3 KL of {PAIRS[main]} was" in numbers.sentence
     assert known and [row[0] for row in numbers.rows] == [PAIRS[name] for name in known]
     assert [row[1] for row in numbers.rows] == [f"{each['k3']:.2e}" for each in known.values()]
-    titles = [panel["title"] for panel in numbers.spec["panels"]]  # type: ignore[index]
-    assert {"k3 KL (1/1000 nats)", "choices that flip in the recompute"} <= set(titles)
-    assert any("position in the completion" in title for title in titles)
+    panels = {panel["title"]: panel for panel in numbers.spec["panels"]}  # type: ignore[index]
+    assert {"k3 KL (1/1000 nats)", "choices that flip in the recompute, worst layer"} <= set(panels)
+    assert panels["mismatch by position, last window"]["x_name"] == "position in the completion"
 
 
 def test_a_run_without_replay_has_no_such_section(tmp_path: Path) -> None:
