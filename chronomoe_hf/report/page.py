@@ -161,6 +161,14 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _of_a_step(run: RunData) -> str:
+    """What the time of our own is a part of: a step, how long it took where the times of two windows tell."""
+    known = [(window.time, window.step) for window in run.windows[-2:] if window.time is not None]
+    if len(known) < 2 or known[1][1] <= known[0][1] or known[1][0] <= known[0][0]:
+        return " a step in the last window"
+    return f" of {1000 * (known[1][0] - known[0][0]) / (known[1][1] - known[0][1]):.3g} ms a step in the last window"
+
+
 def _facts(run: RunData) -> list[tuple[str, str]]:
     """Small print: where the numbers come from."""
     manifest = run.manifest
@@ -177,7 +185,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         ("processes", plain_text(manifest.get("world_size") or "unknown", 20)),
         ("versions", ", ".join(listed) or "unknown"),
         ("windows", f"{len(run.windows)}, of which {len(run.picked)} are drawn"),
-        ("our own time in step()", "unknown" if overhead is None else f"{overhead:.2f} ms a step in the last window"),
+        ("our own time in step()", "unknown" if overhead is None else f"{overhead:.2f} ms{_of_a_step(run)}"),
         ("records skipped", str(run.broken)),
         ("other runs in the directory", ", ".join(run.others) or "none"),
         ("written", datetime.now(UTC).isoformat(timespec="seconds")),

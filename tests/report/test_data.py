@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import re
+import shutil
 from html import unescape
 from itertools import pairwise
 from pathlib import Path
@@ -86,6 +87,18 @@ def test_the_cells_are_the_shares(trained: Path) -> None:
         shown_E = 2.0 ** (-3.0 + (code_E.astype(float) - LOW) / (HIGH - LOW) * 6.0)
         used = fair_E > 0
         assert np.allclose(shown_E[used], np.clip(fair_E[used], 1 / 8, 8), rtol=0.01)
+
+
+def test_our_own_time_stands_beside_that_of_a_step(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "chronomoe", tmp_path / "chronomoe")
+    path = tmp_path / "chronomoe" / "snapshots.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record["time"] = 100.0 + 0.25 * record["step"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert " ms of 250 ms a step in the last window" in render(load_run(tmp_path))
+    path.write_text(json.dumps(records[-1]) + "\n")
+    assert " ms a step in the last window" in render(load_run(tmp_path))
 
 
 def test_quantise() -> None:
