@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from replay.serving import serving
 
 from chronomoe_hf.telemetry import read_jsonl
 
@@ -66,3 +67,20 @@ def test_two_ranks_use_what_was_recorded_and_count_over_both(
     assert sum(window["tokens_repeated"] for window in windows) == needed[0], "only rank 0 has routes"
     assert routed["flips"] == 0 and all(0.0 < window["coverage"] < 1.0 for window in windows)
     assert {"REPLAY_INVALID", "REPLAY_UNCOVERED"} <= set(routed["alerts"]), "rank 0 does not know of rank 1's engine"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_routes_of_a_server_reach_every_rank(tmp_path: Path, start_script: Callable[..., tuple[int, str]]) -> None:
+    """The server's answer is on rank 0 alone; every rank repeats the choices of its own rows."""
+    with serving(tmp_path) as url:
+        status, output = start_script(WORKER.with_name("replay_server_worker.py"), [str(tmp_path), url], 2)
+    assert status == 0, output[-6000:]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    assert [rank["client"] for rank in ranks] == [True, False]
+    assert set(ranks[0]["rows"]).isdisjoint(ranks[1]["rows"]), "the ranks had the same rows: shows nothing"
+    for rank in ranks:
+        assert rank["choices"] > 0 and rank["flips"] == 0
+        assert rank["record"]["coverage"] == 1.0 and rank["record"]["unknown_rows"] == 0
+        assert not [kind for kind in rank["alerts"] if kind.startswith("REPLAY_")]
+    assert ranks[0]["record"] == ranks[1]["record"]
