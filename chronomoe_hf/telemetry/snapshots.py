@@ -183,7 +183,9 @@ class SystemSnapshot(Shown):
         return window_looks(self)
 
     def scalars(self, prefix: str = "moe/") -> dict[str, float]:
-        """At most 13 numbers for a tracker, 18 with replay; what is undefined is left out.
+        """At most 14 numbers for a tracker, 19 with replay; what is undefined is left out.
+
+        `neff_share_min` is the lowest n_effective of a layer as a share of its experts: it compares across models.
 
         Args:
             prefix: ``"moe/"``, or ``"eval_moe/"`` so that Trainer shows ``eval/moe/...``.
@@ -194,6 +196,8 @@ class SystemSnapshot(Shown):
             values[f"{name}_mean"] = sum(known) / len(known) if known else None
             if known:
                 values[f"{name}_{'min' if name == 'neff' else 'max'}"] = min(known) if name == "neff" else max(known)
+        shares = [layer.n_effective / layer.num_choices for layer in self.layers if layer.n_effective is not None]
+        values["neff_share_min"] = min(shares, default=None)
         for name in ("gini", "load_cv"):
             known = self._known(name)
             values[f"{name}_mean"] = sum(known) / len(known) if known else None

@@ -95,7 +95,7 @@ def test_a_layer_built_by_hand_has_its_metrics():
     assert LayerSnapshot(layer_id=0, n_experts=4, top_k=2, expert_token_counts=[0] * 4).n_effective is None
 
 
-def test_default_scalars_are_thirteen_plain_floats():
+def test_default_scalars_are_fourteen_plain_floats():
     events = [
         event([40, 40, 40, 40], layer_id=0, phi_slow=[0.5, 0.5, 0.5, 0.1]),
         event([80, 80, 0, 0], layer_id=1, phi_slow=[0.2, 0.4, None, None]),
@@ -108,6 +108,7 @@ def test_default_scalars_are_thirteen_plain_floats():
         "moe/maxvio_max": 1.0,
         "moe/top2_share_mean": 0.75,
         "moe/top2_share_max": 1.0,
+        "moe/neff_share_min": 0.5,
         "moe/gini_mean": 0.25,
         "moe/load_cv_mean": 0.5,
         "moe/dead_experts": 2.0,
