@@ -8,10 +8,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support import models
+from support import models, moe_zoo
 
 import chronomoe_hf
 from chronomoe_hf import ChronoConfig, system_of
+from chronomoe_hf.errors import ConfigError, UnsupportedArchitectureError
 
 from .grpo_job import make
 
@@ -67,3 +68,35 @@ def test_a_resumed_run_begins_with_an_empty_store_and_is_covered(tmp_path: Path)
     record = resumed.last_snapshot.replay  # type: ignore[union-attr]
     assert record is not None and record["coverage"] == 1.0 and record["tokens_repeated"] > 0
     assert not {"REPLAY_UNCOVERED", "REPLAY_IDLE", "REPLAY_INVALID"} & {a.kind for a in resumed.alerts.active}
+
+
+def phimoe(**fields: Any) -> Any:
+    model = moe_zoo.build("phimoe").train()
+    moe_zoo.randomise(model)
+    chronomoe_hf.wrap(model, ChronoConfig.observe(interval=1, **fields))
+    return model
+
+
+def test_phimoe_is_exact_where_the_rollout_is_repeated_and_refused_where_the_old_pass_would_be() -> None:
+    with pytest.raises(ConfigError, match=r"draws its experts at random in training.*use mode='rollout'"):
+        phimoe(replay__mode="old")
+    data = {"input_ids": torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))}
+    found = []
+    for mode in ("measure", "rollout"):
+        model = phimoe(replay__mode=mode, replay__max_mismatch=1.0)
+        replay = system_of(model).replay
+        for layer in system_of(model).layers:
+            layer.router.router_jitter_noise = 0.5  # how near a tie is decided by a draw
+        for row in data["input_ids"]:
+            noise = torch.rand(len(row) - 1, len(system_of(model).layers), layer.num_experts)
+            replay.add(row, noise.argsort(-1)[..., : layer.top_k])
+        with torch.no_grad():
+            old = model(**data).logits[:, :-1]
+        found.append(torch.equal(old, model(**data).logits[:, :-1].detach()))
+    assert found == [False, True], "what is sampled anew differs; what is repeated is the same to the last bit"
+
+
+@pytest.mark.parametrize("family", ["dbrx", "nllb_moe"])
+def test_families_that_cannot_be_told_are_refused_at_wrap(family: str) -> None:
+    with pytest.raises((UnsupportedArchitectureError, ConfigError), match="cannot be repeated"):
+        chronomoe_hf.wrap(moe_zoo.build(family), ChronoConfig.observe(replay__mode="measure"))
