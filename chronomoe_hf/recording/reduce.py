@@ -228,18 +228,13 @@ def _first_choices(batch: RouterBatch, scores: Scores) -> Tensor:
     return batch.index_GTK.gather(-1, best_GT1).squeeze(-1)
 
 
-def experts_differ(native_TK: Tensor, steered_TK: Tensor) -> Tensor:
-    """Bool ``(..., T)``: the two choices are different sets of experts (their order does not matter).
+def experts_agree(native_TK: Tensor, steered_TK: Tensor) -> Tensor:
+    """Bool ``(..., T)``: the two choices are the same set of experts (their order does not matter).
 
     Args:
         native_TK: ids, distinct in a token, shape ``(..., T, K)``.
         steered_TK: the same shape.
     """
-    return ~experts_agree(native_TK, steered_TK)
-
-
-def experts_agree(native_TK: Tensor, steered_TK: Tensor) -> Tensor:
-    """The opposite of :func:`experts_differ`."""
     if native_TK.shape[-1] == 1:
         return (native_TK == steered_TK).squeeze(-1)
     same_TKK = native_TK[..., :, None] == steered_TK[..., None, :]
