@@ -22,6 +22,8 @@ from torch import Tensor
 
 from chronomoe_hf.coherence import cosine, cosine_parts
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> whole numbers of that size
+
 # Per-expert sums: as matrix products on a device, in order on a CPU.
 #
 # Arguments of both, and what is left out of them, are worked out by :func:`output_parts`: `gain_GSK` makes a row an
@@ -247,7 +249,10 @@ def output_parts(
     one_GSK = _one(norm_GSK.device).expand_as(norm_GSK)
     value_VGSK = torch.stack([contribution_GSK, weight_GSK, size_GSK, one_GSK]).masked_fill_(left_out_GSK, 0.0)
     own_GSK = None if batch.divided else value_VGSK[1]
-    if not on_cpu or torch.compiler.is_compiling() or bool(left_out_GSK.any()):  # on a CPU asking is cheaper
+    if on_cpu and not torch.compiler.is_compiling():
+        bits = _BITS[rows_GSKD.element_size()]  # a CPU fills eight times as long as it takes to keep all bits or none
+        rows_GSKD.view(bits).bitwise_and_(left_out_GSK.logical_not().to(bits).neg_()[..., None])
+    else:
         rows_GSKD.masked_fill_(left_out_GSK[..., None], 0.0)
     alone = num_k > 1 and reference == "leave_one_out"
     hit_GAE = None

@@ -45,9 +45,9 @@ def test_the_page_on_splits_runs_and_gives_every_bit_back(capsys: pytest.Capture
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     assert len(blocks) == 2
     names: dict[str, Any] = {}
-    before, after = blocks[1].split("undo = lifecycle.apply", 1)
+    before, after = blocks[1].split("done = lifecycle.apply", 1)
     exec(compile(blocks[0] + before, str(page), "exec"), names)
     bits = digest(names["model"])
-    exec(compile("undo = lifecycle.apply" + after, str(page), "exec"), names)
+    exec(compile("done = lifecycle.apply" + after, str(page), "exec"), names)
     assert digest(names["model"]) == bits and names["plan"].num_copies > 0
     assert "idle experts of 16 become copies" in capsys.readouterr().out
