@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,10 +85,8 @@ def read(run_dir: Path, count: int, run: str | None, only: list[int] | None, fol
     Raises:
         TelemetryError: no record file, no such run, no such layer, or a profile.
     """
-    import dataclasses
-
     from chronomoe_hf.telemetry.events import RECORD_SCHEMA
-    from chronomoe_hf.telemetry.reader import read_last, schema_of
+    from chronomoe_hf.telemetry.reader import read_last, schema_number
     from chronomoe_hf.telemetry.views import Window, plain_text
 
     directory = _directory(run_dir)
@@ -108,7 +107,7 @@ def read(run_dir: Path, count: int, run: str | None, only: list[int] | None, fol
     if only is not None:
         windows = [_only(window, only) for window in windows]
     name = None if shown_run is None else plain_text(shown_run.name, 80)
-    newer = sum(schema_of(record) > RECORD_SCHEMA for record in last.records)
+    newer = sum(schema_number(record) > RECORD_SCHEMA for record in last.records)
     state, process = _state(directory, shown_run)
     return View(
         windows,
@@ -159,8 +158,6 @@ def _state(directory: Path, run: Any) -> tuple[str | None, Any]:
 
 
 def _only(window: Window, layers: list[int]) -> Window:
-    import dataclasses
-
     kept = [layer for layer in window.layers if layer.index in layers]
     if not kept:
         known = ", ".join(layer.layer_id for layer in window.layers) or "none"
@@ -216,8 +213,6 @@ def _redraw(look: Callable[[], View], every: float, screen: Console) -> str:
 
 
 def _lines_only(look: Callable[[], View], every: float, as_json: bool) -> str:
-    import dataclasses
-
     shown: tuple[str | None, int, int] | None = None
     while True:
         view = _try(look)

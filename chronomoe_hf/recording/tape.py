@@ -97,7 +97,7 @@ class Tape:
         waiting = self._waiting.get(key)
         if waiting is None:
             waiting = self._waiting[key] = Waiting(call.bytes + call.held)
-        elif waiting.num and (waiting.num + 1) * waiting.size > self.room(call.logits_TE.device):
+        elif (waiting.num + 1) * waiting.size > self.room(call.logits_TE.device):
             due = [other for other in self.calls if other.key == key]
             self.calls = [other for other in self.calls if other.key != key]
             self._sum_calls(due, mask, sample)

@@ -34,7 +34,7 @@ from chronomoe_hf.telemetry.reader import (
     read_last,
     read_lines,
     read_manifest,
-    schema_of,
+    schema_number,
 )
 from chronomoe_hf.telemetry.runs import History, Run
 from chronomoe_hf.telemetry.views import (
@@ -173,7 +173,7 @@ def load_run(run_dir: str | Path, name: str | None = None) -> RunData:
     if name is not None and run is None:
         known = ", ".join(plain_text(r.name, 80) for r in history.runs) or "none"
         raise TelemetryError(f"no run {name!r} in {directory}; it holds {known}")
-    shown, broken = read_each(directory / "snapshots.jsonl", lambda each: (schema_of(each), _packed(each)), run=run)
+    shown, broken = read_each(directory / "snapshots.jsonl", lambda each: (schema_number(each), _packed(each)), run=run)
     windows = PackedWindows(packed for _, packed in shown if packed is not None)
     manifest = (run.manifest if run is not None else {}) or read_manifest(directory.parent) or {}
     rates = _logged(directory, run, "learning_rate") or _loss(root, "learning_rate")

@@ -181,8 +181,7 @@ def _alerts(run: RunData) -> list[Finding]:
         Finding(
             kind,
             ALERTS.get(kind, unknown),
-            f"{kind} is in force in {'the run' if where == ['run'] else listed(where)}"
-            + (f" since step {since[kind]}." if kind in since else "."),
+            f"{kind} is in force in {_places(where)}" + (f" since step {since[kind]}." if kind in since else "."),
             tuple(name.removeprefix("layer ") for name in where if name != "run"),
             since.get(kind),
         )

@@ -40,7 +40,7 @@ def upgraded(record: dict[str, Any]) -> dict[str, Any]:
     return _from_1(record) if record.get("schema") == 1 else record
 
 
-def schema_of(record: dict[str, Any]) -> int:
+def schema_number(record: dict[str, Any]) -> int:
     """The schema number of a record; 0 where it has none. Above RECORD_SCHEMA a newer version wrote it."""
     schema = record.get("schema")
     return schema if isinstance(schema, int) else 0
